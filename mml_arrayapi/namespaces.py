@@ -1,0 +1,171 @@
+"""The libraries: how the namespace of each is found, and whether an array's values can be read.
+
+One table, :data:`LIBRARIES`, holds one row per library that needs saying something about. A
+library that has no row is served through the ``__array_namespace__`` of its arrays.
+
+The table is keyed on the top-level module of the array's type, so that nothing is imported for a
+library that the caller did not bring. Two facts shaped it: ``array_api_compat.array_namespace``
+costs 2 microseconds, and under ``torch.compile`` its cached helpers raise a warning; a look-up by
+type does neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Array = Any
+Namespace = Any
+
+HOST = "host"  # values are concrete, reading them costs nothing
+DEVICE = "device"  # values are concrete, reading them would stall a device
+TRACED = "traced"  # there are no values yet: jit, vmap, torch.compile, meta and fake tensors
+LAZY = "lazy"  # values come when computed (Dask)
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What the package needs to know of one array library.
+
+    Attributes
+    ----------
+    name : str
+        The short name, as in kernels' ``library``: ``"numpy"``, ``"torch"`` ...
+    namespace : module
+        The array API namespace.
+    sight : callable
+        ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
+    on_host : callable
+        ``on_host(array)``: the same values as an array that may be read inside a trace too.
+    """
+
+    name: str
+    namespace: Namespace
+    sight: Callable[[Array], str]
+    on_host: Callable[[Array], Array]
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+def _always_host(array: Array) -> str:  # noqa: ARG001
+    return HOST
+
+
+def _numpy() -> Library:
+    import array_api_compat.numpy as xp
+
+    return Library("numpy", xp, _always_host, _same)
+
+
+def _torch() -> Library:
+    import array_api_compat.torch as xp
+
+    from mml_arrayapi.backends.torch_values import sight
+
+    return Library("torch", xp, sight, _same)
+
+
+def _cupy() -> Library:
+    import array_api_compat.cupy as xp
+
+    return Library("cupy", xp, lambda _: DEVICE, _same)
+
+
+def _dask() -> Library:
+    import array_api_compat.dask.array as xp
+
+    return Library("dask", xp, lambda _: LAZY, _same)
+
+
+def _jax() -> Library:
+    import jax.numpy as xp
+
+    from mml_arrayapi.backends.jax_values import on_host, sight
+
+    return Library("jax", xp, sight, on_host)
+
+
+def _array_api_strict() -> Library:
+    import array_api_strict as xp
+
+    return Library("array_api_strict", xp, _always_host, _same)
+
+
+LIBRARIES: dict[str, Callable[[], Library]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "cupy": _cupy,
+    "dask": _dask,
+    "jax": _jax,
+    "jaxlib": _jax,
+    "array_api_strict": _array_api_strict,
+}
+
+_by_module: dict[str, Library] = {}
+_by_namespace: dict[str, Library] = {}
+
+
+def library_of(argument: str, array: Array) -> Library:
+    """Find the library of an array.
+
+    Parameters
+    ----------
+    argument : str
+        The argument's name, for the message.
+    array : array
+        Any object.
+
+    Returns
+    -------
+    Library
+
+    Raises
+    ------
+    TypeError
+        The object is no array of a library that follows the array API standard.
+    """
+    module = type(array).__module__.partition(".")[0]
+    library = _by_module.get(module)
+    if library is None:
+        load = LIBRARIES.get(module)
+        if load is None:
+            return _library_without_row(argument, array)
+        library = _by_module[module] = load()
+    return library
+
+
+def _library_without_row(argument: str, array: Array) -> Library:
+    """Find the library through the array's own namespace: subclasses of arrays, and strangers."""
+    from array_api_compat import array_namespace
+
+    try:
+        xp = array_namespace(array)
+    except TypeError:
+        raise TypeError(
+            f"{argument} must be an array of a library that follows the Python array API standard "
+            f"(NumPy, PyTorch, CuPy, Dask, JAX ...), but is of type "
+            f"{type(array).__module__}.{type(array).__qualname__}"
+        ) from None
+    name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
+    if name in LIBRARIES:
+        return LIBRARIES[name]()
+    if name not in _by_namespace:
+        _by_namespace[name] = Library(name, xp, _stranger_sight, _same)
+    return _by_namespace[name]
+
+
+def _stranger_sight(array: Array) -> str:
+    """Read values only where that is plainly free: an eager array that says it is on the CPU."""
+    from array_api_compat import is_lazy_array
+
+    if "cpu" not in str(device_of(array)).lower():
+        return DEVICE
+    return TRACED if is_lazy_array(array) else HOST
+
+
+def device_of(array: Array) -> Any:
+    """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
+    return getattr(array, "device", None)
