@@ -38,12 +38,16 @@ class Library:
         ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
     on_host : callable
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
+    settle : callable or None
+        For a lazy library, ``settle(problem)``: the problem with arrays of the library only, whose
+        targets raise when they are computed, if ``check_target`` says so.
     """
 
     name: str
     namespace: Namespace
     sight: Callable[[Array], str]
     on_host: Callable[[Array], Array]
+    settle: Callable[[Any], Any] | None = None
 
 
 def _same(array: Array) -> Array:
@@ -77,7 +81,9 @@ def _cupy() -> Library:
 def _dask() -> Library:
     import array_api_compat.dask.array as xp
 
-    return Library("dask", xp, lambda _: LAZY, _same)
+    from mml_arrayapi.backends.dask_values import settle
+
+    return Library("dask", xp, lambda _: LAZY, _same, settle)
 
 
 def _jax() -> Library:
@@ -169,3 +175,11 @@ def _stranger_sight(array: Array) -> str:
 def device_of(array: Array) -> Any:
     """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
     return getattr(array, "device", None)
+
+
+def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:
+    """Return the widest signed integer and the widest real dtype of the array's device."""
+    if not hasattr(xp, "__array_namespace_info__"):
+        return xp.int64, xp.float64
+    dtypes = xp.__array_namespace_info__().dtypes(device=device_of(array))
+    return dtypes.get("int64", dtypes.get("int32")), dtypes.get("float64", xp.float32)

@@ -5,8 +5,9 @@ against the array API standard, runs for every library and comes last. This modu
 array library: kernels are loaded when the first array of their library is seen.
 
 Order of say: the ``backend=`` argument, then :func:`use_backend`, then the environment variable
-``MML_ARRAYAPI_BACKEND`` (read once, when the package is imported), then the order of registration,
-then the generic implementation.
+``MML_ARRAYAPI_BACKEND`` (read when the package is imported: looking into ``os.environ`` costs a
+microsecond, a third of a small call), then the order of registration (the built-in kernels, those
+given to :func:`register_kernel`, those of installed plugins), then the generic implementation.
 """
 
 from __future__ import annotations
@@ -16,72 +17,325 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from typing import Any
 
-Array = Any
+from mml_arrayapi import backends as built_in
+from mml_arrayapi import generic
+from mml_arrayapi.arguments import settle_targets
+from mml_arrayapi.kernel import Array, Kernel, Problem
+
+ENTRY_POINTS = "mml_arrayapi.backends"
+ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
 
 
-class Problem(NamedTuple):
-    """One checked call, as kernels get it.
+def _generic_loss(problem: Problem) -> Array:
+    return generic.loss(settle_targets(problem))
 
-    Attributes
+
+def _generic_loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
+    return generic.loss_and_grad(settle_targets(problem), grad_output)
+
+
+GENERIC = Kernel(
+    name="generic",
+    library="*",
+    refuses=lambda _: None,
+    loss=_generic_loss,
+    loss_and_grad=_generic_loss_and_grad,
+)
+
+
+class _ThreadState(threading.local):
+    forced: str | None = None  # what use_backend() says in this thread
+
+
+_state = _ThreadState()
+_environment = os.environ.get(ENVIRONMENT) or None
+# Read here, not in a call: reading them breaks torch.compile(fullgraph=True).
+_plugins: tuple[EntryPoint, ...] = tuple(entry_points(group=ENTRY_POINTS))
+_registered: list[Kernel] = []
+_loaded: dict[str, tuple[Kernel, ...]] = {}  # library -> its kernels, in order
+_lock = threading.RLock()
+
+
+def register_kernel(kernel: Kernel) -> None:
+    """Offer a kernel; it comes after those that are registered already.
+
+    Parameters
     ----------
-    xp : module
-        The array API namespace of ``input``.
-    library : str
-        Short name of the library of ``input``: ``"numpy"``, ``"torch"`` ...
-    input : array, shape (\\*batch, C), the classes at ``axis``
-        The scores.
-    target : array, shape (\\*batch)
-        The classes' indices, of any integer dtype. Values are not checked yet.
-    weight : array, shape (C,), or None
-        One weight per class.
-    p, margin : float
-        The exponent, at least 1, and the margin.
-    reduction : {"none", "mean", "sum"}
-        What is asked for.
-    axis : int
-        The classes' axis in ``input``, not negative.
-    check_target : {"raise", "nan"}
-        What to do about targets out of range.
-    """
+    kernel : Kernel
+        Its ``library`` is the top-level name of the namespace of the arrays it takes.
 
-    xp: Any
-    library: str
-    input: Array
-    target: Array
-    weight: Array | None
-    p: float
-    margin: float
-    reduction: str
-    axis: int
-    check_target: str
+    Raises
+    ------
+    TypeError
+        Not a :class:`Kernel`.
+    ValueError
+        A kernel of that name is registered already.
+
+    Notes
+    -----
+    A package that should be found without being imported declares an entry point in the group
+    ``mml_arrayapi.backends`` instead: its name is the library's, or ``library.anything``, and it
+    points to a :class:`Kernel`. It is loaded when an array of that library is first seen.
+    """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel must be a Kernel, but is of type {type(kernel).__name__}")
+    with _lock:
+        if kernel.name in _known():
+            raise ValueError(f"a kernel named {kernel.name!r} is registered already")
+        _registered.append(kernel)
+        _loaded.pop(kernel.library, None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make one kernel run within a ``with`` block, in this thread.
+
+    Parameters
+    ----------
+    name : str
+        A kernel's name; ``"generic"`` forbids all specialised kernels. Arrays of another library
+        than the kernel's are not affected.
+
+    Raises
+    ------
+    ValueError
+        No kernel of that name is known; or, in a call, the kernel refuses the arguments.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mml_arrayapi import explain, use_backend
+    >>> with use_backend("generic"):
+    ...     explain(np.zeros((2, 3)), np.asarray([0, 1])).kernel
+    'generic'
+    """
+    _library_of_kernel(name, "use_backend")
+    before = _state.forced
+    _state.forced = name
+    try:
+        yield
+    finally:
+        _state.forced = before
+
+
+def choose(problem: Problem, backend: str | None) -> Kernel:
+    """Choose the kernel that runs a problem.
+
+    Parameters
+    ----------
+    problem : Problem
+        The checked call.
+    backend : str or None
+        The caller's ``backend=``.
+
+    Returns
+    -------
+    Kernel
+
+    Raises
+    ------
+    ValueError
+        The kernel asked for is unknown or refuses.
+    """
+    forced = backend or _state.forced or _environment
+    if forced is not None:
+        kernel = _forced(problem, backend, forced)
+        if kernel is not None:
+            return kernel
+    for kernel in _kernels_of(problem.library):
+        if kernel.refuses(problem) is None:
+            return kernel
+    return GENERIC
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
-    """An implementation of the loss for the arrays of one library.
+class Explanation:
+    """Which kernel runs, and why not the others.
 
     Attributes
     ----------
-    name : str
-        The name by which users ask for it, such as ``"numpy-numba"``.
-    library : str
-        The library whose arrays it takes: the top-level name of their namespace.
-    refuses : callable
-        ``refuses(problem)`` is None where the kernel can run the problem, else the reason in
-        words. It may look at shapes, dtypes and devices, never at values.
-    loss : callable
-        ``loss(problem)``: the loss, in ``input``'s dtype and on its device; with the reduction
-        ``"none"`` it has the shape ``(*batch)``, else ``()``.
-    loss_and_grad : callable
-        ``loss_and_grad(problem, grad_output)``: the loss, and the gradient of
-        ``sum(loss * grad_output)`` for ``input``. ``grad_output`` is an array of the loss's shape,
-        or None for 1.
+    kernel : str
+        Name of the kernel that runs.
+    considered : tuple of (str, str or None)
+        Each kernel's name, in the order of say, with the reason why it doesn't run; None for the
+        one that does.
+    """
+
+    kernel: str
+    considered: tuple[tuple[str, str | None], ...]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.considered)
+        return "\n".join(f"{name:<{width}}  {why or 'runs'}" for name, why in self.considered)
+
+
+def explain(problem: Problem, backend: str | None) -> Explanation:
+    """Tell which kernel :func:`choose` chooses, and why not the others.
+
+    Parameters
+    ----------
+    problem, backend
+        As in :func:`choose`.
+
+    Returns
+    -------
+    Explanation
+    """
+    chosen = choose(problem, backend)
+    considered: list[tuple[str, str | None]] = []
+    earlier = True
+    for kernel in (*_kernels_of(problem.library), GENERIC):
+        if kernel is chosen:
+            earlier = False
+            considered.append((kernel.name, None))
+        else:
+            unwanted = f"{chosen.name} was asked for" if earlier else f"{chosen.name} comes first"
+            considered.append((kernel.name, kernel.refuses(problem) or unwanted))
+    return Explanation(chosen.name, tuple(considered))
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One line of :func:`backends`.
+
+    Attributes
+    ----------
+    name, library : str
+        The kernel's name, and the library whose arrays it takes ("*": every one).
+    available : bool
+        Whether what it needs is installed.
+    reason : str
+        Where it comes from, or why it is not available.
     """
 
     name: str
     library: str
-    refuses: Callable[[Problem], str | None]
-    loss: Callable[[Problem], Array]
-    loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]]
+    available: bool
+    reason: str
+
+
+def backends() -> tuple[Backend, ...]:
+    """List the kernels there are, available or not, and why. Imports no array library.
+
+    Returns
+    -------
+    tuple of Backend
+
+    Examples
+    --------
+    >>> from mml_arrayapi import backends
+    >>> backends()[-1].name
+    'generic'
+    """
+    found = [_status_of_offer(offer) for offer in built_in.OFFERS]
+    found += [Backend(k.name, k.library, True, "registered by the program") for k in _registered]
+    for plugin in _plugins:
+        found.append(Backend(plugin.name, _library(plugin), True, f"plugin {plugin.value}"))
+    found.append(Backend("generic", "*", True, "the array API implementation"))
+    return tuple(found)
+
+
+def _status_of_offer(offer: built_in.Offer) -> Backend:
+    missing = [name for name in offer.requires if not _installed(name)]
+    if missing:
+        return Backend(offer.name, offer.library, False, f"not installed: {', '.join(missing)}")
+    for kernel in _loaded.get(offer.library, ()):
+        if kernel.name == offer.name and kernel.loss is _never:
+            return Backend(offer.name, offer.library, False, str(kernel.refuses(None)))  # type: ignore[arg-type]
+    return Backend(offer.name, offer.library, True, "built in")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package isn't there either
+        return False
+
+
+def _kernels_of(library: str) -> tuple[Kernel, ...]:
+    kernels = _loaded.get(library)
+    if kernels is None:
+        kernels = _load(library)
+    return kernels
+
+
+def _load(library: str) -> tuple[Kernel, ...]:
+    with _lock:
+        kernels = [_attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library]
+        kernels += [kernel for kernel in _registered if kernel.library == library]
+        for plugin in _plugins:
+            if _library(plugin) == library:
+                kernels.append(_attempt(plugin.name, library, plugin.load))
+        _loaded[library] = tuple(kernels)
+    return _loaded[library]
+
+
+def _attempt(name: str, library: str, load: Callable[[], Any]) -> Kernel:
+    """Load a kernel; what can't be imported becomes a kernel that refuses with the reason."""
+    try:
+        kernel = load()
+    except ImportError as error:
+        reason = f"cannot be imported: {error}"
+        return Kernel(name, library, lambda _: reason, _never, _never)
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            f"entry point {name!r} of the group {ENTRY_POINTS!r} must point to a Kernel, but "
+            f"points to an object of type {type(kernel).__name__}"
+        )
+    return kernel
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a kernel that refuses was run")
+
+
+def _library(plugin: EntryPoint) -> str:
+    return plugin.name.partition(".")[0]
+
+
+def _forced(problem: Problem, backend: str | None, name: str) -> Kernel | None:
+    """Return the kernel asked for; None where it is of another library and not the caller's own."""
+    if name == "generic":
+        return GENERIC
+    source = "backend" if backend else "use_backend" if _state.forced else ENVIRONMENT
+    for kernel in _kernels_of(problem.library):
+        if kernel.name == name:
+            reason = kernel.refuses(problem)
+            if reason is None:
+                return kernel
+            raise ValueError(f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}")
+    library = _library_of_kernel(name, source)
+    if backend is None:
+        return None
+    raise ValueError(
+        f"backend: kernel {name!r} takes arrays of {library}, but input is of "
+        f"{problem.library}; {_list()}"
+    )
+
+
+def _library_of_kernel(name: str, source: str) -> str:
+    known = _known()
+    if name not in known:
+        for plugin in _plugins:  # a plugin's kernel may be named otherwise than its entry
+            _kernels_of(_library(plugin))
+        known = _known()
+    if name not in known:
+        raise ValueError(f"{source}: no kernel is named {name!r}; {_list()}")
+    return known[name]
+
+
+def _known() -> dict[str, str]:
+    """Every kernel's name, with its library."""
+    names = {offer.name: offer.library for offer in built_in.OFFERS}
+    names |= {kernel.name: kernel.library for kernel in _registered}
+    for kernels in _loaded.values():
+        names |= {kernel.name: kernel.library for kernel in kernels}
+    return names | {"generic": "*"}
+
+
+def _list() -> str:
+    return f"known kernels are {', '.join(_known())}"

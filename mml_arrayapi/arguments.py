@@ -1,0 +1,329 @@
+"""Every check of an argument, in order, and every message.
+
+Checks run in this order: reduction, p, margin, check_target, weight's rank, input's shape and
+axis, target's shape, weight's size, input's dtype, target's dtype, weight's dtype, library and
+device, grad_output; the targets' values come last. All but the last look at shapes and dtypes only.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from mml_arrayapi.kernel import Problem
+from mml_arrayapi.namespaces import HOST, LAZY, TRACED, Library, device_of, library_of, widest
+
+Array = Any
+
+REDUCTIONS = ("none", "mean", "sum")
+CHECKS = ("auto", "raise", "nan")
+
+
+class InvalidTargetError(IndexError, ValueError):
+    """A target is no class of the input.
+
+    Attributes
+    ----------
+    position : tuple of int
+        Where in ``target`` the first such value stands.
+    value : int
+        The value.
+    n_classes : int
+        The number of classes; accepted are 0 to ``n_classes - 1``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mml_arrayapi import InvalidTargetError, multi_margin_loss
+    >>> try:
+    ...     multi_margin_loss(np.zeros((2, 3)), np.asarray([0, 3]))
+    ... except InvalidTargetError as error:
+    ...     print(error)
+    target[1] is 3, but input has 3 classes: accepted are 0 to 2
+    """
+
+    def __init__(self, position: tuple[int, ...], value: int, n_classes: int) -> None:
+        self.position = position
+        self.value = value
+        self.n_classes = n_classes
+        place = f"target[{', '.join(map(str, position))}]" if position else "target"
+        super().__init__(
+            f"{place} is {value}, but input has {n_classes} "
+            f"{'class' if n_classes == 1 else 'classes'}: accepted are 0 to {n_classes - 1}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.position, self.value, self.n_classes)
+
+
+def check(
+    input: Array,
+    target: Array,
+    *,
+    p: float,
+    margin: float,
+    weight: Array | None,
+    reduction: str,
+    axis: int,
+    check_target: str,
+) -> Problem:
+    """Check the arguments of a call, and put one-sample spellings into the usual shape.
+
+    Parameters
+    ----------
+    input, target, p, margin, weight, reduction, axis, check_target
+        As in :func:`mml_arrayapi.multi_margin_loss`.
+
+    Returns
+    -------
+    Problem
+
+    Raises
+    ------
+    TypeError, ValueError
+        With the argument's name, what was given, and what is accepted.
+    """
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be a string, but is {_a(reduction)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_listed(REDUCTIONS)}, but is {reduction!r}")
+    p = _real_number("p", p)
+    if not 1 <= p < math.inf:
+        raise ValueError(f"p must be a finite real number >= 1, but is {p!r}")
+    margin = _real_number("margin", margin)
+    if not math.isfinite(margin):
+        raise ValueError(f"margin must be a finite real number, but is {margin!r}")
+    if not isinstance(check_target, str) or check_target not in CHECKS:
+        raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {check_target!r}")
+
+    if weight is not None and len(_shape("weight", weight)) != 1:
+        raise ValueError(f"weight must have shape (C,), but has shape {_shape('weight', weight)}")
+    shape, axis, n_classes = _classes(input, axis)
+    batch = shape[:axis] + shape[axis + 1 :]
+    given = _shape("target", target)
+    if not _same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
+        raise ValueError(
+            f"target must have input's shape without the classes' axis, {batch}, but has shape "
+            f"{given} (input has shape {shape}, the classes are at axis {axis})"
+        )
+    if weight is not None and not _same_shape(weight.shape, (n_classes,)):
+        raise ValueError(
+            f"weight must have one element per class, shape ({n_classes},), but has shape "
+            f"{_shape('weight', weight)}"
+        )
+    library, xp = _check_types(input, target, weight)
+    if input.ndim == 0:
+        input = xp.reshape(input, (1,))
+    if len(given) != len(batch):
+        target = library_of("target", target).namespace.reshape(target, batch)
+    mode = _resolve(check_target, library, target)
+    return Problem(
+        xp, library.name, input, target, weight, p, margin, reduction, axis, mode
+    )
+
+
+def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_output: Array) -> Array:
+    """Check ``grad_output`` against the loss's shape, and give it the problem's batch shape.
+
+    Parameters
+    ----------
+    problem : Problem
+        The checked call.
+    target_shape : tuple
+        The shape of ``target`` as the caller gave it.
+    grad_output : array
+        The gradient of something for the loss.
+
+    Returns
+    -------
+    array
+        ``grad_output``, of shape ``(*batch)`` or ``()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong shape, dtype, library or device.
+    """
+    wanted = tuple(target_shape) if problem.reduction == "none" else ()
+    shape = _shape("grad_output", grad_output)
+    if not _same_shape(shape, wanted):
+        raise ValueError(
+            f"grad_output must have the loss's shape, {wanted}, but has shape {shape} "
+            f"(reduction is {problem.reduction!r})"
+        )
+    library = library_of("grad_output", grad_output)
+    _check_real("grad_output", library.namespace, grad_output)
+    _check_together("grad_output", grad_output, library, problem.input, problem.library)
+    if problem.reduction == "none" and shape != problem.target.shape:
+        return problem.xp.reshape(grad_output, problem.target.shape)
+    return grad_output
+
+
+def settle_targets(problem: Problem) -> Problem:
+    """Do what ``check_target`` says, before or (lazy libraries) within the computation.
+
+    Parameters
+    ----------
+    problem : Problem
+        The checked call.
+
+    Returns
+    -------
+    Problem
+        The same, or for a lazy library one whose targets raise when they are computed.
+
+    Raises
+    ------
+    InvalidTargetError
+        With the first offending position.
+    """
+    library = library_of("input", problem.input)
+    if library.settle is not None:
+        return library.settle(problem)
+    if problem.check_target == "raise":
+        raise_invalid_target(library.on_host(problem.target), problem.input.shape[problem.axis])
+    return problem
+
+
+def raise_invalid_target(target: Array, n_classes: int) -> None:
+    """Raise if a target is out of range. The values must be concrete.
+
+    Parameters
+    ----------
+    target : array of integers
+        Class indices.
+    n_classes : int
+        The number of classes.
+
+    Raises
+    ------
+    InvalidTargetError
+        With the first offending position.
+    """
+    xp = library_of("target", target).namespace
+    signed = xp.astype(target, widest(xp, target)[0])
+    bad = (signed < 0) | (signed >= n_classes)
+    if not bool(xp.any(bad)):
+        return
+    flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
+    value = int(xp.reshape(target, (-1,))[flat])
+    position = []
+    for n in reversed(target.shape):
+        flat, place = divmod(flat, n)
+        position.insert(0, place)
+    raise InvalidTargetError(tuple(position), value, n_classes)
+
+
+def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
+    """Return input's shape (a 0-d input counts as one class), the axis from 0, and C."""
+    shape = _shape("input", input) or (1,)
+    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
+        raise TypeError(f"axis must be an integer, but is {_a(axis)}")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"axis must lie between {-len(shape)} and {len(shape) - 1} for input of shape "
+            f"{shape}, but is {axis}"
+        )
+    axis = int(axis) % len(shape)
+    n_classes = shape[axis]
+    if n_classes == 0:
+        raise ValueError(f"input must have at least one class, but has shape {shape}")
+    if n_classes is None or n_classes != n_classes:  # noqa: PLR0124 (Dask says NaN)
+        raise ValueError(
+            f"input must have a known number of classes, but its shape {shape} is unknown at "
+            f"axis {axis}"
+        )
+    return shape, axis, n_classes
+
+
+def _check_types(input: Array, target: Array, weight: Array | None) -> tuple[Library, Any]:
+    """Check dtypes, then libraries and devices; return the library and namespace of input."""
+    library = library_of("input", input)
+    _check_real("input", library.namespace, input)
+    target_library = library_of("target", target)
+    kinds = target_library.namespace
+    if not kinds.isdtype(target.dtype, "integral"):
+        raise TypeError(f"target must have an integer dtype, but has dtype {target.dtype}")
+    if weight is not None:
+        _check_real("weight", library_of("weight", weight).namespace, weight)
+    _check_together("target", target, target_library, input, library.name)
+    if weight is not None:
+        _check_together("weight", weight, library_of("weight", weight), input, library.name)
+    return library, library.namespace
+
+
+def _check_real(argument: str, xp: Any, array: Array) -> None:
+    dtype = array.dtype
+    if xp.isdtype(dtype, "real floating") and xp.finfo(dtype).bits in (16, 32, 64):
+        return
+    raise TypeError(
+        f"{argument} must have a real floating dtype (float16, bfloat16, float32 or float64), "
+        f"but has dtype {dtype}"
+    )
+
+
+def _check_together(
+    argument: str, array: Array, library: Library, input: Array, input_library: str
+) -> None:
+    """Check that an array lies in the library and on the device of input."""
+    if library.name != input_library:
+        if input_library == "dask" and library.name == "numpy":
+            return
+        raise TypeError(
+            f"{argument} must come from the same library as input, but {argument} is of "
+            f"{library.name} and input is of {input_library}"
+        )
+    ours, theirs = device_of(array), device_of(input)
+    if ours != theirs:
+        raise TypeError(
+            f"{argument} must be on the same device as input, but {argument} is on {ours} and "
+            f"input is on {theirs}"
+        )
+
+
+def _resolve(check_target: str, library: Library, target: Array) -> str:
+    """Decide whether targets out of range raise or give NaN."""
+    if check_target == "nan":
+        return "nan"
+    sight = library.sight(target)
+    if check_target == "auto":
+        return "raise" if sight in (HOST, LAZY) else "nan"
+    if sight == TRACED:
+        raise ValueError(
+            "check_target='raise' needs the values of target, but target is being traced (jit, "
+            "vmap, compile, meta or fake tensors) and has none yet; accepted here are 'auto' and "
+            "'nan'"
+        )
+    return "raise"
+
+
+def _shape(argument: str, array: Array) -> tuple[int, ...]:
+    try:
+        return tuple(array.shape)
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{argument} must be an array, but is {_a(array)}"
+        ) from None
+
+
+def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Compare shapes; a length that isn't known yet (None, or Dask's NaN) fits any."""
+    return len(a) == len(b) and all(
+        m == n or m is None or n is None or m != m or n != n  # noqa: PLR0124
+        for m, n in zip(a, b, strict=True)
+    )
+
+
+def _real_number(argument: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument} must be a real number, but is {_a(value)}")
+    return float(value)
+
+
+def _a(value: object) -> str:
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names))
