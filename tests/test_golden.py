@@ -41,5 +41,6 @@ def test_dtypes_named_hold_the_scores_exactly():
     for vector in golden_vectors():
         scores = np.asarray(vector.input)
         for dtype in ("float16", "float32"):
-            exact = bool((scores.astype(dtype).astype("float64") == scores).all())
+            with np.errstate(over="ignore"):
+                exact = bool((scores.astype(dtype).astype("float64") == scores).all())
             assert exact == (dtype in vector.dtypes), (vector.name, dtype)
