@@ -22,8 +22,9 @@ def sight(tensor: torch.Tensor) -> str:
 
 def on_host(tensor: torch.Tensor) -> np.ndarray:
     """Return the values as a NumPy array; PyTorch compares no unsigned integers wider than 8 bits."""
-    # No operation on a CPU tensor: within torch.func.grad its result would have no values.
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
+    # Within torch.func.grad and the like, what an operation returns has no values to read.
+    with torch._C._DisableFuncTorch():
+        return tensor.cpu().numpy()
 
 
 def arange(n: int, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
