@@ -43,15 +43,15 @@ def inputs_are_not_changed(ctx: Context) -> None:
 @check(TOPIC)
 def read_only_inputs_are_accepted(ctx: Context) -> None:
     """Arrays that can't be written to."""
-    rows, target = ctx.scores(3, 4), [0, 3, 1]
-    arrays = ctx.array(rows), ctx.integers(target), ctx.array([1.0, 2.0, 0.5, 1.0])
+    rows, target = ctx.scores(), [0, 3, 1, 4]
+    arrays = ctx.array(rows), ctx.integers(target), ctx.array([1.0, 2.0, 0.5, 1.0, 3.0])
     for array in arrays:
         try:
             array.flags.writeable = False
         except (AttributeError, TypeError, ValueError):
             raise NotRun(f"{ctx.library} offers no read-only arrays to try") from None
     x, y, weight = arrays
-    wanted = reference(rows, target, p=2, weight=[1.0, 2.0, 0.5, 1.0])
+    wanted = reference(rows, target, p=2, weight=[1.0, 2.0, 0.5, 1.0, 3.0])
     ctx.agrees(x, y, wanted, p=2, weight=weight)
 
 
@@ -70,7 +70,7 @@ def slices_with_steps_are_accepted(ctx: Context) -> None:
 @check(TOPIC, every_dtype=True)
 def transposed_inputs_are_accepted(ctx: Context) -> None:
     """Scores laid out with the classes first."""
-    rows, target = ctx.scores(5, 4), ctx.targets(5, 4)
+    rows, target = ctx.scores(), ctx.targets()
     columns = ctx.array([list(column) for column in zip(*rows, strict=True)])
     source = f"xp.permute_dims({ctx.source(columns)}, (1, 0))"
     x = ctx.note(ctx.xp.permute_dims(columns, (1, 0)), source)
@@ -195,7 +195,7 @@ def libraries_agree_with_each_other(ctx: Context) -> None:
     if not other.has_dtype(ctx.dtype):
         raise NotRun(f"{other.library} has no {ctx.dtype}")
     for p in (1, 2, 1.5):
-        rows, target = ctx.scores(12, 9), ctx.targets(12, 9)
+        rows, target = ctx.scores(), ctx.targets()
         scale = reference(rows, target, p=p)
         theirs = other.loss_and_grad(
             other.array(rows), other.integers(target), p=p, reduction="none"

@@ -130,11 +130,11 @@ def cases() -> list[dict[str, Any]]:
 
     case("one class costs nothing", [[3.5], [-2.0]], [0, 0])
     case("two classes", [[0.25, -0.5], [1.0, 4.0]], [0, 0])
-    case("all scores equal", [[2.0] * 4, [-7.0] * 4], [1, 3], margin=0.75)
-    kink = [[0.5, 1.5, -0.5, 0.5], [2.0, 1.0, 2.0, 1.0]]
-    case("kink, p = 1", kink, [1, 2])
-    case("kink, p = 2", kink, [1, 2], p=2)
-    case("kink, p = 1.5", kink, [1, 2], p=1.5)
+    case("all scores equal", [[2.0] * 5, [-7.0] * 5, [0.0] * 5, [0.25] * 5], [1, 3, 0, 4], margin=0.75)
+    kink = [[0.5, 1.5, -0.5, 0.5, 2.5], [2.0, 1.0, 2.0, 1.0, 0.0], [1.0] * 5, [4.0, 3.0, 2.0, 1.0, 0.0]]
+    case("kink, p = 1", kink, [1, 2, 0, 0])
+    case("kink, p = 2", kink, [1, 2, 0, 0], p=2)
+    case("kink, p = 1.5", kink, [1, 2, 0, 0], p=1.5)
     near = _grid(random.Random("near"), 4, 5, span=2, step=2**-6)
     case("grid, p = 1", near, [0, 4, 2, 2])
     case("grid, p = 2", near, [0, 4, 2, 2], p=2)
@@ -151,17 +151,18 @@ def cases() -> list[dict[str, Any]]:
     case("weight, negative and 0 too, p = 1.5", near, [0, 3, 2, 1], p=1.5, weight=weight)
     case("33 classes", _grid(random.Random("wide"), 2, 33, span=3, step=2**-5), [32, 0])
     case("17 classes, p = 2", _grid(random.Random("odd"), 2, 17, span=3, step=2**-5), [16, 7], p=2)
-    case("squares beyond float16", [[0.0, 300.0, -300.0, 1.0], [1.0, 2.0, 3.0, 4.0]], [0, 3], p=2)
-    tie = float(2**25)
-    case("tie at 2**25", [[tie] * 4, [-tie] * 4], [0, 3])
-    case("tie at 2**54", [[float(2**54)] * 3, [-float(2**54)] * 3], [0, 2])
+    squares = [[0.0, 300.0, -300.0, 1.0, 2.0], *near[1:]]
+    case("squares beyond float16", squares, [0, 3, 2, 1], p=2)
+    for exponent in (25, 54):
+        tie = float(2**exponent)
+        case(f"tie at 2**{exponent}", [[tie] * 5, [-tie] * 5] * 2, [0, 2, 3, 4])
     for p in (1, 2, 1.5):
-        rows = _random(random.Random(f"single {p}"), 3, 5, _single)
-        case(f"random float32, p = {p}", rows, [4, 0, 2], p, _single(0.7))
-        rows = _random(random.Random(f"double {p}"), 3, 5, float)
-        case(f"random float64, p = {p}", rows, [1, 3, 0], p, 0.7)
+        rows = _random(random.Random(f"single {p}"), 4, 5, _single)
+        case(f"random float32, p = {p}", rows, [4, 0, 2, 1], p, _single(0.7))
+        rows = _random(random.Random(f"double {p}"), 4, 5, float)
+        case(f"random float64, p = {p}", rows, [1, 3, 0, 4], p, 0.7)
     rows = [[_single(score + 4096) for score in row] for row in rows]
-    case("cancellation", rows, [1, 3, 0], 2, 0.5)
+    case("cancellation", rows, [1, 3, 0, 4], 2, 0.5)
     sizes = [[math.ldexp(score, 7 * j - 20) for j, score in enumerate(row)] for row in near]
     case("scores of many sizes", sizes, [0, 1, 2, 4])
     return found
