@@ -24,6 +24,12 @@ TRACED = "traced"  # there are no values yet: jit, vmap, torch.compile, meta and
 LAZY = "lazy"  # values come when computed (Dask)
 
 
+def _to_numpy(array: Array) -> Any:
+    import numpy as np
+
+    return np.asarray(array)
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """What the package needs to know of one array library.
@@ -41,6 +47,8 @@ class Library:
     settle : callable or None
         For a lazy library, ``settle(problem)``: the problem with arrays of the library only, whose
         targets raise when they are computed, if ``check_target`` says so.
+    to_numpy : callable
+        ``to_numpy(array)``: the values as a NumPy array; lazy ones are computed.
     """
 
     name: str
@@ -48,6 +56,7 @@ class Library:
     sight: Callable[[Array], str]
     on_host: Callable[[Array], Array]
     settle: Callable[[Any], Any] | None = None
+    to_numpy: Callable[[Array], Any] = _to_numpy
 
 
 def _same(array: Array) -> Array:
@@ -69,13 +78,13 @@ def _torch() -> Library:
 
     from mml_arrayapi.backends.torch_values import sight
 
-    return Library("torch", xp, sight, _same)
+    return Library("torch", xp, sight, _same, to_numpy=lambda t: t.detach().cpu().numpy())
 
 
 def _cupy() -> Library:
     import array_api_compat.cupy as xp
 
-    return Library("cupy", xp, lambda _: DEVICE, _same)
+    return Library("cupy", xp, lambda _: DEVICE, _same, to_numpy=lambda a: a.get())
 
 
 def _dask() -> Library:
