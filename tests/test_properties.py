@@ -91,7 +91,7 @@ def test_convex_in_the_scores(any_lib):
     def check(problem):
         scores, target, options = problem
         options = options | {"weight": None if options["weight"] is None else np.abs(options["weight"])}
-        other = np.ascontiguousarray(scores[::-1])
+        other = scores[::-1].copy()
         middle = (scores + other) / 2
         at = [run(any_lib, x, target, options, reduction="sum")[0] for x in (scores, other, middle)]
         assert at[2] <= (at[0] + at[1]) / 2 + 1e-6 * scale(scores, options) * len(target)
