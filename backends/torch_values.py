@@ -1,7 +1,8 @@
-"""PyTorch: whether a tensor's values can be read now, without stalling or breaking a trace."""
+"""PyTorch: whether a tensor's values can be read, and tensors made beside it."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -17,3 +18,18 @@ def sight(tensor: torch.Tensor) -> str:
     if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return TRACED
     return HOST if tensor.device.type == "cpu" else DEVICE
+
+
+def on_host(tensor: torch.Tensor) -> np.ndarray:
+    """Return the values as a NumPy array; PyTorch compares no unsigned integers wider than 8 bits."""
+    # Within torch.func.grad and the like, what an operation returns has no values to read.
+    with torch._C._DisableFuncTorch():
+        return tensor.cpu().numpy()
+
+
+def arange(n: int, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Return 0 to n - 1, a fake tensor beside a fake tensor."""
+    if isinstance(like, FakeTensor):
+        with like.fake_mode:
+            return torch.arange(n, dtype=dtype, device=like.device)
+    return torch.arange(n, dtype=dtype, device=like.device)

@@ -22,7 +22,7 @@ import math
 from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.namespaces import device_of, widest
+from mml_arrayapi.namespaces import arange, widest
 
 Array = Any
 
@@ -106,7 +106,7 @@ def _hinge(problem: Problem) -> _Hinge:
 
     # No narrowing: what is too large for int64 turns negative and stays out of range.
     target = xp.expand_dims(xp.astype(problem.target, integer), axis=axis)
-    classes = xp.arange(n_classes, dtype=integer, device=device_of(x))
+    classes = arange(n_classes, integer, x)
     classes = xp.reshape(classes, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
     own = classes == target
     zero = xp.zeros_like(x)
