@@ -103,30 +103,40 @@ def _widen_float16(builder: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def _rounded(typingctx, pointer, value):  # type: ignore[no-untyped-def]
+    """Round to the pointer's kind, to nearest even for 16-bit ones."""
+    kind = pointer.dtype
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        number = context.cast(builder, args[1], value, _computing(kind))
+        if kind == types.uint16:
+            return _round_bfloat16(builder, builder.bitcast(number, _I32))
+        if kind == types.int16:
+            return _round_float16(builder, builder.bitcast(number, _I32))
+        return number
+
+    return kind(pointer, value), codegen
+
+
+@intrinsic
 def _store(typingctx, pointer, index, value, lane):  # type: ignore[no-untyped-def]
-    """Store one element of a gradient, rounded to nearest even for 16-bit kinds.
+    """Store one element, of the pointer's kind.
 
     The lane, a literal 0 to 3, says which of the four rows that are written at once this is: they
     don't overlap, nor does the gradient overlap the input. LLVM must be told so (four loads and
     four stores are more than it checks at run time).
     """
-    kind = pointer.dtype
     if not isinstance(lane, types.IntegerLiteral):
         return None
     own = lane.literal_value
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        number = context.cast(builder, args[2], value, _computing(kind))
-        if kind == types.uint16:
-            number = _round_bfloat16(builder, builder.bitcast(number, _I32))
-        elif kind == types.int16:
-            number = _round_float16(builder, builder.bitcast(number, _I32))
-        stored = builder.store(number, builder.gep(args[0], [args[1]]))
+        stored = builder.store(args[2], builder.gep(args[0], [args[1]]))
         stored.set_metadata("alias.scope", _scopes(builder, [own]))
         stored.set_metadata("noalias", _scopes(builder, [i for i in _LANES if i != own]))
         return context.get_dummy_value()
 
-    return types.none(pointer, index, value, lane), codegen
+    return types.none(pointer, index, pointer.dtype, lane), codegen
 
 
 _LANES = (0, 1, 2, 3)
@@ -205,6 +215,10 @@ def _slope(h, p):  # type: ignore[no-untyped-def]
     """Return h ** (p - 1), and 0 where h is 0."""
 
 
+def _scaled(pointer, slope, scale, p):  # type: ignore[no-untyped-def]
+    """Return slope * scale, rounded to the pointer's kind."""
+
+
 @overload(_term)
 def _term_of(h, p):  # type: ignore[no-untyped-def]
     if p == types.int8:
@@ -221,6 +235,18 @@ def _slope_of(h, p):  # type: ignore[no-untyped-def]
     if p == types.int16:
         return lambda h, p: h
     return lambda h, p: _power(h, p - 1.0)
+
+
+@overload(_scaled)
+def _scaled_of(pointer, slope, scale, p):  # type: ignore[no-untyped-def]
+    if p == types.int8:  # two values only: LLVM rounds them once, ahead of the loop
+
+        def choose(pointer, slope, scale, p):  # type: ignore[no-untyped-def]
+            on, off = _rounded(pointer, scale), _rounded(pointer, scale * _like(scale, 0.0))
+            return on if slope > _like(scale, 0.0) else off
+
+        return choose
+    return lambda pointer, slope, scale, p: _rounded(pointer, slope * scale)
 
 
 @njit(nogil=True)
@@ -282,10 +308,10 @@ def _slopes(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
             s2, s3 = _plus(s2, _term(h2, p)), _plus(s3, _term(h3, p))
             e0, e1, e2, e3 = _slope(h0, p), _slope(h1, p), _slope(h2, p), _slope(h3, p)
             d0, d1, d2, d3 = _plus(d0, e0), _plus(d1, e1), _plus(d2, e2), _plus(d3, e3)
-            _store(g0, m, e0 * scale[0], 0)
-            _store(g1, m, e1 * scale[1], 1)
-            _store(g2, m, e2 * scale[2], 2)
-            _store(g3, m, e3 * scale[3], 3)
+            _store(g0, m, _scaled(g0, e0, scale[0], p), 0)
+            _store(g1, m, _scaled(g1, e1, scale[1], p), 1)
+            _store(g2, m, _scaled(g2, e2, scale[2], p), 2)
+            _store(g3, m, _scaled(g3, e3, scale[3], p), 3)
         total = (total[0] + s0, total[1] + s1, total[2] + s2, total[3] + s3)
         slope = (slope[0] + d0, slope[1] + d1, slope[2] + d2, slope[3] + d3)
     return total, slope
@@ -355,7 +381,7 @@ def _one_slope(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
         e = _slope(h, p)
         total += np.float64(_term(h, p))
         slope += np.float64(e)
-        _store(grad, j * grad_step, e * scale, 0)
+        _store(grad, j * grad_step, _scaled(grad, e, scale, p), 0)
     return total, slope
 
 
@@ -363,7 +389,8 @@ def _one_slope(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
 def _end_loss(kind, losses, i, n_classes, loss):
     """Store a row's loss where losses are asked for; it is still to be divided by C."""
     if losses != 0:
-        _store(_pointer(losses, kind), i, _like(kind, loss / n_classes), 0)
+        out = _pointer(losses, kind)
+        _store(out, i, _rounded(out, loss / n_classes), 0)
     return loss
 
 
@@ -372,9 +399,9 @@ def _end_grad(grad, grad_step, y, n, total, slope, scale):
     """Write a row's gradient at its target; NaN all over the row where the loss is NaN."""
     if total != total:
         for j in range(n):
-            _store(grad, j * grad_step, total, 0)
+            _store(grad, j * grad_step, _rounded(grad, total), 0)
     else:
-        _store(grad, y * grad_step, -slope * scale, 0)
+        _store(grad, y * grad_step, _rounded(grad, -slope * scale), 0)
 
 
 @njit(nogil=True, cache=True)
