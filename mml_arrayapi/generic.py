@@ -109,7 +109,7 @@ def _hinge(problem: Problem) -> _Hinge:
     classes = arange(n_classes, integer, x)
     classes = xp.reshape(classes, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
     own = classes == target
-    zero = xp.zeros_like(x)
+    zero = xp.zeros_like(target, dtype=x.dtype)
     own_score = xp.sum(xp.where(own, x, zero), axis=axis, keepdims=True, dtype=x.dtype)
 
     # The target's own class gets a finite stand-in: infinity - infinity would raise a warning.
@@ -134,7 +134,7 @@ def _hinge(problem: Problem) -> _Hinge:
 
 def _power(xp: Any, hinge: _Hinge, exponent: float) -> Array:
     """``z ** exponent`` where the class is active, else 0."""
-    zero, one = xp.zeros_like(hinge.z), xp.ones_like(hinge.z)
+    zero, one = xp.zeros_like(hinge.factor), xp.ones_like(hinge.factor)
     if exponent == 0:
         return xp.where(hinge.active, one, zero)
     if exponent == 1:
