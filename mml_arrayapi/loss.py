@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mml_arrayapi import arguments, registry
+from mml_arrayapi.kernel import Problem
 
 Array = Any
 
@@ -210,7 +211,7 @@ def explain(
     return registry.explain(problem, backend)
 
 
-def _in_targets_shape(problem: registry.Problem, target: Array, loss: Array) -> Array:
+def _in_targets_shape(problem: Problem, target: Array, loss: Array) -> Array:
     """Give per-sample losses the target's shape, where one sample was spelled another way."""
     if problem.reduction == "none" and loss.ndim != target.ndim:
         return problem.xp.reshape(loss, target.shape)

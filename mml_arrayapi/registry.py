@@ -265,7 +265,9 @@ def _kernels_of(library: str) -> tuple[Kernel, ...]:
 
 def _load(library: str) -> tuple[Kernel, ...]:
     with _lock:
-        kernels = [_attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library]
+        kernels = [
+            _attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library
+        ]
         kernels += [kernel for kernel in _registered if kernel.library == library]
         for plugin in _plugins:
             if _library(plugin) == library:
