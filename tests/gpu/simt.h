@@ -30,12 +30,13 @@ struct Fiber {
     std::vector<char> stack;
     Wait wait = RUNNING;
     void* fake_stack = nullptr;
+    unsigned shuffles = 0;
 };
 
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<double> shared;
-    char shuffle[1024][8];
+    char shuffle[1024][2][8];
 };
 
 static Block block;
@@ -124,6 +125,7 @@ inline int launch(void (*kernel)(const void*), unsigned grid, unsigned threads, 
             fiber.stack.resize(64 * 1024);
             fiber.wait = RUNNING;
             fiber.fake_stack = nullptr;
+            fiber.shuffles = 0;
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data();
             fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -169,10 +171,11 @@ inline void __syncwarp() { simt::wait(simt::AT_WARP); }
 
 template <class T>
 inline T __shfl_xor_sync(unsigned, T value, unsigned step) {
-    memcpy(simt::block.shuffle[simt::thread], &value, sizeof value);
+    // Two slots in turn: no lane can be two shuffles ahead of another.
+    const unsigned turn = simt::block.fibers[simt::thread].shuffles++ % 2;
+    memcpy(simt::block.shuffle[simt::thread][turn], &value, sizeof value);
     simt::wait(simt::AT_SHUFFLE);
-    memcpy(&value, simt::block.shuffle[simt::thread ^ step], sizeof value);
-    simt::wait(simt::AT_SHUFFLE);
+    memcpy(&value, simt::block.shuffle[simt::thread ^ step][turn], sizeof value);
     return value;
 }
 
