@@ -12,7 +12,7 @@ import numbers
 from typing import Any
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.namespaces import HOST, LAZY, TRACED, Library, device_of, library_of, widest
+from mml_arrayapi.namespaces import HOST, LAZY, TRACED, Library, library_of, widest
 
 Array = Any
 
@@ -84,16 +84,7 @@ def check(
     TypeError, ValueError
         With the argument's name, what was given, and what is accepted.
     """
-    if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be a string, but is {_a(reduction)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_listed(REDUCTIONS)}, but is {reduction!r}")
-    p = _real_number("p", p)
-    if not 1 <= p < math.inf:
-        raise ValueError(f"p must be a finite real number >= 1, but is {p!r}")
-    margin = _real_number("margin", margin)
-    if not math.isfinite(margin):
-        raise ValueError(f"margin must be a finite real number, but is {margin!r}")
+    p, margin = check_parameters(reduction, p, margin)
     if not isinstance(check_target, str) or check_target not in CHECKS:
         raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {check_target!r}")
 
@@ -121,6 +112,36 @@ def check(
     return Problem(
         xp, library.name, input, target, weight, p, margin, reduction, axis, mode
     )
+
+
+def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, float]:
+    """Check the parameters that are no arrays.
+
+    Parameters
+    ----------
+    reduction, p, margin
+        As in :func:`mml_arrayapi.multi_margin_loss`.
+
+    Returns
+    -------
+    p, margin : float
+
+    Raises
+    ------
+    TypeError, ValueError
+        With the argument's name, what was given, and what is accepted.
+    """
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be a string, but is {_a(reduction)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_listed(REDUCTIONS)}, but is {reduction!r}")
+    p = _real_number("p", p)
+    if not 1 <= p < math.inf:
+        raise ValueError(f"p must be a finite real number >= 1, but is {p!r}")
+    margin = _real_number("margin", margin)
+    if not -math.inf < margin < math.inf:
+        raise ValueError(f"margin must be a finite real number, but is {margin!r}")
+    return p, margin
 
 
 def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_output: Array) -> Array:
@@ -274,8 +295,8 @@ def _check_together(
             f"{argument} must come from the same library as input, but {argument} is of "
             f"{library.name} and input is of {input_library}"
         )
-    ours, theirs = device_of(array), device_of(input)
-    if ours != theirs:
+    ours, theirs = library.place(array), library.place(input)
+    if ours is not None and theirs is not None and ours != theirs:
         raise TypeError(
             f"{argument} must be on the same device as input, but {argument} is on {ours} and "
             f"input is on {theirs}"

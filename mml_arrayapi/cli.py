@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mml_arrayapi import demo, evaluate
+from mml_arrayapi import demo
 from mml_arrayapi._version import __version__
 from mml_arrayapi.conformance import command as conformance
+from mml_arrayapi.evaluate import add_parser as add_evaluate
 from mml_arrayapi.registry import backends
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say
@@ -39,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (demo, evaluate, conformance):
-        module.add_parser(commands)
+    # mml_arrayapi.evaluate is the function; its module is not reached by that name.
+    for add_parser in (demo.add_parser, add_evaluate, conformance.add_parser):
+        add_parser(commands)
     listing = commands.add_parser("backends", help="list the kernels there are, and why not others")
     listing.set_defaults(run=_backends)
     arguments = parser.parse_args(argv)

@@ -1,0 +1,348 @@
+"""Exact sums of losses: streaming, mergeable in any order, the same on every library.
+
+A sum of floats is kept as one Python integer that counts units of ``2 ** -UNIT``, in which every
+float64 is whole. Adding is exact, so neither the order nor the cut into batches, chunks or
+workers can change a bit; the result is rounded once, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from mml_arrayapi.arguments import check_parameters
+from mml_arrayapi.namespaces import library_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Array = Any
+
+UNIT = 1130  # 1074 for the smallest float64, and the 53 bits below the exponent of frexp
+BLOCK = 2**16  # values looked at together: their temporaries stay in the cache
+EXACT = 2**25  # so many 27-bit integers can be added in a float64 without rounding
+
+
+def exact_sums(
+    values: np.ndarray, groups: np.ndarray | None = None, n_groups: int = 1
+) -> list[int]:
+    """Sum finite floats exactly, by group.
+
+    Parameters
+    ----------
+    values : numpy array, shape (N,), float32 or float64
+        Finite values.
+    groups : numpy array of integers, shape (N,), optional
+        The group of each, 0 to ``n_groups - 1``; all are in group 0 if left out.
+    n_groups : int
+        The number of groups.
+
+    Returns
+    -------
+    list of int
+        Each group's sum in units of ``2 ** -UNIT``.
+
+    Notes
+    -----
+    The mantissas of equal exponent are added as integers within a float64, by ``bincount``:
+    6 ns a value for float32 and 18 for float64 on one core of an AMD EPYC (Milan) at 2.4 GHz.
+    """
+    import numpy as np
+
+    totals = [0] * n_groups
+    # Many groups make many bins, most of them empty if the blocks are small.
+    block = max(BLOCK, 8 * n_groups)
+    for start in range(0, len(values), EXACT):
+        bins: dict[int, np.ndarray] = {}
+        stop = min(start + EXACT, len(values))
+        for at in range(start, stop, block):
+            part = slice(at, min(at + block, stop))
+            _add_mantissas(bins, values[part], None if groups is None else groups[part], n_groups)
+        for unit, sums in bins.items():
+            for group in np.flatnonzero(sums):
+                totals[group] += int(sums[group]) << unit
+    return totals
+
+
+def _add_mantissas(bins: Any, values: np.ndarray, groups: np.ndarray | None, n_groups: int) -> None:
+    """Add to ``bins[unit][group]`` the integers that the values are, in units of ``2 ** unit``."""
+    import numpy as np
+
+    mantissas, exponents = np.frexp(values)
+    lowest = int(exponents.min())
+    width = int(exponents.max()) - lowest + 1
+    keys = exponents - lowest
+    if groups is not None:
+        keys = keys * n_groups + groups.astype(np.int64)
+    halves = [(27, mantissas)]
+    if values.dtype != np.float32:
+        high = np.ldexp(np.trunc(np.ldexp(mantissas, 27)), -27)
+        halves = [(27, high), (53, mantissas - high)]
+    for bits, half in halves:
+        sums = np.bincount(keys, weights=half, minlength=width * n_groups)
+        rows = np.ldexp(sums, bits).reshape(width, n_groups)
+        for exponent, row in enumerate(rows, start=lowest):
+            unit = exponent - bits + UNIT
+            if unit in bins:
+                bins[unit] += row
+            elif row.any():
+                bins[unit] = row
+
+
+class ExactSum:
+    """A sum of floats without rounding, with the count of what was added.
+
+    Attributes
+    ----------
+    total : int
+        The sum of the finite values in units of ``2 ** -UNIT``.
+    count : int
+        How many values were added, NaN and infinities included.
+    nan, plus, minus : int
+        How many of them were NaN, infinite, minus infinite.
+    """
+
+    __slots__ = ("count", "minus", "nan", "plus", "total")
+
+    def __init__(
+        self, total: int = 0, count: int = 0, nan: int = 0, plus: int = 0, minus: int = 0
+    ) -> None:
+        self.total, self.count, self.nan, self.plus, self.minus = total, count, nan, plus, minus
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExactSum, (self.total, self.count, self.nan, self.plus, self.minus)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExactSum) and self.__reduce__() == other.__reduce__()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def add(self, values: np.ndarray) -> None:
+        """Add the elements of a NumPy array of float32 or float64."""
+        import numpy as np
+
+        values = values.reshape(-1)
+        finite = np.isfinite(values)
+        if not finite.all():
+            self.nan += int(np.isnan(values).sum())
+            self.plus += int((values == math.inf).sum())
+            self.minus += int((values == -math.inf).sum())
+        self.count += len(values)
+        self.total += exact_sums(values if finite.all() else values[finite])[0]
+
+    def merge(self, other: ExactSum) -> None:
+        """Add what another sum holds."""
+        self.total += other.total
+        self.count += other.count
+        self.nan += other.nan
+        self.plus += other.plus
+        self.minus += other.minus
+
+    def over(self, divisor: int) -> float:
+        """Return the sum divided by an integer, correctly rounded; NaN for a divisor of 0."""
+        if self.nan or (self.plus and self.minus) or not divisor:
+            return math.nan
+        if self.plus or self.minus:
+            return math.inf if self.plus else -math.inf
+        try:
+            return self.total / (divisor << UNIT)
+        except OverflowError:
+            return math.inf if self.total > 0 else -math.inf
+
+    def state(self) -> list[Any]:
+        """Return the state as plain JSON, the integer as ``"0x<hex digits>p<exponent>"``."""
+        zeros = (self.total & -self.total).bit_length() - 1 if self.total else UNIT
+        total = f"{self.total >> zeros:#x}p{zeros - UNIT}"
+        return [total, self.count, self.nan, self.plus, self.minus]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> ExactSum:
+        """Make the sum that :meth:`state` described."""
+        digits, _, exponent = state[0].partition("p")
+        return cls(int(digits, 16) << (int(exponent) + UNIT), *map(int, state[1:]))
+
+
+class LossAccumulator:
+    """The loss of a stream of batches: exact, whatever the batches and their order.
+
+    The losses of the samples are added without rounding; the sum is rounded once, when it is
+    asked for (as ``math.fsum`` does). So the figure has the same bits for any cut into batches,
+    any order of merging, any number of workers. It is picklable, and its state is plain JSON.
+
+    Parameters
+    ----------
+    p : float, default 1
+        The exponent, a finite real number >= 1.
+    margin : float, default 1.0
+        Any finite real number.
+    weight : array, shape (C,), real floating, optional
+        One factor per class, of any library; it is taken to the library and device of each batch.
+
+    Notes
+    -----
+    Each sample's loss is what ``multi_margin_loss(..., reduction="none")`` gives, rounded to the
+    scores' dtype, but for 16-bit scores, whose losses are kept in float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mml_arrayapi import LossAccumulator
+    >>> first, second = LossAccumulator(), LossAccumulator()
+    >>> first.update(np.asarray([[0.5, 0.0, -2.0]]), np.asarray([0]))
+    >>> second.update(np.asarray([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), np.asarray([0, 1]))
+    >>> first.merge(second)
+    >>> first.count, first.compute("sum")
+    (3, 0.8333333333333333)
+    """
+
+    def __init__(self, *, p: float = 1, margin: float = 1.0, weight: Array | None = None) -> None:
+        self.p, self.margin = check_parameters("mean", p, margin)
+        self._weight = None if weight is None else _weight_to_numpy(weight)
+        self._sum = ExactSum()
+
+    @property
+    def count(self) -> int:
+        """The number of samples so far."""
+        return self._sum.count
+
+    def update(self, input: Array, target: Array) -> None:
+        r"""Add a batch.
+
+        Parameters
+        ----------
+        input : array, shape (\*batch, C), real floating
+            The scores, of any array API library; the batches may come from different ones. Lazy
+            ones are computed.
+        target : array, shape (\*batch), any integer dtype
+            Each sample's class.
+
+        Raises
+        ------
+        TypeError, ValueError, InvalidTargetError
+            As :func:`mml_arrayapi.multi_margin_loss` with ``check_target="raise"``. Nothing has
+            been added then.
+        """
+        import numpy as np
+
+        from mml_arrayapi.loss import multi_margin_loss
+
+        library = library_of("input", input)
+        xp = library.namespace
+        weight = self._weight
+        if weight is not None:
+            weight = xp.asarray(weight, device=getattr(input, "device", None))
+        losses = multi_margin_loss(
+            _at_least_float32(xp, input),
+            target,
+            p=self.p,
+            margin=self.margin,
+            weight=weight,
+            reduction="none",
+            check_target="raise",
+        )
+        self._sum.add(np.asarray(library.on_host(losses)))
+
+    def merge(self, other: LossAccumulator) -> None:
+        """Add what another accumulator has seen.
+
+        Parameters
+        ----------
+        other : LossAccumulator
+            One with the same ``p``, ``margin`` and ``weight``.
+
+        Raises
+        ------
+        TypeError
+            Not an accumulator.
+        ValueError
+            Its parameters differ.
+        """
+        if not isinstance(other, LossAccumulator):
+            raise TypeError(f"other must be a LossAccumulator, but is a {type(other).__name__}")
+        mine, theirs = self.state(), other.state()
+        for name in ("p", "margin", "weight"):
+            if mine[name] != theirs[name]:
+                raise ValueError(
+                    f"only accumulators of the same {name} can be merged, but this one has "
+                    f"{mine[name]} and the other {theirs[name]}"
+                )
+        self._sum.merge(other._sum)
+
+    def compute(self, reduction: str = "mean") -> float:
+        """Return the loss of all samples so far.
+
+        Parameters
+        ----------
+        reduction : {"mean", "sum"}
+            The mean over the samples, or their sum.
+
+        Returns
+        -------
+        float
+            Correctly rounded. Without samples the sum is 0 and the mean NaN.
+
+        Raises
+        ------
+        ValueError
+            Another reduction: the losses of the single samples are not kept.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', but is {reduction!r}")
+        return self._sum.over(1 if reduction == "sum" else self._sum.count)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state as plain JSON: dictionaries, lists, strings and numbers.
+
+        Returns
+        -------
+        dict
+            ``p``, ``margin``, ``weight`` and ``sum`` (see :meth:`ExactSum.state`).
+        """
+        weight = None if self._weight is None else self._weight.tolist()
+        return {"p": self.p, "margin": self.margin, "weight": weight, "sum": self._sum.state()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> LossAccumulator:
+        """Make the accumulator that :meth:`state` described.
+
+        Parameters
+        ----------
+        state : dict
+            What :meth:`state` returned, through JSON or not.
+
+        Returns
+        -------
+        LossAccumulator
+
+        Examples
+        --------
+        >>> from mml_arrayapi import LossAccumulator
+        >>> LossAccumulator.from_state(LossAccumulator(p=2).state()).p
+        2.0
+        """
+        import numpy as np
+
+        weight = state["weight"]
+        weight = None if weight is None else np.asarray(weight, dtype=np.float64)
+        made = cls(p=state["p"], margin=state["margin"], weight=weight)
+        made._sum = ExactSum.from_state(state["sum"])
+        return made
+
+
+def _at_least_float32(xp: Any, input: Array) -> Array:
+    """Widen 16-bit scores, so that their losses are not rounded to 16 bits one by one."""
+    if xp.isdtype(input.dtype, "real floating") and xp.finfo(input.dtype).bits == 16:
+        return xp.astype(input, xp.float32)
+    return input
+
+
+def _weight_to_numpy(weight: Array) -> np.ndarray:
+    import numpy as np
+
+    library = library_of("weight", weight)
+    xp = library.namespace
+    if not xp.isdtype(weight.dtype, "real floating"):
+        raise TypeError(f"weight must have a real floating dtype, but has dtype {weight.dtype}")
+    if weight.ndim != 1:
+        raise ValueError(f"weight must have shape (C,), but has shape {tuple(weight.shape)}")
+    return np.asarray(library.on_host(_at_least_float32(xp, weight)), dtype=np.float64)
