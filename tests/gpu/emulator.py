@@ -110,7 +110,7 @@ def cases(scalar: int) -> Iterator[Case]:
     v = 16 // cuda_launch.ITEMSIZE[scalar]
     wide = cuda_launch.WIDE_VECTORS * v
     for i, classes in enumerate((1, 2, 3, 10, 16, 31, 32, 33, 64, 100, 8 * v + 3)):
-        rows = (70, 33, 5, 131)[i % 4]
+        rows = (300, 33, 5, 131)[i % 4]
         reduction = ("mean", "none", "sum")[i % 3]
         weight = (None, "own", "wide")[i % 3]
         yield Case(rows, classes, reduction, weight, grid=(None, 2)[i % 2], seed=i)

@@ -55,7 +55,7 @@ MUTANTS = [
     ("mask off by one bit", "% UNIT_VECTORS) * V + e) & 1", "% UNIT_VECTORS) * V + e + 1) & 1"),
     ("mask off by one unit", "any ? mask[(i64)(unit + u) * lanes", "any ? mask[(i64)(unit) * lanes"),
     ("edge's mask off by one bit", "byte >> (turn % UNIT) & 1", "byte >> (turn % UNIT + 1) & 1"),
-    ("target's class not left out", "if (k == own) {", "if (false) {"),
+    ("target's class not left out", "if (k == own) {", "if (k == own && y < 0) {"),
     ("target's class not left out of the edges", "if ((int)j == y) z = -1;", ""),
     ("active at the kink", "return !(z <= 0);", "return !(z < 0);"),
     ("NaN dropped", "return !(z <= 0);", "return z > 0;"),
