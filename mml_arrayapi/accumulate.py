@@ -222,6 +222,8 @@ class LossAccumulator:
             As :func:`mml_arrayapi.multi_margin_loss` with ``check_target="raise"``. Nothing has
             been added then.
         """
+        import numpy as np
+
         from mml_arrayapi.loss import multi_margin_loss
 
         library = library_of("input", input)
@@ -238,7 +240,7 @@ class LossAccumulator:
             reduction="none",
             check_target="raise",
         )
-        self._sum.add(library.to_numpy(losses))
+        self._sum.add(np.asarray(library.on_host(losses)))
 
     def merge(self, other: LossAccumulator) -> None:
         """Add what another accumulator has seen.
@@ -343,4 +345,4 @@ def _weight_to_numpy(weight: Array) -> np.ndarray:
         raise TypeError(f"weight must have a real floating dtype, but has dtype {weight.dtype}")
     if weight.ndim != 1:
         raise ValueError(f"weight must have shape (C,), but has shape {tuple(weight.shape)}")
-    return library.to_numpy(_at_least_float32(xp, weight)).astype(np.float64)
+    return np.asarray(library.on_host(_at_least_float32(xp, weight)), dtype=np.float64)

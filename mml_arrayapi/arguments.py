@@ -12,7 +12,7 @@ import numbers
 from typing import Any
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.namespaces import HOST, LAZY, TRACED, Library, device_of, library_of, widest
+from mml_arrayapi.namespaces import HOST, LAZY, TRACED, Library, library_of, widest
 
 Array = Any
 
@@ -139,7 +139,7 @@ def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, fl
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be a finite real number >= 1, but is {p!r}")
     margin = _real_number("margin", margin)
-    if not math.isfinite(margin):
+    if not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be a finite real number, but is {margin!r}")
     return p, margin
 
@@ -295,8 +295,8 @@ def _check_together(
             f"{argument} must come from the same library as input, but {argument} is of "
             f"{library.name} and input is of {input_library}"
         )
-    ours, theirs = device_of(array), device_of(input)
-    if ours != theirs:
+    ours, theirs = library.place(array), library.place(input)
+    if ours is not None and theirs is not None and ours != theirs:
         raise TypeError(
             f"{argument} must be on the same device as input, but {argument} is on {ours} and "
             f"input is on {theirs}"

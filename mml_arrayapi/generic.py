@@ -22,7 +22,7 @@ import math
 from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.namespaces import device_of, widest
+from mml_arrayapi.namespaces import arange, widest
 
 Array = Any
 
@@ -106,10 +106,10 @@ def _hinge(problem: Problem) -> _Hinge:
 
     # No narrowing: what is too large for int64 turns negative and stays out of range.
     target = xp.expand_dims(xp.astype(problem.target, integer), axis=axis)
-    classes = xp.arange(n_classes, dtype=integer, device=device_of(x))
+    classes = arange(n_classes, integer, x)
     classes = xp.reshape(classes, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
     own = classes == target
-    zero = xp.zeros_like(x)
+    zero = xp.zeros_like(target, dtype=x.dtype)
     own_score = xp.sum(xp.where(own, x, zero), axis=axis, keepdims=True, dtype=x.dtype)
 
     # The target's own class gets a finite stand-in: infinity - infinity would raise a warning.
@@ -134,7 +134,7 @@ def _hinge(problem: Problem) -> _Hinge:
 
 def _power(xp: Any, hinge: _Hinge, exponent: float) -> Array:
     """``z ** exponent`` where the class is active, else 0."""
-    zero, one = xp.zeros_like(hinge.z), xp.ones_like(hinge.z)
+    zero, one = xp.zeros_like(hinge.factor), xp.ones_like(hinge.factor)
     if exponent == 0:
         return xp.where(hinge.active, one, zero)
     if exponent == 1:

@@ -12,7 +12,7 @@ type does neither.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Array = Any
@@ -22,12 +22,6 @@ HOST = "host"  # values are concrete, reading them costs nothing
 DEVICE = "device"  # values are concrete, reading them would stall a device
 TRACED = "traced"  # there are no values yet: jit, vmap, torch.compile, meta and fake tensors
 LAZY = "lazy"  # values come when computed (Dask)
-
-
-def _to_numpy(array: Array) -> Any:
-    import numpy as np
-
-    return np.asarray(array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,47 +38,56 @@ class Library:
         ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
     on_host : callable
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
+    arange : callable
+        ``arange(n, dtype, like)``: 0 to n - 1, fit to be used together with ``like``.
+    place : callable
+        ``place(array)``: what must be equal for arrays to be used together; None fits anything.
     settle : callable or None
         For a lazy library, ``settle(problem)``: the problem with arrays of the library only, whose
         targets raise when they are computed, if ``check_target`` says so.
-    to_numpy : callable
-        ``to_numpy(array)``: the values as a NumPy array; lazy ones are computed.
     """
 
     name: str
     namespace: Namespace
     sight: Callable[[Array], str]
     on_host: Callable[[Array], Array]
+    arange: Callable[[int, Any, Array], Array]
+    place: Callable[[Array], Any]
     settle: Callable[[Any], Any] | None = None
-    to_numpy: Callable[[Array], Any] = _to_numpy
 
 
-def _same(array: Array) -> Array:
-    return array
+def device_of(array: Array) -> Any:
+    """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
+    return getattr(array, "device", None)
 
 
-def _always_host(array: Array) -> str:  # noqa: ARG001
-    return HOST
+def _plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
+    """Make the row of a library that follows the standard and needs nothing else."""
+
+    def arange(n: int, dtype: Any, like: Array) -> Array:
+        return xp.arange(n, dtype=dtype, device=device_of(like))
+
+    return Library(name, xp, sight, lambda array: array, arange, device_of)
 
 
 def _numpy() -> Library:
     import array_api_compat.numpy as xp
 
-    return Library("numpy", xp, _always_host, _same)
+    return _plain("numpy", xp, lambda _: HOST)
 
 
 def _torch() -> Library:
     import array_api_compat.torch as xp
 
-    from mml_arrayapi.backends.torch_values import sight
+    from mml_arrayapi.backends import torch_values as values
 
-    return Library("torch", xp, sight, _same, to_numpy=lambda t: t.detach().cpu().numpy())
+    return Library("torch", xp, values.sight, values.on_host, values.arange, device_of)
 
 
 def _cupy() -> Library:
     import array_api_compat.cupy as xp
 
-    return Library("cupy", xp, lambda _: DEVICE, _same, to_numpy=lambda a: a.get())
+    return replace(_plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
 
 
 def _dask() -> Library:
@@ -92,21 +95,21 @@ def _dask() -> Library:
 
     from mml_arrayapi.backends.dask_values import settle
 
-    return Library("dask", xp, lambda _: LAZY, _same, settle)
+    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle)
 
 
 def _jax() -> Library:
     import jax.numpy as xp
 
-    from mml_arrayapi.backends.jax_values import on_host, sight
+    from mml_arrayapi.backends import jax_values as values
 
-    return Library("jax", xp, sight, on_host)
+    return Library("jax", xp, values.sight, values.on_host, values.arange, values.place)
 
 
 def _array_api_strict() -> Library:
     import array_api_strict as xp
 
-    return Library("array_api_strict", xp, _always_host, _same)
+    return _plain("array_api_strict", xp, lambda _: HOST)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -168,7 +171,7 @@ def _library_without_row(argument: str, array: Array) -> Library:
     if name in LIBRARIES:
         return LIBRARIES[name]()
     if name not in _by_namespace:
-        _by_namespace[name] = Library(name, xp, _stranger_sight, _same)
+        _by_namespace[name] = _plain(name, xp, _stranger_sight)
     return _by_namespace[name]
 
 
@@ -181,14 +184,15 @@ def _stranger_sight(array: Array) -> str:
     return TRACED if is_lazy_array(array) else HOST
 
 
-def device_of(array: Array) -> Any:
-    """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
-    return getattr(array, "device", None)
+def arange(n: int, dtype: Any, like: Array) -> Array:
+    """Return 0 to n - 1 as an array that can be used together with ``like``."""
+    return library_of("input", like).arange(n, dtype, like)
 
 
 def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:
     """Return the widest signed integer and the widest real dtype of the array's device."""
-    if not hasattr(xp, "__array_namespace_info__"):
+    try:
+        dtypes = xp.__array_namespace_info__().dtypes(device=device_of(array))
+    except (AttributeError, RuntimeError):  # older than the standard's version 2023.12
         return xp.int64, xp.float64
-    dtypes = xp.__array_namespace_info__().dtypes(device=device_of(array))
     return dtypes.get("int64", dtypes.get("int32")), dtypes.get("float64", xp.float32)

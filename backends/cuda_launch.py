@@ -1,0 +1,274 @@
+"""What CuPy and PyTorch share on the GPU: which kernel runs, its geometry, its packed arguments.
+
+No library is named here and nothing is launched: a caller describes its arrays by addresses and
+strides in a :class:`Call`, and gets :class:`Launch` records back, which its library carries out.
+The kernels are those of ``margin_loss.cu``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mml_arrayapi.kernel import Problem
+
+SOURCE = Path(__file__).with_name("margin_loss.cu")
+SCALARS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 17}
+ITEMSIZE = {64: 8, 32: 4, 16: 2, 17: 2}
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+MAX_CLASSES = 2**31 - 1  # positions within a row have 32 bits in the kernels
+TILE_CLASSES = 31  # a tile's mask keeps a row in one word, and one of its bits says "no value"
+WIDE_VECTORS = 1024  # from here on a whole block works on each row: 16 KiB of scores
+TINY = 16384  # up to so many scores one block does everything, which saves the second launch
+BLOCKS_PER_MULTIPROCESSOR = 32
+
+BLOCK, TILE_BLOCK = 256, 128
+SCRATCH = 256  # bytes of shared memory for the sums over a block
+FAR = 2**63 - 1  # a flag's value while no target was found out of range
+
+# The fields of the kernels' arguments, in order, each of 8 bytes; "d" is a float64.
+FIELDS = (
+    *("scores", "target", "weight", "upstream", "loss", "partials", "result", "flag"),
+    *("mask", "counts", "grad", "rows", "classes", "row_stride", "target_stride", "target_kind"),
+    *("upstream_stride", "upstream_wide", "weight_wide", "lanes", "vector", "mask_row", "blocks"),
+    *("margin", "power", "loss_factor", "divisor", "grad_factor"),
+)
+LAYOUT = struct.Struct("<23q5d")
+
+
+class Call(NamedTuple):
+    """One problem in numbers: addresses on the device, strides in elements.
+
+    Attributes
+    ----------
+    scalar : int
+        The element type of scores, loss and gradient: a value of :data:`SCALARS`.
+    scores, target, weight : int
+        Addresses; ``weight`` is 0 where there is none.
+    rows, classes, row_stride, target_stride : int
+        The scores are ``(rows, classes)`` with the classes contiguous.
+    target_kind : int
+        Bytes of a target, negative if it is unsigned.
+    weight_wide : bool
+        Whether the weight is of the computing precision, rather than of the scores' type.
+    p, margin : float
+        As in the problem.
+    reduction : {"none", "mean", "sum"}
+        As in the problem.
+    multiprocessors : int
+        How many the device has.
+    """
+
+    scalar: int
+    scores: int
+    target: int
+    weight: int
+    rows: int
+    classes: int
+    row_stride: int
+    target_stride: int
+    target_kind: int
+    weight_wide: bool
+    p: float
+    margin: float
+    reduction: str
+    multiprocessors: int
+
+
+class Geometry(NamedTuple):
+    """How the rows are laid over the device. It depends on shapes and types, never on addresses."""
+
+    kernels: str  # "tiles", "rows" or "wide"
+    lanes: int  # threads that share a row
+    grid: int
+    block: int
+    shared: int  # bytes per block
+    mask_row: int  # bytes of the mask for one row
+    counts: int  # elements of counts, 4 bytes each
+
+
+class Launch(NamedTuple):
+    """One kernel launch: entry point, blocks, threads, shared bytes, values for FIELDS."""
+
+    name: str
+    grid: int
+    block: int
+    shared: int
+    values: tuple[float, ...]
+
+
+def power_kind(p: float) -> int:
+    """Return the POWER to compile for: 1 and 2 have code of their own, 0 is any other."""
+    return int(p) if p in (1, 2) else 0
+
+
+def defines(scalar: int, power: int) -> tuple[str, ...]:
+    """Return the compiler options that select a variant of the source."""
+    return (f"-DSCALAR={scalar}", f"-DPOWER={power}")
+
+
+@cache
+def source() -> str:
+    """Return the kernels' source text."""
+    return SOURCE.read_text(encoding="utf-8")
+
+
+@cache
+def fingerprint() -> str:
+    """Return a name for this version of the source."""
+    return hashlib.sha256(source().encode()).hexdigest()[:16]
+
+
+def refusal(problem: Problem) -> str | None:
+    """Tell why no GPU kernel can run a problem, as far as both libraries agree; None if one can.
+
+    Parameters
+    ----------
+    problem : Problem
+        The checked call.
+
+    Returns
+    -------
+    str or None
+    """
+    dtype = str(problem.input.dtype).rpartition(".")[2]
+    if dtype not in SCALARS:
+        return f"input has dtype {dtype}, the GPU kernels take {', '.join(SCALARS)}"
+    integer = str(problem.target.dtype).rpartition(".")[2]
+    if integer not in INTEGERS:
+        return f"target has dtype {integer}, the GPU kernels take {', '.join(INTEGERS)}"
+    if problem.axis != problem.input.ndim - 1:
+        return f"the classes are at axis {problem.axis}, the GPU kernels take the last axis only"
+    if problem.input.shape[-1] > MAX_CLASSES:
+        return f"input has {problem.input.shape[-1]} classes, the GPU kernels take {MAX_CLASSES}"
+    return None
+
+
+def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
+    """Lay a problem over the device.
+
+    Rows of up to 31 classes travel in tiles through shared memory, a thread to a row. Longer ones
+    are shared by 4 to 32 lanes, as many as keep each at about eight 16-byte loads, and from
+    16 KiB on by a block.
+
+    Parameters
+    ----------
+    scalar : int
+        A value of :data:`SCALARS`.
+    rows, classes, multiprocessors : int
+        As in :class:`Call`.
+
+    Returns
+    -------
+    Geometry
+    """
+    itemsize = ITEMSIZE[scalar]
+    if classes <= TILE_CLASSES:
+        real = max(itemsize, 4)
+        elements = 32 * classes
+        shared = SCRATCH + TILE_BLOCK // 32 * (elements + elements * real // 128 + 1) * real
+        grid = _grid(rows, TILE_BLOCK, rows * classes, multiprocessors)
+        return Geometry("tiles", 1, grid, TILE_BLOCK, shared, 4, 0)
+
+    vectors = classes * itemsize // 16
+    in_flight = 4 if itemsize == 2 else 8
+    lanes = 4
+    while lanes < 32 and lanes * in_flight < vectors:
+        lanes *= 2
+    if vectors >= WIDE_VECTORS:
+        lanes = BLOCK
+    unit = lanes * 8 * itemsize // 16  # vectors whose bits make one byte per lane
+    ragged = classes * itemsize % 16 != 0
+    mask_row = lanes * (-(-vectors // unit) + ragged)
+    grid = _grid(rows, BLOCK // lanes, rows * classes, multiprocessors)
+    kernels = "wide" if lanes == BLOCK else "rows"
+    return Geometry(kernels, lanes, grid, BLOCK, SCRATCH, mask_row, rows)
+
+
+def _grid(rows: int, per_block: int, elements: int, multiprocessors: int) -> int:
+    if elements <= TINY:
+        return min(rows, 1)
+    return min(-(-rows // per_block), multiprocessors * BLOCKS_PER_MULTIPROCESSOR)
+
+
+def partials(call: Call, shape: Geometry) -> int:
+    """Return how many float64 the launch needs to keep its blocks' sums in."""
+    return shape.grid if call.reduction != "none" and shape.grid > 1 else 0
+
+
+def launches(call: Call, shape: Geometry, operation: str, **buffers: int) -> list[Launch]:
+    """Say what to launch.
+
+    Parameters
+    ----------
+    call : Call
+        The problem.
+    shape : Geometry
+        What :func:`geometry` says.
+    operation : {"loss", "loss_mask", "loss_grad", "grad_mask"}
+        The loss; the loss and the mask (p = 1); the loss and the gradient, or with neither
+        ``loss`` nor ``result`` the gradient alone; the gradient from the mask (p = 1).
+    **buffers : int
+        Addresses by name, as in :data:`FIELDS`: ``result`` (the reduced loss) or ``loss`` (one
+        per row), ``partials``, ``mask``, ``counts``, ``grad``, ``flag``, and the gradient for the
+        loss as ``upstream`` with ``upstream_stride`` and ``upstream_wide``.
+
+    Returns
+    -------
+    list of Launch
+        None, one or two, to be launched in order on one stream.
+    """
+    mean = call.reduction == "mean"
+    divisor = float(call.rows) if mean else 1.0
+    per_loss = max(divisor, 1.0) * call.classes
+    numbers = {
+        **buffers,
+        "scores": call.scores,
+        "target": call.target,
+        "weight": call.weight,
+        "rows": call.rows,
+        "classes": call.classes,
+        "row_stride": call.row_stride,
+        "target_stride": call.target_stride,
+        "target_kind": call.target_kind,
+        "weight_wide": int(call.weight_wide),
+        "lanes": shape.lanes,
+        "vector": int(_aligned(call)),
+        "mask_row": shape.mask_row,
+        "blocks": shape.grid,
+        "margin": call.margin,
+        "power": call.p,
+        "loss_factor": 1.0 / call.classes,
+        "divisor": divisor,
+        "grad_factor": call.p / per_loss,
+    }
+    values = tuple(numbers.get(name, 0) for name in FIELDS)
+    steps = []
+    if shape.grid > 0:
+        name = f"{shape.kernels}_{operation}"
+        steps.append(Launch(name, shape.grid, shape.block, shape.shared, values))
+    if shape.grid != 1 and buffers.get("result"):
+        steps.append(Launch("finish", 1, BLOCK, SCRATCH, values))
+    return steps
+
+
+def _aligned(call: Call) -> bool:
+    """Tell whether the scores lie at 16-byte boundaries as the contiguous gradient does."""
+    if call.classes <= TILE_CLASSES and call.row_stride != call.classes:
+        return False
+    shift = (call.row_stride - call.classes) * ITEMSIZE[call.scalar]
+    return call.scores % 16 == 0 and shift % 16 == 0
+
+
+def pack(launch: Launch) -> bytes:
+    """Return a launch's arguments as the kernels read them: 8 bytes each."""
+    return LAYOUT.pack(*launch.values)
+
+
+def pointers(address: int) -> tuple[Any, ...]:
+    """Return the address of each argument of a packed block, as a launch by the driver wants."""
+    return tuple(address + 8 * i for i in range(len(FIELDS)))

@@ -1,0 +1,233 @@
+"""``mml-arrayapi demo``: one training code on every installed library, on real handwritten digits.
+
+A linear classifier of scikit-learn's bundled digits (1797 images of 8 x 8 pixels) is trained with
+this loss and its gradient. The code of the training, :func:`train`, knows no library. The scores of
+the held-out images are then written to disk and evaluated as ``mml-arrayapi evaluate`` does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
+
+Array = Any
+
+# The name shown, the namespace, and the module whose version is shown.
+LIBRARIES = (
+    ("NumPy", "array_api_compat.numpy", "numpy"),
+    ("PyTorch", "array_api_compat.torch", "torch"),
+    ("CuPy", "array_api_compat.cupy", "cupy"),
+    ("Dask", "array_api_compat.dask.array", "dask"),
+    ("JAX", "jax.numpy", "jax"),
+    ("array-api-strict", "array_api_strict", "array_api_strict"),
+)
+STEPS = 200
+RATE = 0.1
+P = 2  # smooth, so that libraries whose last bits differ don't drift apart over the steps
+
+
+class Digits(NamedTuple):
+    """The images as rows of pixels from 0 to 1 and a constant 1, float32, and their digits."""
+
+    train_images: Array
+    train_digits: Array
+    test_images: Array
+    test_digits: Array
+
+
+class Result(NamedTuple):
+    """What one library came to."""
+
+    kernel: str
+    train_loss: float
+    test_loss: float
+    accuracy: float
+    seconds: float
+    test_scores: Array  # NumPy
+
+
+def train(images: Array, digits: Array, *, steps: int = STEPS) -> Iterator[Array]:
+    """Train a linear classifier by gradient descent, in any library.
+
+    Parameters
+    ----------
+    images : array, shape (N, pixels), float32
+        One image per row.
+    digits : array, shape (N,), integer
+        What they show.
+    steps : int
+        How many steps are taken.
+
+    Yields
+    ------
+    array, shape (pixels, 10)
+        The weights after each step.
+    """
+    xp = _namespace(images)
+    weights = xp.zeros_like(images[:10, :]).T
+    for _ in range(steps):
+        _, grad = multi_margin_loss_and_grad(images @ weights, digits, p=P)
+        weights = weights - RATE * (images.T @ grad)
+        if hasattr(weights, "persist"):  # Dask: compute this step, or the graph grows with them
+            weights = weights.persist()
+        yield weights
+
+
+def run(images: Digits, namespace: str, advance: Callable[[], None]) -> Result:
+    """Train and test with one library.
+
+    Parameters
+    ----------
+    images : Digits
+        NumPy arrays.
+    namespace : str
+        The library's namespace module.
+    advance : callable
+        Called after each step.
+
+    Returns
+    -------
+    Result
+    """
+    import numpy as np
+
+    xp = importlib.import_module(namespace)
+    train_images, train_digits, test_images, test_digits = (xp.asarray(a) for a in images)
+    start = time.perf_counter()
+    for weights in train(train_images, train_digits):  # noqa: B007 (the last one is used)
+        advance()
+    train_loss = float(multi_margin_loss(train_images @ weights, train_digits, p=P))
+    seconds = time.perf_counter() - start
+    scores = test_images @ weights
+    test_loss = float(multi_margin_loss(scores, test_digits, p=P))
+    hits = xp.astype(xp.argmax(scores, axis=-1) == test_digits, xp.float32)
+    return Result(
+        explain(scores, test_digits, p=P).kernel,
+        train_loss,
+        test_loss,
+        float(xp.mean(hits)),
+        seconds,
+        np.asarray(scores.get() if hasattr(scores, "get") else scores),
+    )
+
+
+def load_digits() -> Digits:
+    """Load scikit-learn's digits, four fifths of them for training."""
+    import numpy as np
+    from sklearn.datasets import load_digits as load
+
+    pixels, digits = load(return_X_y=True)
+    rows = np.hstack([pixels / 16, np.ones((len(pixels), 1))]).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(rows))
+    cut = len(rows) * 4 // 5
+    first, last = order[:cut], order[cut:]
+    return Digits(rows[first], digits[first], rows[last], digits[last])
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "demo",
+        help="train on handwritten digits with every installed library, and compare",
+        description=__doc__.split("\n\n")[1],
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("mml-demo"),
+        metavar="DIR",
+        help="where the scores and targets are written (default: %(default)s)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        import numpy as np
+        import rich  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        print(f"demo: {error}; install with: pip install 'mml_arrayapi[demo]'", file=sys.stderr)
+        return 2
+    images = load_digits()
+    results = _train_everywhere(images)
+    scores = next(iter(results.values())).test_scores
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        logits, targets = arguments.output / "logits.npy", arguments.output / "targets.npy"
+        np.save(logits, scores)
+        np.save(targets, images.test_digits)
+    except OSError as error:
+        print(f"demo: cannot write to {arguments.output}: {error}", file=sys.stderr)
+        return 2
+    command = ["evaluate", str(logits), str(targets), "--p", str(P)]
+    print(f"\nThe held-out images' scores are in {logits}. Evaluating them:")
+    print(f"$ mml-arrayapi {' '.join(command)}\n", flush=True)
+    from mml_arrayapi.cli import main
+
+    return main(command)
+
+
+def _train_everywhere(images: Digits) -> dict[str, Result]:
+    """Train with each library; print the table."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    table = Table(title=f"The same {STEPS} steps of training on {len(images.train_digits)} digits")
+    for heading in ("library", "kernel", "training loss", "test loss", "test accuracy", "seconds"):
+        number = heading not in ("library", "kernel")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    results: dict[str, Result] = {}
+    with Progress(transient=True) as progress:
+        for name, namespace, module in LIBRARIES:
+            if why := _unusable(namespace):
+                table.add_row(name, why, style="dim")
+                continue
+            title = f"{name} {importlib.import_module(module).__version__}"
+            task = progress.add_task(name, total=STEPS)
+            result = run(images, namespace, lambda task=task: progress.advance(task))  # type: ignore[misc]
+            results[name] = result
+            table.add_row(
+                title,
+                result.kernel,
+                f"{result.train_loss:.5f}",
+                f"{result.test_loss:.5f}",
+                f"{result.accuracy:.1%}",
+                f"{result.seconds:.2f}",
+            )
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    _print_agreement(results)
+    return results
+
+
+def _print_agreement(results: dict[str, Result]) -> None:
+    printed = {f"{r.train_loss:.5f} {r.test_loss:.5f}" for r in results.values()}
+    if len(printed) == 1:
+        print(f"All {len(results)} libraries agree to the printed digits.")
+    else:
+        print(f"The libraries disagree: training and test loss are {' or '.join(sorted(printed))}.")
+
+
+def _unusable(namespace: str) -> str | None:
+    """Return why a library can't be used here, or None."""
+    try:
+        xp = importlib.import_module(namespace)
+    except ImportError:
+        return "not installed"
+    if namespace.endswith("cupy") and not xp.cuda.is_available():
+        return "no GPU"
+    return None
+
+
+def _namespace(array: Array) -> Any:
+    from array_api_compat import array_namespace
+
+    return array_namespace(array)

@@ -1,0 +1,76 @@
+"""One fixture, ``lib``, runs a test on every array library; those not installed are skipped by name."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+LIBRARIES = {
+    "numpy": "numpy",
+    "torch": "array_api_compat.torch",
+    "dask": "array_api_compat.dask.array",
+    "jax": "jax.numpy",
+    "array_api_strict": "array_api_strict",
+    "cupy": "array_api_compat.cupy",
+}
+
+
+@dataclass(frozen=True)
+class Lib:
+    """One array library, with what the tests need of it."""
+
+    name: str
+    xp: Any
+
+    def array(self, values, dtype=None):
+        """Make an array of this library; Dask arrays get several uneven chunks."""
+        values = np.asarray(values)
+        if self.name == "dask":
+            values = values if dtype is None else values.astype(dtype)
+            return self.xp.asarray(values, chunks=tuple(max(1, n // 2) for n in values.shape))
+        if self.name == "jax":  # without x64, 64-bit arrays would be truncated with a warning
+            narrow = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
+            dtype = narrow.get(str(dtype or values.dtype), dtype or values.dtype)
+            return self.xp.asarray(values.astype(dtype))
+        return self.xp.asarray(values) if dtype is None else self.xp.asarray(values, dtype=self.dtype(dtype))
+
+    def dtype(self, name):
+        return getattr(self.xp, name) if hasattr(self.xp, name) else np.dtype(name)
+
+    def has(self, dtype):
+        """Whether arrays of a dtype can be made, without truncation."""
+        if self.name == "jax" and dtype in ("float64", "int64", "uint64"):
+            return False
+        return hasattr(np if self.name == "dask" else self.xp, dtype)
+
+    def numpy(self, array):
+        """Read an array back, 16-bit floats as float32."""
+        if self.name == "cupy":
+            return array.get()
+        if self.name == "torch":
+            array = array.detach()
+            return (array.float() if array.dtype == self.xp.bfloat16 else array).numpy()
+        result = np.asarray(array)
+        return result.astype(np.float32) if result.dtype.name == "bfloat16" else result
+
+    def dtype_name(self, array):
+        return str(array.dtype).rpartition(".")[2]
+
+
+@pytest.fixture(params=LIBRARIES)
+def lib(request):
+    name = request.param
+    try:
+        xp = importlib.import_module(LIBRARIES[name])
+    except ImportError as error:
+        pytest.skip(f"{name} is not installed: {error}")
+    if name == "cupy" and not xp.cuda.is_available():
+        pytest.skip("cupy: no GPU")
+    return Lib(name, xp)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20261124)

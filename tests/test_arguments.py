@@ -1,0 +1,253 @@
+"""Every message, the order of the checks, and targets out of range, on every library."""
+
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
+
+X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
+BAD_ARGUMENTS = [
+    ({"reduction": 1}, TypeError, r"reduction must be a string, but is 1 of type int"),
+    (
+        {"reduction": "avg"},
+        ValueError,
+        r"reduction must be one of 'none', 'mean', 'sum', but is 'avg'",
+    ),
+    ({"p": "2"}, TypeError, r"p must be a real number, but is '2' of type str"),
+    ({"p": True}, TypeError, r"p must be a real number, but is True of type bool"),
+    ({"p": 2j}, TypeError, r"p must be a real number, but is 2j of type complex"),
+    ({"p": 0.5}, ValueError, r"p must be a finite real number >= 1, but is 0\.5"),
+    ({"p": np.nan}, ValueError, r"p must be a finite real number >= 1, but is nan"),
+    ({"p": np.inf}, ValueError, r"p must be a finite real number >= 1, but is inf"),
+    ({"margin": None}, TypeError, r"margin must be a real number, but is None of type NoneType"),
+    ({"margin": np.nan}, ValueError, r"margin must be a finite real number, but is nan"),
+    ({"margin": -np.inf}, ValueError, r"margin must be a finite real number, but is -inf"),
+    (
+        {"check_target": "no"},
+        ValueError,
+        r"check_target must be one of 'auto', 'raise', 'nan', but is 'no'",
+    ),
+    ({"check_target": None}, ValueError, r"check_target must be one of .*, but is None"),
+    ({"axis": 1.0}, TypeError, r"axis must be an integer, but is 1\.0 of type float"),
+    ({"axis": False}, TypeError, r"axis must be an integer, but is False of type bool"),
+    (
+        {"axis": 2},
+        ValueError,
+        r"axis must lie between -2 and 1 for input of shape \(2, 3\), but is 2",
+    ),
+    ({"axis": -3}, ValueError, r"axis must lie between -2 and 1 .*, but is -3"),
+    ({"backend": "none"}, ValueError, r"backend: no kernel is named 'none'; known kernels are "),
+]
+
+
+@pytest.mark.parametrize("function", [multi_margin_loss, multi_margin_loss_and_grad])
+@pytest.mark.parametrize(("given", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments(lib, function, given, error, message):
+    with pytest.raises(error, match=message):
+        function(lib.array(X), lib.array(T), **given)
+
+
+@pytest.mark.parametrize("p", [2, 2.0, np.float32(2), np.int64(2), Fraction(2)])
+def test_any_real_number_will_do(p):
+    x = np.array([[0.0, 1.0]])
+    assert multi_margin_loss(x, np.array([0]), p=p, margin=p) == 4.5
+
+
+def array_cases(lib):
+    x, t = lib.array(X), lib.array(T)
+    w = lib.array(np.ones(3, np.float32))
+    yield (
+        (x, lib.array([0, 1, 2])), {}, ValueError,
+        r"target must have input's shape without the classes' axis, \(2,\), but has shape \(3,\) "
+        r"\(input has shape \(2, 3\), the classes are at axis 1\)",
+    )  # fmt: skip
+    yield (x, lib.array([[0], [1]])), {}, ValueError, r"target must have .* has shape \(2, 1\)"
+    yield (x, lib.array(0)), {}, ValueError, r"target must have .* has shape \(\)"
+    yield (
+        (lib.array(np.zeros((2, 0), np.float32)), t), {}, ValueError,
+        r"input must have at least one class, but has shape \(2, 0\)",
+    )  # fmt: skip
+    yield (x, t), {"weight": lib.array(X)}, ValueError, r"weight must have shape \(C,\), but has shape \(2, 3\)"
+    yield (
+        (x, t), {"weight": lib.array(np.ones(2, np.float32))}, ValueError,
+        r"weight must have one element per class, shape \(3,\), but has shape \(2,\)",
+    )  # fmt: skip
+    yield (
+        (lib.array(np.zeros((2, 3), np.int32)), t), {}, TypeError,
+        r"input must have a real floating dtype \(float16, bfloat16, float32 or float64\), but has "
+        r"dtype .*int32",
+    )  # fmt: skip
+    yield (lib.array(np.zeros((2, 3), bool)), t), {}, TypeError, r"input must have a real .*bool"
+    yield (lib.array(np.zeros((2, 3), np.complex64)), t), {}, TypeError, r"input must have .*complex64"
+    yield (x, lib.array(np.zeros(2, np.float32))), {}, TypeError, r"target must have an integer dtype, but has dtype .*float32"
+    yield (x, lib.array(np.zeros(2, bool))), {}, TypeError, r"target must have an integer .*bool"
+    yield (x, t), {"weight": lib.array(np.ones(3, np.int32))}, TypeError, r"weight must have a real .*int32"
+    yield (x, t), {"weight": 1.0}, TypeError, r"weight must be an array, but is 1\.0 of type float"
+    yield (x, [0, 1]), {}, TypeError, r"target must be an array, but is \[0, 1\] of type list"
+    yield ([[0.0]], t), {}, TypeError, r"input must be an array, but is \[\[0\.0\]\] of type list"
+    # The order: each of these breaks several rules, and the first one is reported.
+    yield (x, [0]), {"reduction": "x", "p": 0}, ValueError, "reduction must"
+    yield (x, [0]), {"p": 0, "margin": np.nan}, ValueError, "p must"
+    yield (x, [0]), {"margin": np.nan, "weight": lib.array(X)}, ValueError, "margin must"
+    yield (lib.array(np.zeros((2, 0))), t), {"weight": lib.array(X)}, ValueError, "weight must have shape"
+    yield (lib.array(np.zeros((2, 0))), lib.array([1])), {}, ValueError, "input must"
+    yield (x, lib.array([1])), {"weight": lib.array(np.ones(2))}, ValueError, "target must"
+    yield (lib.array(np.zeros((2, 3), np.int32)), t), {"weight": lib.array(np.ones(2))}, ValueError, "weight must"
+    yield (lib.array(np.zeros((2, 3), np.int32)), lib.array(np.zeros(2, bool))), {}, TypeError, "input must"
+    yield (x, lib.array(np.zeros(2, bool))), {"weight": lib.array(np.ones(3, bool))}, TypeError, "target must"
+    yield (x, lib.array([0, 9])), {"weight": lib.array(np.ones(3, bool))}, TypeError, "weight must"
+    yield (x, lib.array([0, 9])), {"weight": w, "p": 0}, ValueError, "p must"
+
+
+@pytest.mark.parametrize("case", range(len(list(array_cases(type("L", (), {"array": lambda _, v, d=None: v})())))))
+def test_bad_arrays(lib, case):
+    arguments, options, error, message = list(array_cases(lib))[case]
+    with pytest.raises(error, match=message):
+        multi_margin_loss(*arguments, **options)
+
+
+def test_a_mix_of_libraries_names_both(lib):
+    if lib.name in ("numpy", "dask"):
+        pytest.skip(f"{lib.name}: tested against the others")
+    x, t, w = lib.array(X), lib.array(T), lib.array(np.ones(3, np.float32))
+    with pytest.raises(
+        TypeError,
+        match=f"target must come from the same library as input, but target is of numpy and "
+        f"input is of {lib.name}",
+    ):
+        multi_margin_loss(x, T)
+    with pytest.raises(TypeError, match=f"weight is of numpy and input is of {lib.name}"):
+        multi_margin_loss(x, t, weight=np.ones(3, np.float32))
+    with pytest.raises(TypeError, match=f"target is of {lib.name} and input is of numpy"):
+        multi_margin_loss(X, t)
+    with pytest.raises(TypeError, match=f"weight is of {lib.name} and input is of numpy"):
+        multi_margin_loss(X, T, weight=w)
+    with pytest.raises(TypeError, match=f"grad_output is of {lib.name} and input is of numpy"):
+        multi_margin_loss_and_grad(X, T, grad_output=lib.array(np.float32(1)))
+
+
+def test_numpy_beside_dask():
+    da = pytest.importorskip("dask.array")
+    x = da.from_array(X, chunks=1)
+    weight = np.ones(3, np.float32)
+    loss, grad = multi_margin_loss_and_grad(x, T, weight=weight, reduction="none")
+    expected, expected_grad = multi_margin_loss_and_grad(X, T, weight=weight, reduction="none")
+    np.testing.assert_allclose(loss, expected)
+    np.testing.assert_allclose(grad, expected_grad)
+
+
+def test_a_mix_of_devices_names_both():
+    xp = pytest.importorskip("array_api_strict")
+    there = xp.Device("device1")
+    x, t = xp.asarray(X), xp.asarray(T)
+    message = "target must be on the same device as input, but target is on .*device1.* and input is on .*CPU"
+    with pytest.raises(TypeError, match=message):
+        multi_margin_loss(x, xp.asarray(T, device=there))
+    with pytest.raises(TypeError, match="weight must be on the same device"):
+        multi_margin_loss(x, t, weight=xp.asarray(np.ones(3, np.float32), device=there))
+    assert multi_margin_loss(xp.asarray(X, device=there), xp.asarray(T, device=there)).device == there
+
+
+def test_no_array_at_all():
+    class Strange:
+        shape = (2, 3)
+
+    with pytest.raises(
+        TypeError,
+        match=r"input must be an array of a library that follows the Python array API standard "
+        r"\(NumPy, PyTorch, CuPy, Dask, JAX \.\.\.\), but is of type .*Strange",
+    ):
+        multi_margin_loss(Strange(), T)
+
+
+@pytest.mark.parametrize(
+    ("grad_output", "reduction", "error", "message"),
+    [
+        (np.ones(3, np.float32), "none", ValueError,
+         r"grad_output must have the loss's shape, \(2,\), but has shape \(3,\) \(reduction is 'none'\)"),
+        (np.ones(2, np.float32), "mean", ValueError, r"grad_output must .*, \(\), but has shape \(2,\)"),
+        (np.ones((), np.int32), "sum", TypeError, r"grad_output must have a real floating dtype .*int32"),
+    ],
+)  # fmt: skip
+def test_bad_grad_output(lib, grad_output, reduction, error, message):
+    with pytest.raises(error, match=message):
+        multi_margin_loss_and_grad(
+            lib.array(X), lib.array(T), reduction=reduction, grad_output=lib.array(grad_output)
+        )
+    with pytest.raises(TypeError, match=r"grad_output must be an array, but is 1\.0 of type float"):
+        multi_margin_loss_and_grad(lib.array(X), lib.array(T), grad_output=1.0)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 127])
+def test_target_out_of_range_raises(lib, bad):
+    x, t = lib.array(np.zeros((4, 3), np.float32)), lib.array(np.array([0, 2, bad, bad], np.int8))
+    message = rf"target\[2\] is {bad}, but input has 3 classes: accepted are 0 to 2"
+    for mode in ("auto", "raise"):
+        for reduction in ("none", "mean"):
+            with pytest.raises(InvalidTargetError, match=message) as info:
+                lib.numpy(multi_margin_loss(x, t, check_target=mode, reduction=reduction))
+            assert (info.value.position, info.value.value, info.value.n_classes) == ((2,), bad, 3)
+        with pytest.raises(InvalidTargetError, match=message):
+            lib.numpy(multi_margin_loss_and_grad(x, t, check_target=mode)[1])
+
+
+@pytest.mark.parametrize("bad", [-1, 3, -128])
+def test_target_out_of_range_gives_nan(lib, bad):
+    scores = np.zeros((3, 3), np.float32)
+    x, t = lib.array(scores), lib.array(np.array([0, bad, 2], np.int8))
+    loss, grad = multi_margin_loss_and_grad(x, t, check_target="nan", reduction="none")
+    assert np.isnan(lib.numpy(loss)).tolist() == [False, True, False]
+    assert np.isnan(lib.numpy(grad)).tolist() == [[False] * 3, [True] * 3, [False] * 3]
+    assert np.isnan(lib.numpy(multi_margin_loss(x, t, check_target="nan")))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("int64", 2**32), ("int64", 2**32 + 1), ("uint64", 2**63), ("uint64", 2**64 - 1), ("uint32", 2**32 - 1),
+     ("uint32", 2**31), ("uint8", 255), ("int64", -(2**63)), ("int16", -(2**15)), ("uint16", 2**16 - 1)],
+)  # fmt: skip
+def test_no_target_is_narrowed_into_range(lib, dtype, value):
+    if not lib.has(dtype):
+        pytest.skip(f"{lib.name} has no {dtype}")
+    x, t = lib.array(np.zeros((2, 3), np.float32)), lib.array(np.array([0, value], dtype=dtype), dtype)
+    with pytest.raises(InvalidTargetError, match=rf"target\[1\] is {value},"):
+        lib.numpy(multi_margin_loss(x, t))
+    loss = multi_margin_loss(x, t, check_target="nan", reduction="none")
+    assert np.isnan(lib.numpy(loss)).tolist() == [False, True]
+
+
+def test_more_classes_than_the_targets_dtype_can_say(lib):
+    x = lib.array(np.zeros((2, 300), np.float32))
+    t = lib.array(np.array([0, 255], np.uint8))
+    assert float(multi_margin_loss(x, t)) == pytest.approx(299 / 300)
+
+
+def test_position_in_a_batch_of_higher_rank(lib):
+    t = np.zeros((2, 3), np.int64)
+    t[1, 2] = 7
+    with pytest.raises(InvalidTargetError, match=r"target\[1, 2\] is 7, but input has 1 class: accepted are 0 to 0"):
+        lib.numpy(multi_margin_loss(lib.array(np.zeros((2, 3, 1), np.float32)), lib.array(t)))
+
+
+def test_a_single_sample_has_no_position(lib):
+    with pytest.raises(InvalidTargetError, match=r"target is 5, but input has 3 classes"):
+        lib.numpy(multi_margin_loss(lib.array(np.zeros(3, np.float32)), lib.array(5)))
+
+
+def test_invalid_target_is_an_index_and_a_value_error_and_survives_pickling():
+    error = InvalidTargetError((3,), 12, 10)
+    assert isinstance(error, IndexError)
+    assert isinstance(error, ValueError)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert (again.position, again.value, again.n_classes) == ((3,), 12, 10)
+
+
+def test_unknown_number_of_classes():
+    da = pytest.importorskip("dask.array")
+    x = da.from_array(np.zeros((4, 3)), chunks=2)
+    x = x[:, da.from_array(np.array([True, True, False]))]
+    with pytest.raises(ValueError, match=r"input must have a known number of classes, but its shape \(4, nan\) is unknown at axis 1"):
+        multi_margin_loss(x, np.zeros(4, np.int64))
