@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
-
-from mml_arrayapi.accumulate import ExactSum
 from mml_arrayapi.backends.dask_values import (
     aligned,
     check_length,
@@ -33,6 +31,8 @@ from mml_arrayapi.backends.dask_values import (
     unknown,
     whole,
 )
+
+from mml_arrayapi.accumulate import ExactSum
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.loss import multi_margin_loss, multi_margin_loss_and_grad
 from mml_arrayapi.namespaces import library_of
@@ -327,7 +327,7 @@ def _complete_grad(
 
 
 def _parts_loss(parts: Any, target: Array, weight: Any = None, *, call: Call) -> Any:
-    """Return the losses from each row's sums: blocks of them, or a pair of which they come first."""
+    """Return the losses from each row's sums: blocks of them, or a pair that begins with them."""
     sums = parts[0] if isinstance(parts, tuple) else sum(parts[1:], start=parts[0])
     xp, target = _namespace(sums, target)
     return _closed(sums * _factor(xp, target, weight, call), call)
@@ -427,7 +427,7 @@ def _closed(losses: Array, call: Call) -> Any:
     library = library_of("input", losses)
     if call.reduction != "none":
         total = ExactSum()
-        total.add(library.to_numpy(losses))
+        total.add(np.asarray(library.on_host(losses)))
         return total
     with np.errstate(over="ignore"):
         return library.namespace.astype(losses, call.dtype)

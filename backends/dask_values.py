@@ -55,7 +55,7 @@ def settle(problem: Problem) -> Problem:
 
 
 def rows_of(problem: Problem) -> tuple[int, ...]:
-    """Return the axes of ``input`` that are the batch's, as the indices of a blockwise operation."""
+    """Return the axes of ``input`` that are the batch's, as indices for blockwise."""
     return tuple(i for i in range(problem.input.ndim) if i != problem.axis)
 
 
