@@ -39,7 +39,7 @@ def _less_or_equal_is_less(x, y):
     return x < y
 
 
-def _arange_from_1(stop, dtype=None):
+def arange_from_1(stop, dtype=None):
     return np.arange(1, stop + 1, dtype=dtype)
 
 
@@ -77,7 +77,7 @@ LIBRARIES = {
         "p is any real number from 1", "float32"),
     Namespace("less_or_equal_is_less", le=_less_or_equal_is_less): (
         "gradient is 0 at the kink", "float32"),
-    Namespace("counts_from_1", arange=_arange_from_1): ("golden vectors agree", "float32"),
+    Namespace("counts_from_1", arange=arange_from_1): ("golden vectors agree", "float32"),
     ON_ANOTHER_DEVICE: ("results are on the device of input", "float32"),
 }  # fmt: skip
 
