@@ -193,7 +193,7 @@ def test_reports(tmp_path, capsys):
 
     head, runs = report.from_json(json.loads(stored.read_text()))
     assert [run.title for run in runs] == ["tests unknown", f"numpy {runs[1].version}"]
-    assert runs[0].counts()[FAIL] == 3
+    assert runs[0].counts()[FAIL] == 7  # the gradient's rows, and disagreement, too
     assert head["mml_arrayapi"]
     assert report.as_markdown(head, runs) == text.read_text("utf-8")
     assert as_html(head, runs) == html.read_text("utf-8")
