@@ -290,7 +290,9 @@ class Context:
             return ""
         function, (scores, target), keywords = self._call
         lines = ["from math import inf, nan"] if self._has_specials() else []
-        lines += ["import mml_arrayapi as mml", f"import {self.xp.__name__} as xp"]
+        # A name that isn't ours is the module's own; what it holds may be named otherwise.
+        module = self.xp.__name__ if self.name in LIBRARIES else self.name
+        lines += ["import mml_arrayapi as mml", f"import {module} as xp"]
         if self.device is not None and not isinstance(self.device, str):
             devices = "xp.__array_namespace_info__().devices()"
             lines.append(f"device = next(d for d in {devices} if str(d) == {str(self.device)!r})")
