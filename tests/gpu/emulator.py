@@ -40,7 +40,7 @@ def build(folder: Path, scalar: int, power: int, text: str, flags: tuple[str, ..
     source.write_text(text)
     library = source.with_suffix(".so")
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
-    command += ["-Wno-unknown-pragmas", *flags, *cuda_launch.defines(scalar, power)]
+    command += ["-Wno-unknown-pragmas", *flags, f"-DSCALAR={scalar}", f"-DPOWER={power}"]
     command += ["-include", str(HERE / "simt.h"), str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -51,12 +51,13 @@ def build(folder: Path, scalar: int, power: int, text: str, flags: tuple[str, ..
 class Machine:
     """A compiled library that carries out launches."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, scalar: int) -> None:
+        self.scalar = scalar
         self.library = ctypes.CDLL(str(library))
 
     def launch(self, launch: cuda_launch.Launch, backwards: bool = False) -> None:
         kernel = getattr(self.library, launch.name)
-        packed = cuda_launch.pack(launch)
+        packed = cuda_launch.pack(self.scalar, launch)
         wrong = kernel(launch.grid, launch.block, launch.shared, packed, int(backwards))
         if wrong:
             raise AssertionError(f"{launch.name}: threads wait for others that never come")
@@ -325,6 +326,6 @@ def run(machine: Machine, scalar: int, powers: tuple[float, ...], part: int, par
 if __name__ == "__main__":
     library, scalar, part, parts, *powers = sys.argv[1:]
     number = run(
-        Machine(Path(library)), int(scalar), tuple(map(float, powers)), int(part), int(parts)
+        Machine(Path(library), int(scalar)), int(scalar), tuple(map(float, powers)), int(part), int(parts)
     )
     print(f"{number} cases")

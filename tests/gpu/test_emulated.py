@@ -84,7 +84,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Fu
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in SANITIZED])
 def test_equals_float64_reference(builds, variant):
     scalar, power = variant
-    machine = emulator.Machine(builds[variant].result())
+    machine = emulator.Machine(builds[variant].result(), scalar)
     part = VARIANTS.index(variant) % 3
     assert emulator.run(machine, scalar, POWERS[power], part, 3) > 40
 
@@ -115,7 +115,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]
 
 @pytest.mark.parametrize("what", [what for what, *_ in MUTANTS])
 def test_mutant_is_caught(mutants, what):
-    machine = emulator.Machine(mutants[what].result())
+    machine = emulator.Machine(mutants[what].result(), 32)
     with pytest.raises(AssertionError, match="Case"):
         for part in range(3):
             emulator.run(machine, 32, (1.0,), part, 3)
