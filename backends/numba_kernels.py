@@ -519,3 +519,125 @@ def grad_rows(
         if y0 < 0:
             bad = min(bad, i)
     return total, bad
+
+
+@njit(nogil=True)
+def _tile_targets(tile, y, first, count, row_stride, step, n_classes, own, own_scores, total):
+    """Prepare the rows of a tile; return the first one whose target is out of range, or count."""
+    bad = count
+    for t in range(count):
+        target = _target(y, n_classes, first + t)
+        own[t] = target
+        own_scores[t] = _own_score(_at(tile, t * row_stride), target, step, own_scores[0])
+        total[t] = _sum_start(own_scores[t], n_classes)
+        if target < 0:
+            bad = min(bad, t)
+    return bad
+
+
+@njit(nogil=True)
+def _tile_sums(column, j, count, row_stride, own, own_scores, margin, p, part):
+    """Add the terms of class j to each row's sum."""
+    for t in range(count):
+        same = _same(j, np.int64(own[t]))
+        part[t] += _term(_hinge(_load(column, t * row_stride), same, own_scores[t], margin), p)
+
+
+@njit(nogil=True)
+def _tile_slopes(
+    column, j, count, row_stride, own, own_scores, margin, p, part, slopes, grad, grad_stride, scales
+):
+    """Add the terms and the slopes of class j to each row's sums, and write its gradient."""
+    for t in range(count):
+        same = _same(j, np.int64(own[t]))
+        h = _hinge(_load(column, t * row_stride), same, own_scores[t], margin)
+        e = _slope(h, p)
+        part[t] += _term(h, p)
+        slopes[t] += e
+        _store(grad, t * grad_stride, _rounded(grad, e * scales[t]), 0)
+
+
+@njit(nogil=True)
+def _move(part, total, count):
+    """Add the short sums to the long ones, and start the short ones again."""
+    for t in range(count):
+        total[t] += part[t]
+        part[t] = 0
+
+
+@njit(nogil=True, cache=True)
+def loss_tiles(
+    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses
+):
+    """Do what loss_rows does, where neighbours in memory are rows; offsets isn't looked at."""
+    m = _like(kind, margin)
+    own, own_scores, part = np.empty(TILE, np.int32), np.full(TILE, m), np.full(TILE, m - m)
+    total, result, bad = np.empty(TILE, np.float64), 0.0, stop
+    for first in range(start, stop, TILE):
+        count = min(TILE, stop - first)
+        tile = _at(_pointer(x, kind), first * row_stride)
+        wrong = _tile_targets(
+            tile, y, first, count, row_stride, step, n_classes, own, own_scores, total
+        )
+        if wrong < count:
+            bad = min(bad, first + wrong)
+        for run in range(0, n_classes, RUN):
+            for j in range(run, min(run + RUN, n_classes)):
+                column = _at(tile, j * step)
+                if row_stride == 1:
+                    _tile_sums(column, j, count, 1, own, own_scores, m, p, part)
+                else:
+                    _tile_sums(column, j, count, row_stride, own, own_scores, m, p, part)
+            _move(part, total, count)
+        for t in range(count):
+            w = _weight(m, weight, np.int64(own[t]))
+            result += _end_loss(kind, losses, first + t, n_classes, total[t] * w)
+    return result, bad
+
+
+@njit(nogil=True, cache=True)
+def grad_tiles(
+    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
+    grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,
+):
+    """Do what grad_rows does, where neighbours in memory are rows; offsets aren't looked at."""
+    m = _like(kind, margin)
+    own, own_scores, part = np.empty(TILE, np.int32), np.full(TILE, m), np.full(TILE, m - m)
+    slopes, scales = np.full(TILE, m - m), np.full(TILE, m)
+    total, slope = np.empty(TILE, np.float64), np.empty(TILE, np.float64)
+    wide, result, bad = np.empty(TILE, np.float64), 0.0, stop
+    for first in range(start, stop, TILE):
+        count = min(TILE, stop - first)
+        tile = _at(_pointer(x, kind), first * row_stride)
+        out = _at(_pointer(grad, kind), first * grad_row_stride)
+        wrong = _tile_targets(
+            tile, y, first, count, row_stride, step, n_classes, own, own_scores, total
+        )
+        if wrong < count:
+            bad = min(bad, first + wrong)
+        for t in range(count):
+            w = _weight(m, weight, np.int64(own[t]))
+            wide[t] = _row_scale(upstream, scale, w, first + t)
+            scales[t] = wide[t]
+            slope[t] = 0.0
+        for run in range(0, n_classes, RUN):
+            for j in range(run, min(run + RUN, n_classes)):
+                column, to = _at(tile, j * step), _at(out, j * grad_step)
+                if row_stride == 1 and grad_row_stride == 1:
+                    _tile_slopes(
+                        column, j, count, 1, own, own_scores, m, p, part, slopes, to, 1, scales
+                    )
+                else:
+                    _tile_slopes(
+                        column, j, count, row_stride, own, own_scores, m, p, part, slopes,
+                        to, grad_row_stride, scales,
+                    )
+            _move(part, total, count)
+            _move(slopes, slope, count)
+        for t in range(count):
+            target = np.int64(own[t])
+            to = _at(out, t * grad_row_stride)
+            _end_grad(to, grad_step, target, n_classes, total[t], slope[t], wide[t])
+            w = _weight(m, weight, target)
+            result += _end_loss(kind, losses, first + t, n_classes, total[t] * w)
+    return result, bad

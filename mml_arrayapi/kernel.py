@@ -66,6 +66,10 @@ class Kernel:
         ``loss_and_grad(problem, grad_output)``: the loss, and the gradient of
         ``sum(loss * grad_output)`` for ``input``. ``grad_output`` is an array of the loss's shape,
         or None for 1.
+    on_chunks : callable, optional
+        For a library whose arrays are made of another's (Dask): ``on_chunks(problem, name,
+        library)`` is this kernel, made to run the kernel ``name`` of ``library`` on every chunk;
+        None where the chunks are not of that library.
     """
 
     name: str
@@ -73,3 +77,4 @@ class Kernel:
     refuses: Callable[[Problem], str | None]
     loss: Callable[[Problem], Array]
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]]
+    on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mml_arrayapi import arguments, registry
+from mml_arrayapi.kernel import Problem
 
 Array = Any
 
@@ -84,7 +85,7 @@ def multi_margin_loss(
     >>> import numpy as np
     >>> from mml_arrayapi import multi_margin_loss
     >>> scores = np.asarray([[0.1, 0.2, 0.4, 0.8]])
-    >>> float(multi_margin_loss(scores, np.asarray([3])))
+    >>> round(float(multi_margin_loss(scores, np.asarray([3]))), 6)
     0.325
     """
     problem = arguments.check(
@@ -210,7 +211,7 @@ def explain(
     return registry.explain(problem, backend)
 
 
-def _in_targets_shape(problem: registry.Problem, target: Array, loss: Array) -> Array:
+def _in_targets_shape(problem: Problem, target: Array, loss: Array) -> Array:
     """Give per-sample losses the target's shape, where one sample was spelled another way."""
     if problem.reduction == "none" and loss.ndim != target.ndim:
         return problem.xp.reshape(loss, target.shape)

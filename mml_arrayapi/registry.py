@@ -189,7 +189,7 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
     considered: list[tuple[str, str | None]] = []
     earlier = True
     for kernel in (*_kernels_of(problem.library), GENERIC):
-        if kernel is chosen:
+        if kernel.name == chosen.name:
             earlier = False
             considered.append((kernel.name, None))
         else:
@@ -265,7 +265,9 @@ def _kernels_of(library: str) -> tuple[Kernel, ...]:
 
 def _load(library: str) -> tuple[Kernel, ...]:
     with _lock:
-        kernels = [_attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library]
+        kernels = [
+            _attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library
+        ]
         kernels += [kernel for kernel in _registered if kernel.library == library]
         for plugin in _plugins:
             if _library(plugin) == library:
@@ -309,6 +311,10 @@ def _forced(problem: Problem, backend: str | None, name: str) -> Kernel | None:
                 return kernel
             raise ValueError(f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}")
     library = _library_of_kernel(name, source)
+    for kernel in _kernels_of(problem.library):
+        inner = kernel.on_chunks and kernel.on_chunks(problem, name, library)
+        if inner is not None:
+            return inner
     if backend is None:
         return None
     raise ValueError(

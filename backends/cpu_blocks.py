@@ -1,0 +1,195 @@
+"""One call on NumPy arrays, taken apart into blocks of rows for the Numba kernels.
+
+NumPy arrays come as they are; PyTorch CPU tensors come as NumPy views of their memory, bfloat16 as
+the uint16 that holds its bits. The blocks depend on the array's shape and strides only, and their
+sums are added in order, so a result has the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mml_arrayapi.backends import threads
+
+BLOCK = 2**18  # elements: 60 microseconds of work
+SERIAL = 2**19  # elements: below, waking a thread costs more than it saves
+WAIT = 2**22  # elements that the generic implementation serves before a kernel is compiled
+CALL = 2**12  # what a call counts on top of its elements
+
+KINDS = {"float64": "FLOAT64", "float32": "FLOAT32", "float16": "FLOAT16", "uint16": "BFLOAT16"}
+
+
+class Scores(NamedTuple):
+    """The input of a call, as the kernels see it."""
+
+    array: np.ndarray  # (*batch, C), the classes last; any strides
+    target: np.ndarray  # int64, contiguous, one per row
+    weight: np.ndarray | None  # computing precision, contiguous
+    p: float
+    margin: float
+
+
+def scores(
+    array: np.ndarray, target: np.ndarray, weight: np.ndarray | None, axis: int, p: float, margin: float
+) -> Scores:
+    """Gather a call's arrays; copies nothing of the input's size."""
+    computing = np.float64 if array.dtype == np.float64 else np.float32
+    return Scores(
+        np.moveaxis(array, axis, -1),
+        # What is too large for int64 turns negative and stays out of range.
+        np.ascontiguousarray(target).astype(np.int64, copy=False).reshape(-1),
+        None if weight is None else np.ascontiguousarray(weight, dtype=computing),
+        p,
+        margin,
+    )
+
+
+def loss(scores: Scores, limit: int, losses: np.ndarray | None = None) -> tuple[float, int]:
+    """Sum the rows' losses.
+
+    Parameters
+    ----------
+    scores : Scores
+        The call.
+    limit : int
+        How many threads may work.
+    losses : array, shape (N,), contiguous, optional
+        Where to put each row's loss; the dtype of ``scores.array``.
+
+    Returns
+    -------
+    sum : float
+        The losses' sum, times C.
+    bad : int
+        The first row whose target is out of range, or -1.
+    """
+    kernels = _numba_kernels()
+    columns = scores.array.shape[-1]
+    layout = _layout(scores.array)
+    run = kernels.loss_tiles if _by_tiles(layout) else kernels.loss_rows
+    arguments = _arguments(kernels, scores, layout)
+    out = 0 if losses is None else losses.ctypes.data
+
+    def block(start: int, stop: int) -> tuple[float, int]:
+        return run(*arguments, columns, start, stop, *_last(kernels, scores), out)  # type: ignore[no-any-return]
+
+    return _in_blocks(block, scores.target.size, columns, layout, limit)
+
+
+def loss_and_grad(
+    scores: Scores,
+    limit: int,
+    losses: np.ndarray | None,
+    grad: np.ndarray,
+    scale: float,
+    upstream: np.ndarray | None,
+) -> tuple[float, int]:
+    """Do what :func:`loss` does, and write the gradient.
+
+    Parameters
+    ----------
+    scores, limit, losses
+        As in :func:`loss`.
+    grad : array, shape and dtype of ``scores.array``
+        Where to put the gradient; any strides, but it may not overlap the input.
+    scale : float
+        What every row's gradient is multiplied by; its loss times C is what is derived.
+    upstream : array of float64, shape (N,), contiguous, or None
+        Another factor per row.
+
+    Returns
+    -------
+    sum, bad
+        As in :func:`loss`.
+    """
+    kernels = _numba_kernels()
+    columns = scores.array.shape[-1]
+    layout, to = _layout(scores.array), _layout(grad)
+    run = kernels.grad_tiles if _by_tiles(layout) else kernels.grad_rows
+    arguments = _arguments(kernels, scores, layout)
+    out = 0 if losses is None else losses.ctypes.data
+    offsets = 0 if to.offsets is None else to.offsets.ctypes.data
+    rest = (out, grad.ctypes.data, offsets, to.row_stride, to.step, scale * scores.p)
+    up = 0 if upstream is None else upstream.ctypes.data
+
+    def block(start: int, stop: int) -> tuple[float, int]:
+        return run(*arguments, columns, start, stop, *_last(kernels, scores), *rest, up)  # type: ignore[no-any-return]
+
+    return _in_blocks(block, scores.target.size, columns, layout, limit)
+
+
+class _Layout(NamedTuple):
+    """Where the rows of an array (\\*batch, C) begin, in elements."""
+
+    offsets: np.ndarray | None  # int64, where one stride doesn't lead from each row to the next
+    row_stride: int
+    step: int  # from one class to the next
+
+
+def _layout(array: np.ndarray) -> _Layout:
+    *strides, step = (stride // array.itemsize for stride in array.strides)
+    merged: list[tuple[int, int]] = []
+    for n, stride in zip(array.shape[:-1], strides, strict=True):
+        if n == 1:
+            continue
+        if merged and merged[-1][1] == n * stride:
+            merged[-1] = (merged[-1][0] * n, stride)
+        else:
+            merged.append((n, stride))
+    if len(merged) < 2:
+        return _Layout(None, merged[0][1] if merged else 0, step)
+    offsets = np.zeros((), np.int64)
+    for n, stride in merged:
+        offsets = offsets[..., None] + np.arange(n) * stride
+    return _Layout(offsets.reshape(-1), 0, step)
+
+
+def _by_tiles(layout: _Layout) -> bool:
+    """Tell whether neighbours in memory are rows rather than classes."""
+    return layout.offsets is None and 0 < abs(layout.row_stride) < abs(layout.step)
+
+
+def _arguments(kernels: Any, scores: Scores, layout: _Layout) -> tuple[Any, ...]:
+    array, weight = scores.array, scores.weight
+    return (
+        getattr(kernels, KINDS[array.dtype.name]),
+        array.ctypes.data,
+        0 if layout.offsets is None else layout.offsets.ctypes.data,
+        layout.row_stride,
+        layout.step,
+        scores.target.ctypes.data,
+        0 if weight is None else weight.ctypes.data,
+    )
+
+
+def _last(kernels: Any, scores: Scores) -> tuple[float, Any]:
+    p = scores.p
+    return scores.margin, kernels.ONE if p == 1 else kernels.TWO if p == 2 else p
+
+
+def _in_blocks(block: Any, rows: int, columns: int, layout: _Layout, limit: int) -> tuple[float, int]:
+    """Run the blocks of rows, and add up what they return."""
+    size = max(1, BLOCK // columns)
+    if _by_tiles(layout):
+        size = max(size, 256)
+    count = -(-rows // size)
+
+    def task(i: int) -> tuple[float, int]:
+        start, stop = i * size, min(rows, (i + 1) * size)
+        total, bad = block(start, stop)
+        return total, bad if bad < stop else -1
+
+    results = threads.run(task, count, 1 if rows * columns <= SERIAL else limit)
+    bad = next((bad for _, bad in results if bad >= 0), -1)
+    return sum(total for total, _ in results), bad
+
+
+def _numba_kernels() -> Any:
+    from mml_arrayapi.backends import numba_kernels
+
+    return numba_kernels

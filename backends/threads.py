@@ -1,0 +1,125 @@
+"""A pool of threads for kernels that release the GIL: made when first needed, remade after a fork.
+
+The caller's thread works too, and takes back what no worker has begun. So a call ends even where
+all workers are busy with other callers' blocks, and calls from many threads at once, from Dask's
+for instance, can't wait for each other.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+ENVIRONMENT = "MML_ARRAYAPI_NUM_THREADS"
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_size = 0
+
+
+def _forget() -> None:
+    """Start afresh in a forked child: the threads stayed with the parent, the lock may be held."""
+    global _lock, _pool, _size
+    _lock, _pool, _size = threading.Lock(), None, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def number_of_threads(library_setting: int | None = None) -> int:
+    """Tell how many threads a large call may use.
+
+    Parameters
+    ----------
+    library_setting : int, optional
+        What the array library was told to use.
+
+    Returns
+    -------
+    int
+        The environment variable ``MML_ARRAYAPI_NUM_THREADS`` if it is set; else the number of CPUs
+        that this process may run on, and no more than the library's setting.
+
+    Raises
+    ------
+    ValueError
+        The environment variable is no positive integer.
+    """
+    text = os.environ.get(ENVIRONMENT)
+    if text:
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise ValueError(f"{ENVIRONMENT} must be a positive integer, but is {text!r}")
+        return int(text)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus if library_setting is None else min(cpus, library_setting)
+
+
+def run(task: Callable[[int], Result], count: int, threads: int) -> list[Result]:
+    """Run ``task(0)`` to ``task(count - 1)``, at most ``threads`` at a time.
+
+    Parameters
+    ----------
+    task : callable
+        Takes the task's number. It should release the GIL.
+    count : int
+        How many tasks there are.
+    threads : int
+        How many threads may work, the caller's among them.
+
+    Returns
+    -------
+    list
+        The results, in the order of the numbers, whoever computed them.
+    """
+    threads = min(threads, count)
+    if threads <= 1:
+        return [task(i) for i in range(count)]
+    left = deque(range(count))
+    results: dict[int, Result] = {}
+
+    def work() -> None:
+        while True:
+            try:
+                i = left.popleft()  # atomic: no two workers get the same task
+            except IndexError:
+                return
+            results[i] = task(i)
+
+    futures = _submit(work, threads - 1)
+    try:
+        work()
+    finally:
+        left.clear()
+        waiting = [future for future in futures if not future.cancel()]
+        failures = [future.exception() for future in waiting]
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    return [results[i] for i in range(count)]
+
+
+def _submit(work: Callable[[], None], size: int) -> list[Future[None]]:
+    futures: list[Future[None]] = []
+    with suppress(RuntimeError):  # at interpreter exit no thread may be started
+        for _ in range(size):
+            futures.append(_pool_of(size).submit(work))
+    return futures
+
+
+def _pool_of(size: int) -> ThreadPoolExecutor:
+    """Return the pool, made larger if need be."""
+    global _pool, _size
+    with _lock:
+        if _pool is None or _size < size:
+            if _pool is not None:
+                _pool.shutdown(wait=False)
+            _pool, _size = ThreadPoolExecutor(size, thread_name_prefix="mml_arrayapi"), size
+        return _pool
