@@ -161,8 +161,9 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
-    """Lay a problem over the device.
+@cache
+def share(scalar: int, classes: int) -> tuple[str, int, int]:
+    """Say how rows of so many classes are shared among threads, and the size of their mask.
 
     Rows of up to 31 classes travel in tiles through shared memory, a thread to a row. Longer ones
     are shared by 4 to 32 lanes, as many as keep each at about eight 16-byte loads, and from
@@ -172,21 +173,22 @@ def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geom
     ----------
     scalar : int
         A value of :data:`SCALARS`.
-    rows, classes, multiprocessors : int
+    classes : int
         As in :class:`Call`.
 
     Returns
     -------
-    Geometry
+    kernels : {"tiles", "rows", "wide"}
+        The family of kernels.
+    lanes : int
+        Threads to a row.
+    mask_row : int
+        Bytes of the mask for a row. Nothing here depends on addresses: a later launch can read a
+        mask knowing shape and type alone.
     """
-    itemsize = ITEMSIZE[scalar]
     if classes <= TILE_CLASSES:
-        real = max(itemsize, 4)
-        elements = 32 * classes
-        shared = SCRATCH + TILE_BLOCK // 32 * (elements + elements * real // 128 + 1) * real
-        grid = _grid(rows, TILE_BLOCK, rows * classes, multiprocessors)
-        return Geometry("tiles", 1, grid, TILE_BLOCK, shared, 4, 0)
-
+        return "tiles", 1, 4
+    itemsize = ITEMSIZE[scalar]
     vectors = classes * itemsize // 16
     in_flight = 4 if itemsize == 2 else 8
     lanes = 4
@@ -196,9 +198,31 @@ def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geom
         lanes = BLOCK
     unit = lanes * 8 * itemsize // 16  # vectors whose bits make one byte per lane
     ragged = classes * itemsize % 16 != 0
-    mask_row = lanes * (-(-vectors // unit) + ragged)
+    return "wide" if lanes == BLOCK else "rows", lanes, lanes * (-(-vectors // unit) + ragged)
+
+
+def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
+    """Lay a problem over the device.
+
+    Parameters
+    ----------
+    scalar, classes
+        As for :func:`share`.
+    rows, multiprocessors : int
+        As in :class:`Call`.
+
+    Returns
+    -------
+    Geometry
+    """
+    kernels, lanes, mask_row = share(scalar, classes)
+    if kernels == "tiles":
+        real = max(ITEMSIZE[scalar], 4)
+        elements = 32 * classes
+        shared = SCRATCH + TILE_BLOCK // 32 * (elements + elements * real // 128 + 1) * real
+        grid = _grid(rows, TILE_BLOCK, rows * classes, multiprocessors)
+        return Geometry(kernels, lanes, grid, TILE_BLOCK, shared, mask_row, 0)
     grid = _grid(rows, BLOCK // lanes, rows * classes, multiprocessors)
-    kernels = "wide" if lanes == BLOCK else "rows"
     return Geometry(kernels, lanes, grid, BLOCK, SCRATCH, mask_row, rows)
 
 
