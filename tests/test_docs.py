@@ -7,12 +7,22 @@ import pkgutil
 import re
 from pathlib import Path
 
-import mml_arrayapi
 import pytest
+
+import mml_arrayapi
+from mml_arrayapi import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+
+
+@pytest.fixture(autouse=True)
+def registrations(monkeypatch):
+    """Forget the kernels that examples register."""
+    monkeypatch.setattr(registry, "_registered", list(registry._registered))
+    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
 
 
 def modules():
@@ -30,14 +40,14 @@ def test_docstrings(name):
     except ImportError as error:
         pytest.skip(f"{name}: {error}")
     assert module.__doc__, name
-    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+    assert doctest.testmod(module, optionflags=FLAGS).failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_pages(page):
     text = page.read_text()
     examples = doctest.testfile(
-        str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE, encoding="utf-8"
+        str(page), module_relative=False, optionflags=FLAGS, encoding="utf-8"
     )
     assert examples.failed == 0
     for link in LINK.findall(text):
@@ -45,5 +55,11 @@ def test_pages(page):
 
 
 def test_every_public_function_has_an_example():
-    for name in set(mml_arrayapi.__all__) - {"__version__", "Kernel", "register_kernel", "Evaluation", "InputError"}:
+    for name in set(mml_arrayapi.__all__) - {
+        "__version__",
+        "Kernel",
+        "register_kernel",
+        "Evaluation",
+        "InputError",
+    }:
         assert ">>>" in getattr(mml_arrayapi, name).__doc__, name

@@ -7,8 +7,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import mml_arrayapi
 import pytest
+
+import mml_arrayapi
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
@@ -23,7 +24,9 @@ def built(tmp_path_factory):
     """The sdist, and the wheel built from it."""
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)], check=True, capture_output=True
+        [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
     )
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     with tarfile.open(sdist) as tar, zipfile.ZipFile(wheel) as archive:

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+
 from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
 
 torch = pytest.importorskip("torch")
@@ -109,7 +110,9 @@ def test_double_backward_and_forward_mode():
 def test_powers_other_than_1_and_2():
     with pytest.raises(ValueError, match="only p == 1 and p == 2 supported"):
         theirs(torch.zeros(1, 3), torch.tensor([0]), p=3)
-    assert multi_margin_loss(torch.zeros(1, 3), torch.tensor([0]), p=3, margin=2) == pytest.approx(16 / 3)
+    assert multi_margin_loss(torch.zeros(1, 3), torch.tensor([0]), p=3, margin=2) == pytest.approx(
+        16 / 3
+    )
 
 
 def test_float16_mean_of_many_small_losses():
