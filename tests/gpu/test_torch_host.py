@@ -1,6 +1,8 @@
 """PyTorch's side of the GPU kernels on CPU tensors: the emulator stands in for the device."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 from mml_arrayapi.backends import cuda_launch
@@ -318,3 +320,14 @@ def test_the_tensors_device_and_its_current_stream_are_used(batch, monkeypatch):
         (1, 1, 1001, "sm_91", 32, 1, "rows"),
     ]
     assert current == [0]
+
+
+def test_the_first_call_of_a_process_may_be_compiled():
+    program = (
+        "import torch\n"
+        "from mml_arrayapi import multi_margin_loss as loss\n"
+        "step = torch.compile(loss, fullgraph=True, backend='eager')\n"
+        "assert step(torch.zeros(3, 4), torch.tensor([0, 1, 2])).item() == 0.75\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
