@@ -183,8 +183,9 @@ def test_compiled_whole_with_the_kernels_in_the_graph(launched, batch, p):
 
     def backend(module, _):
         graphs.append(module.code)
-        return module.forward
+        return make_boxed_func(module.forward)
 
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     def step(x, y, w):
