@@ -286,15 +286,14 @@ def _kernels_of(library: str) -> tuple[Kernel, ...]:
 
 
 def _load(library: str) -> tuple[Kernel, ...]:
-    with _lock:
-        kernels = [
-            _attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library
-        ]
-        kernels += [kernel for kernel in _registered if kernel.library == library]
-        for plugin in _plugins:
-            if _library(plugin) == library:
-                kernels.append(_attempt(plugin.name, library, plugin.load))
-        _loaded[library] = tuple(kernels)
+    # No lock: torch.compile(fullgraph=True) can't enter one, and the first call may be compiled. Two
+    # threads that load at once do the same work twice.
+    kernels = [_attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library]
+    kernels += [kernel for kernel in _registered if kernel.library == library]
+    for plugin in _plugins:
+        if _library(plugin) == library:
+            kernels.append(_attempt(plugin.name, library, plugin.load))
+    _loaded[library] = tuple(kernels)
     return _loaded[library]
 
 
