@@ -45,6 +45,14 @@ _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 
 
+def _kernel(function: Any) -> Any:
+    """Compile when first called, keep the result on disk; in memory where no directory will do."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except (RuntimeError, OSError):  # no directory for the cache can be written
+        return njit(nogil=True)(function)
+
+
 def _computing(kind: Any) -> Any:
     """Return the Numba type in which a kind is computed."""
     return types.float64 if kind == types.float64 else types.float32
@@ -404,7 +412,7 @@ def _end_grad(grad, grad_step, y, n, total, slope, scale):
         _store(grad, y * grad_step, _rounded(grad, -slope * scale), 0)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def loss_rows(
     kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses
 ):
@@ -448,6 +456,16 @@ def loss_rows(
     return total, bad
 
 
+@_kernel
+def loss_of_arrays(kind, x, y, margin, p):
+    """Do what loss_rows does with all rows of two contiguous NumPy arrays, (N, C) and (N,).
+
+    Numba takes an array apart faster than Python reads its address (1.3 microseconds).
+    """
+    n, c = x.shape
+    return loss_rows(kind, x.ctypes.data, 0, c, 1, y.ctypes.data, 0, c, 0, n, margin, p, 0)
+
+
 @njit(nogil=True)
 def _row_scale(upstream, scale, weight, i):
     if upstream == 0:
@@ -455,7 +473,7 @@ def _row_scale(upstream, scale, weight, i):
     return scale * weight * _pointer(upstream, 0.0)[i]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def grad_rows(
     kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
     grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,
@@ -565,7 +583,7 @@ def _move(part, total, count):
         part[t] = 0
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def loss_tiles(
     kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses
 ):
@@ -595,7 +613,7 @@ def loss_tiles(
     return result, bad
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def grad_tiles(
     kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
     grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,

@@ -27,9 +27,14 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+def waits(problem: Problem) -> str | None:
+    """Tell why compiling the kernel doesn't pay yet, or None."""
+    return cpu_blocks.waits(problem.input.dtype.name, problem.p, problem.input.size)
+
+
 def loss(problem: Problem) -> Any:
     """Compute the loss."""
-    x = problem.input
+    _offer_shortcut(problem)
     scores = _scores(problem)
     losses = _losses(problem, scores)
     total, bad = cpu_blocks.loss(scores, threads.number_of_threads(), losses)
@@ -81,4 +86,66 @@ def _finish(
     return x.dtype.type(total)
 
 
-KERNEL = Kernel("numpy-numba", "numpy", refuses, loss, loss_and_grad)
+NUMBERS = (int, float)
+_small: dict[tuple[np.dtype, float], tuple[Any, ...]] = {}  # dtype, p: kernel, kind, exponent
+
+
+def _offer_shortcut(problem: Problem) -> None:
+    """Compile for the shortcut when a call comes that could have taken it."""
+    x, p = problem.input, problem.p
+    if p not in (1, 2) or x.dtype.name not in ("float32", "float64") or (x.dtype, p) in _small:
+        return
+    if _is_plain(x, problem.target) and problem.weight is None and problem.reduction == "mean":
+        kernels = cpu_blocks.numba_kernels()
+        kind = kernels.FLOAT32 if x.dtype.itemsize == 4 else kernels.FLOAT64
+        exponent = kernels.ONE if p == 1 else kernels.TWO
+        kernels.loss_of_arrays(kind, x, problem.target, 1.0, exponent)
+        _small[x.dtype, p] = kernels.loss_of_arrays, kind, exponent
+
+
+def _is_plain(x: np.ndarray, target: np.ndarray) -> bool:
+    # carray: contiguous, aligned, writeable. A read-only array is another type to Numba.
+    return (
+        x.ndim == 2
+        and x.flags.carray
+        and 0 < x.size <= cpu_blocks.BLOCK
+        and target.dtype == np.int64
+        and target.shape == x.shape[:1]
+        and target.flags.carray
+    )
+
+
+def shortcut(
+    input: np.ndarray,
+    target: Any,
+    p: Any,
+    margin: Any,
+    weight: Any,
+    reduction: Any,
+    axis: Any,
+    check_target: Any,
+) -> Any:
+    """Serve the mean of a small contiguous array of float32 or float64 without a weight."""
+    if (
+        type(input) is not np.ndarray
+        or type(target) is not np.ndarray
+        or type(p) not in NUMBERS
+        or type(margin) not in NUMBERS
+        or weight is not None
+        or reduction != "mean"
+        or axis != -1
+        or check_target != "auto"
+    ):
+        return None
+    small = _small.get((input.dtype, p))
+    if small is None or not _is_plain(input, target) or not -math.inf < margin < math.inf:
+        return None
+    kernel, kind, exponent = small
+    rows, n_classes = input.shape
+    total, bad = kernel(kind, input, target, float(margin), exponent)
+    if bad < rows:
+        return None
+    return input.dtype.type(total / n_classes / rows)
+
+
+KERNEL = Kernel("numpy-numba", "numpy", refuses, loss, loss_and_grad, waits, shortcut)

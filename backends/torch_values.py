@@ -23,7 +23,7 @@ def sight(tensor: torch.Tensor) -> str:
 
 
 def on_host(tensor: torch.Tensor) -> np.ndarray:
-    """Return the values as a NumPy array; PyTorch compares no unsigned integers wider than 8 bits."""
+    """Return the values as a NumPy array: PyTorch can't compare its wide unsigned integers."""
     # Within torch.func.grad and the like, what an operation returns has no values to read.
     with torch._C._DisableFuncTorch():
         return _within_grad(tensor).detach().cpu().numpy()

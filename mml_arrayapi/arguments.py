@@ -109,9 +109,7 @@ def check(
     if len(given) != len(batch):
         target = library_of("target", target).namespace.reshape(target, batch)
     mode = _resolve(check_target, library, target)
-    return Problem(
-        xp, library.name, input, target, weight, p, margin, reduction, axis, mode
-    )
+    return Problem(xp, library.name, input, target, weight, p, margin, reduction, axis, mode)
 
 
 def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, float]:
@@ -229,7 +227,7 @@ def raise_invalid_target(target: Array, n_classes: int) -> None:
         return
     flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
     value = int(xp.reshape(target, (-1,))[flat])
-    position = []
+    position: list[int] = []
     for n in reversed(target.shape):
         flat, place = divmod(flat, n)
         position.insert(0, place)
@@ -250,7 +248,7 @@ def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
     n_classes = shape[axis]
     if n_classes == 0:
         raise ValueError(f"input must have at least one class, but has shape {shape}")
-    if n_classes is None or n_classes != n_classes:  # noqa: PLR0124 (Dask says NaN)
+    if n_classes is None or n_classes != n_classes:  # Dask says NaN
         raise ValueError(
             f"input must have a known number of classes, but its shape {shape} is unknown at "
             f"axis {axis}"
@@ -323,16 +321,13 @@ def _shape(argument: str, array: Array) -> tuple[int, ...]:
     try:
         return tuple(array.shape)
     except (AttributeError, TypeError):
-        raise TypeError(
-            f"{argument} must be an array, but is {_a(array)}"
-        ) from None
+        raise TypeError(f"{argument} must be an array, but is {_a(array)}") from None
 
 
 def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Compare shapes; a length that isn't known yet (None, or Dask's NaN) fits any."""
     return len(a) == len(b) and all(
-        m == n or m is None or n is None or m != m or n != n  # noqa: PLR0124
-        for m, n in zip(a, b, strict=True)
+        m == n or m is None or n is None or m != m or n != n for m, n in zip(a, b, strict=True)
     )
 
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="mml-arrayapi",
-        description="The multi-class hinge loss (multi_margin_loss) for every Python array library.",
+        description="The multi-class hinge loss (multi_margin_loss) for every array library.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -168,7 +168,7 @@ def _finish(problem: Problem, losses: Array) -> Array:
 
 def _count(xp: Any, losses: Array) -> Any:
     """Return the number of samples; an array where the library doesn't know its shapes yet."""
-    if all(n is not None and n == n for n in losses.shape):  # noqa: PLR0124 (Dask says NaN)
+    if all(n is not None and n == n for n in losses.shape):  # Dask says NaN
         return math.prod(losses.shape)
     return xp.sum(xp.ones_like(losses), dtype=losses.dtype)
 
@@ -192,4 +192,3 @@ def _sum(xp: Any, x: Array, axis: int, wide: Any) -> Array:
     total = _sum(xp, xp.sum(blocks, axis=axis + 1, dtype=wide), axis, wide)
     rest = x[(*head, slice(whole, None))]
     return total + xp.sum(rest, axis=axis, keepdims=True, dtype=wide)
-

@@ -46,6 +46,10 @@ class Problem(NamedTuple):
     check_target: str
 
 
+def _never_waits(problem: Problem) -> str | None:  # noqa: ARG001
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """An implementation of the loss for the arrays of one library.
@@ -70,6 +74,14 @@ class Kernel:
         For a library whose arrays are made of another's (Dask): ``on_chunks(problem, name,
         library)`` is this kernel, made to run the kernel ``name`` of ``library`` on every chunk;
         None where the chunks are not of that library.
+    waits : callable
+        ``waits(problem)`` is None, or a reason, in words, why the kernel had better not run the
+        problem unless it is asked for by name: it is to be compiled first, for instance.
+    shortcut : callable or None
+        ``shortcut(input, target, p, margin, weight, reduction, axis, check_target)``: the loss of
+        a plain small call whose arguments haven't been checked, or None for any call that isn't
+        plainly right. It is tried, once the kernel has been chosen without being asked for by
+        name, on later inputs of the same type, since the checks cost more than a small loss.
     """
 
     name: str
@@ -78,3 +90,5 @@ class Kernel:
     loss: Callable[[Problem], Array]
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]]
     on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None
+    waits: Callable[[Problem], str | None] = _never_waits
+    shortcut: Callable[..., Array | None] | None = None

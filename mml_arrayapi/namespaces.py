@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mml_arrayapi.kernel import Problem
+
 Array = Any
 Namespace = Any
 
@@ -53,7 +55,7 @@ class Library:
     on_host: Callable[[Array], Array]
     arange: Callable[[int, Any, Array], Array]
     place: Callable[[Array], Any]
-    settle: Callable[[Any], Any] | None = None
+    settle: Callable[[Problem], Problem] | None = None
 
 
 def device_of(array: Array) -> Any:

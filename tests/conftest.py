@@ -34,7 +34,11 @@ class Lib:
             narrow = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
             dtype = narrow.get(str(dtype or values.dtype), dtype or values.dtype)
             return self.xp.asarray(values.astype(dtype))
-        return self.xp.asarray(values) if dtype is None else self.xp.asarray(values, dtype=self.dtype(dtype))
+        return (
+            self.xp.asarray(values)
+            if dtype is None
+            else self.xp.asarray(values, dtype=self.dtype(dtype))
+        )
 
     def dtype(self, name):
         return getattr(self.xp, name) if hasattr(self.xp, name) else np.dtype(name)

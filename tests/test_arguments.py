@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
 
 X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
@@ -69,7 +70,12 @@ def array_cases(lib):
         (lib.array(np.zeros((2, 0), np.float32)), t), {}, ValueError,
         r"input must have at least one class, but has shape \(2, 0\)",
     )  # fmt: skip
-    yield (x, t), {"weight": lib.array(X)}, ValueError, r"weight must have shape \(C,\), but has shape \(2, 3\)"
+    yield (
+        (x, t),
+        {"weight": lib.array(X)},
+        ValueError,
+        r"weight must have shape \(C,\), but has shape \(2, 3\)",
+    )
     yield (
         (x, t), {"weight": lib.array(np.ones(2, np.float32))}, ValueError,
         r"weight must have one element per class, shape \(3,\), but has shape \(2,\)",
@@ -80,10 +86,25 @@ def array_cases(lib):
         r"dtype .*int32",
     )  # fmt: skip
     yield (lib.array(np.zeros((2, 3), bool)), t), {}, TypeError, r"input must have a real .*bool"
-    yield (lib.array(np.zeros((2, 3), np.complex64)), t), {}, TypeError, r"input must have .*complex64"
-    yield (x, lib.array(np.zeros(2, np.float32))), {}, TypeError, r"target must have an integer dtype, but has dtype .*float32"
+    yield (
+        (lib.array(np.zeros((2, 3), np.complex64)), t),
+        {},
+        TypeError,
+        r"input must have .*complex64",
+    )
+    yield (
+        (x, lib.array(np.zeros(2, np.float32))),
+        {},
+        TypeError,
+        r"target must have an integer dtype, but has dtype .*float32",
+    )
     yield (x, lib.array(np.zeros(2, bool))), {}, TypeError, r"target must have an integer .*bool"
-    yield (x, t), {"weight": lib.array(np.ones(3, np.int32))}, TypeError, r"weight must have a real .*int32"
+    yield (
+        (x, t),
+        {"weight": lib.array(np.ones(3, np.int32))},
+        TypeError,
+        r"weight must have a real .*int32",
+    )
     yield (x, t), {"weight": 1.0}, TypeError, r"weight must be an array, but is 1\.0 of type float"
     yield (x, [0, 1]), {}, TypeError, r"target must be an array, but is \[0, 1\] of type list"
     yield ([[0.0]], t), {}, TypeError, r"input must be an array, but is \[\[0\.0\]\] of type list"
@@ -91,17 +112,39 @@ def array_cases(lib):
     yield (x, [0]), {"reduction": "x", "p": 0}, ValueError, "reduction must"
     yield (x, [0]), {"p": 0, "margin": np.nan}, ValueError, "p must"
     yield (x, [0]), {"margin": np.nan, "weight": lib.array(X)}, ValueError, "margin must"
-    yield (lib.array(np.zeros((2, 0))), t), {"weight": lib.array(X)}, ValueError, "weight must have shape"
+    yield (
+        (lib.array(np.zeros((2, 0))), t),
+        {"weight": lib.array(X)},
+        ValueError,
+        "weight must have shape",
+    )
     yield (lib.array(np.zeros((2, 0))), lib.array([1])), {}, ValueError, "input must"
     yield (x, lib.array([1])), {"weight": lib.array(np.ones(2))}, ValueError, "target must"
-    yield (lib.array(np.zeros((2, 3), np.int32)), t), {"weight": lib.array(np.ones(2))}, ValueError, "weight must"
-    yield (lib.array(np.zeros((2, 3), np.int32)), lib.array(np.zeros(2, bool))), {}, TypeError, "input must"
-    yield (x, lib.array(np.zeros(2, bool))), {"weight": lib.array(np.ones(3, bool))}, TypeError, "target must"
+    yield (
+        (lib.array(np.zeros((2, 3), np.int32)), t),
+        {"weight": lib.array(np.ones(2))},
+        ValueError,
+        "weight must",
+    )
+    yield (
+        (lib.array(np.zeros((2, 3), np.int32)), lib.array(np.zeros(2, bool))),
+        {},
+        TypeError,
+        "input must",
+    )
+    yield (
+        (x, lib.array(np.zeros(2, bool))),
+        {"weight": lib.array(np.ones(3, bool))},
+        TypeError,
+        "target must",
+    )
     yield (x, lib.array([0, 9])), {"weight": lib.array(np.ones(3, bool))}, TypeError, "weight must"
     yield (x, lib.array([0, 9])), {"weight": w, "p": 0}, ValueError, "p must"
 
 
-@pytest.mark.parametrize("case", range(len(list(array_cases(type("L", (), {"array": lambda _, v, d=None: v})())))))
+@pytest.mark.parametrize(
+    "case", range(len(list(array_cases(type("L", (), {"array": lambda _, v, d=None: v})()))))
+)
 def test_bad_arrays(lib, case):
     arguments, options, error, message = list(array_cases(lib))[case]
     with pytest.raises(error, match=message):
@@ -147,7 +190,9 @@ def test_a_mix_of_devices_names_both():
         multi_margin_loss(x, xp.asarray(T, device=there))
     with pytest.raises(TypeError, match="weight must be on the same device"):
         multi_margin_loss(x, t, weight=xp.asarray(np.ones(3, np.float32), device=there))
-    assert multi_margin_loss(xp.asarray(X, device=there), xp.asarray(T, device=there)).device == there
+    assert (
+        multi_margin_loss(xp.asarray(X, device=there), xp.asarray(T, device=there)).device == there
+    )
 
 
 def test_no_array_at_all():
@@ -211,7 +256,10 @@ def test_target_out_of_range_gives_nan(lib, bad):
 def test_no_target_is_narrowed_into_range(lib, dtype, value):
     if not lib.has(dtype):
         pytest.skip(f"{lib.name} has no {dtype}")
-    x, t = lib.array(np.zeros((2, 3), np.float32)), lib.array(np.array([0, value], dtype=dtype), dtype)
+    x, t = (
+        lib.array(np.zeros((2, 3), np.float32)),
+        lib.array(np.array([0, value], dtype=dtype), dtype),
+    )
     with pytest.raises(InvalidTargetError, match=rf"target\[1\] is {value},"):
         lib.numpy(multi_margin_loss(x, t))
     loss = multi_margin_loss(x, t, check_target="nan", reduction="none")
@@ -227,7 +275,9 @@ def test_more_classes_than_the_targets_dtype_can_say(lib):
 def test_position_in_a_batch_of_higher_rank(lib):
     t = np.zeros((2, 3), np.int64)
     t[1, 2] = 7
-    with pytest.raises(InvalidTargetError, match=r"target\[1, 2\] is 7, but input has 1 class: accepted are 0 to 0"):
+    with pytest.raises(
+        InvalidTargetError, match=r"target\[1, 2\] is 7, but input has 1 class: accepted are 0 to 0"
+    ):
         lib.numpy(multi_margin_loss(lib.array(np.zeros((2, 3, 1), np.float32)), lib.array(t)))
 
 
@@ -249,5 +299,8 @@ def test_unknown_number_of_classes():
     da = pytest.importorskip("dask.array")
     x = da.from_array(np.zeros((4, 3)), chunks=2)
     x = x[:, da.from_array(np.array([True, True, False]))]
-    with pytest.raises(ValueError, match=r"input must have a known number of classes, but its shape \(4, nan\) is unknown at axis 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"input must have a known number of classes, but its shape \(4, nan\) is unknown at axis 1",
+    ):
         multi_margin_loss(x, np.zeros(4, np.int64))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
 from tests.test_registry import run_python
 
@@ -13,7 +14,11 @@ P = [1, 2, 1.5, 3]
 @pytest.fixture
 def batch(rng):
     scores = jnp.asarray(rng.normal(size=(6, 5)).astype(np.float32))
-    return scores, jnp.asarray(rng.integers(0, 5, 6).astype(np.int32)), jnp.asarray(rng.normal(size=5).astype(np.float32))
+    return (
+        scores,
+        jnp.asarray(rng.integers(0, 5, 6).astype(np.int32)),
+        jnp.asarray(rng.normal(size=5).astype(np.float32)),
+    )
 
 
 @pytest.mark.parametrize("p", P)
@@ -36,14 +41,20 @@ def test_transforms(batch, p):
         np.testing.assert_array_equal(hessian, 0)
     if p == 2:  # exact: differences of a quadratic's gradient
         eye = jnp.eye(5) * 1e-3
-        numeric = [(jax.grad(loss)(scores[0] + e, target[0]) - jax.grad(loss)(scores[0] - e, target[0])) / 2e-3 for e in eye]
+        numeric = [
+            (jax.grad(loss)(scores[0] + e, target[0]) - jax.grad(loss)(scores[0] - e, target[0]))
+            / 2e-3
+            for e in eye
+        ]
         np.testing.assert_allclose(hessian, np.stack(numeric), atol=2e-3)
     assert np.isfinite(hessian).all()
 
 
 def test_gradient_at_the_kink_and_of_nan(batch):
     grad = jax.grad(lambda x, y: multi_margin_loss(x, y, reduction="sum"))
-    np.testing.assert_array_equal(grad(jnp.asarray([[1.0, 2.0, 0.0]]), jnp.asarray([1])), [[0, 0, 0]])
+    np.testing.assert_array_equal(
+        grad(jnp.asarray([[1.0, 2.0, 0.0]]), jnp.asarray([1])), [[0, 0, 0]]
+    )
     bad = batch[0].at[1, 2].set(np.nan)
     rows = np.isnan(grad(bad, batch[1]))
     assert rows.all(axis=1).tolist() == rows.any(axis=1).tolist() == [i == 1 for i in range(6)]
@@ -100,4 +111,6 @@ except TypeError as error:
     print(error)
 """
     printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    assert printed.startswith("target must be on the same device as input, but target is on frozenset")
+    assert printed.startswith(
+        "target must be on the same device as input, but target is on frozenset"
+    )

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
 from tests.reference import loss_and_grad as reference
 
@@ -23,7 +24,9 @@ def optional(lib, weight):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("p", [1, 2, 3, 1.5, 2.25])
-@pytest.mark.parametrize(("weighted", "margin"), [(False, 1.0), (True, 0.7), (True, -0.5), (False, 0.0)])
+@pytest.mark.parametrize(
+    ("weighted", "margin"), [(False, 1.0), (True, 0.7), (True, -0.5), (False, 0.0)]
+)
 def test_value_and_gradient(lib, rng, p, margin, weighted, reduction):
     scores, targets, weight = problem(rng, weighted=weighted)
     options = {"p": p, "margin": margin, "reduction": reduction}
@@ -49,7 +52,9 @@ def test_dtype_of_the_result_and_precision(lib, rng, dtype):
     x = lib.array(scores, dtype)
     options = {"p": 2, "margin": 0.25}
     expected, expected_grad = reference(lib.numpy(x), targets, weight=weight, **options)
-    loss, grad = multi_margin_loss_and_grad(x, lib.array(targets), weight=lib.array(weight), **options)
+    loss, grad = multi_margin_loss_and_grad(
+        x, lib.array(targets), weight=lib.array(weight), **options
+    )
     assert lib.dtype_name(loss) == lib.dtype_name(grad) == dtype
     tolerance = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 1e-6, "float64": 1e-14}[dtype]
     np.testing.assert_allclose(lib.numpy(loss), expected, rtol=tolerance)
@@ -162,7 +167,12 @@ def test_infinite_scores(lib):
     )
     np.testing.assert_allclose(lib.numpy(loss), [2 / 3, 0, inf, inf], rtol=1e-6)
     third = np.float32(1 / 3)
-    expected = [[-third, 0, third], [0, 0, 0], [-2 * third, third, third], [-2 * third, third, third]]
+    expected = [
+        [-third, 0, third],
+        [0, 0, 0],
+        [-2 * third, third, third],
+        [-2 * third, third, third],
+    ]
     np.testing.assert_allclose(lib.numpy(grad), expected, rtol=1e-6)
 
 
@@ -228,7 +238,9 @@ def test_accuracy_for_many_samples(lib, rng):
     hinge = np.maximum(scores[:, 1].astype(np.float64) - scores[:, 0] + 1, 0)
     x, t = lib.array(scores), lib.array(np.zeros(n, np.int32))
     assert float(multi_margin_loss(x, t)) == pytest.approx(hinge.mean() / 2, rel=1e-6)
-    assert float(multi_margin_loss(x, t, reduction="sum")) == pytest.approx(hinge.sum() / 2, rel=1e-6)
+    assert float(multi_margin_loss(x, t, reduction="sum")) == pytest.approx(
+        hinge.sum() / 2, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -237,7 +249,10 @@ def test_grad_output(lib, rng, p, reduction):
     scores, targets, _ = problem(rng)
     upstream = rng.normal(size=13 if reduction == "none" else ()).astype(np.float32)
     _, grad = multi_margin_loss_and_grad(
-        lib.array(scores), lib.array(targets), p=p, reduction=reduction,
+        lib.array(scores),
+        lib.array(targets),
+        p=p,
+        reduction=reduction,
         grad_output=lib.array(upstream),
     )
     _, plain = reference(scores, targets, p=p, reduction=reduction)

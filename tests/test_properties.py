@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
 from tests.conftest import LIBRARIES, Lib
 from tests.reference import loss_and_grad as reference
@@ -60,7 +61,11 @@ def test_agrees_with_exact_arithmetic(any_lib):
         bound = 4e-7 * scale(scores, options)
         np.testing.assert_allclose(loss, expected, atol=bound, rtol=0)
         # Where z is within rounding of the kink, p = 1 has either slope; leave those samples out.
-        z = scores.astype(np.float64) - scores[np.arange(len(target)), target, None] + options["margin"]
+        z = (
+            scores.astype(np.float64)
+            - scores[np.arange(len(target)), target, None]
+            + options["margin"]
+        )
         sure = (np.abs(z) > 1e-4).all(axis=1) | (options["p"] > 1)
         np.testing.assert_allclose(grad[sure], expected_grad[sure], atol=bound * 10, rtol=0)
 
@@ -90,7 +95,9 @@ def test_adding_a_constant_to_a_samples_scores_changes_nothing(any_lib):
 def test_convex_in_the_scores(any_lib):
     def check(problem):
         scores, target, options = problem
-        options = options | {"weight": None if options["weight"] is None else np.abs(options["weight"])}
+        options = options | {
+            "weight": None if options["weight"] is None else np.abs(options["weight"])
+        }
         other = scores[::-1].copy()
         middle = (scores + other) / 2
         at = [run(any_lib, x, target, options, reduction="sum")[0] for x in (scores, other, middle)]
@@ -115,8 +122,13 @@ def test_samples_may_be_evaluated_in_parts(any_lib):
     def check(problem):
         scores, target, options = problem
         whole, _ = run(any_lib, scores, target, options, reduction="sum")
-        parts = [run(any_lib, scores[i : i + 2], target[i : i + 2], options, reduction="sum")[0] for i in range(0, len(target), 2)]
-        np.testing.assert_allclose(whole, np.sum(parts), atol=1e-6 * scale(scores, options) * len(target))
+        parts = [
+            run(any_lib, scores[i : i + 2], target[i : i + 2], options, reduction="sum")[0]
+            for i in range(0, len(target), 2)
+        ]
+        np.testing.assert_allclose(
+            whole, np.sum(parts), atol=1e-6 * scale(scores, options) * len(target)
+        )
 
     on(any_lib, check)
 

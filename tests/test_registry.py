@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mml_arrayapi import (
     Kernel,
     backends,
@@ -162,7 +163,9 @@ def test_a_loader_that_fails_refuses_with_the_reason(empty, monkeypatch):
 def test_backends_lists_every_built_in_kernel():
     names = [b.name for b in backends()]
     assert names[-1] == "generic"
-    assert {"numpy-numba", "torch-cpu-numba", "torch-cuda", "cupy-cuda", "dask-blocks"} <= set(names)
+    assert {"numpy-numba", "torch-cpu-numba", "torch-cuda", "cupy-cuda", "dask-blocks"} <= set(
+        names
+    )
 
 
 def run_python(code, *, path=(), **environment):
@@ -170,7 +173,11 @@ def run_python(code, *, path=(), **environment):
     extra = [str(p) for p in path] + [os.environ.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(p for p in extra if p)}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -214,7 +221,17 @@ def plugin_path(tmp_path_factory):
     """The plugin distribution as an installer would lay it out: its package and its metadata."""
     path = tmp_path_factory.mktemp("site")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(path), str(PLUGIN)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(path),
+            str(PLUGIN),
+        ],
         check=True,
     )
     return path
@@ -236,7 +253,9 @@ named = float(mml.multi_margin_loss(x, t, backend="tiny-loops"))
 refused = mml.explain(x, t, reduction="sum").considered[0][1]
 print(json.dumps([before, listed, loss, considered, named, refused]))
 """
-    before, listed, loss, considered, named, refused = json.loads(run_python(code, path=[plugin_path]))
+    before, listed, loss, considered, named, refused = json.loads(
+        run_python(code, path=[plugin_path])
+    )
     assert not before
     assert listed == ["plugin tiny_arrays.kernel:KERNEL"]
     assert loss == named == pytest.approx(0.325)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
 from tests.reference import loss_and_grad as reference
 
@@ -13,7 +14,11 @@ P = [1, 2, 1.5, 3]
 @pytest.fixture
 def batch(rng):
     scores = torch.tensor(rng.normal(size=(6, 5)).astype(np.float32))
-    return scores, torch.tensor(rng.integers(0, 5, 6)), torch.tensor(rng.normal(size=5).astype(np.float32))
+    return (
+        scores,
+        torch.tensor(rng.integers(0, 5, 6)),
+        torch.tensor(rng.normal(size=5).astype(np.float32)),
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -70,7 +75,9 @@ def test_function_transforms(batch, p):
     torch.testing.assert_close(primal, value)
     torch.testing.assert_close(derivative, (expected * tangent).sum())
     hessian = func.hessian(loss)(scores[0], target[0])
-    numeric = torch.autograd.functional.hessian(lambda x: loss(x.unsqueeze(0), target[:1]), scores[0])
+    numeric = torch.autograd.functional.hessian(
+        lambda x: loss(x.unsqueeze(0), target[:1]), scores[0]
+    )
     torch.testing.assert_close(hessian, numeric)
     if p == 2:
         assert hessian.abs().sum() > 0
@@ -91,12 +98,16 @@ def test_compiled_whole(batch, p):
     torch.testing.assert_close(loss.detach(), expected)
     torch.testing.assert_close(x.grad, expected_grad)
     with_grad = torch.compile(multi_margin_loss_and_grad, fullgraph=True)
-    torch.testing.assert_close(with_grad(scores, target, p=p, weight=weight), (expected, expected_grad))
+    torch.testing.assert_close(
+        with_grad(scores, target, p=p, weight=weight), (expected, expected_grad)
+    )
 
 
 def test_compiled_with_changing_sizes_and_margins(batch):
     scores, target, _ = batch
-    step = torch.compile(lambda x, y, margin: multi_margin_loss(x, y, margin=margin), fullgraph=True)
+    step = torch.compile(
+        lambda x, y, margin: multi_margin_loss(x, y, margin=margin), fullgraph=True
+    )
     for n, margin in ((3, 1.0), (4, 0.5), (5, 0.25)):
         expected = multi_margin_loss(scores[:n], target[:n], margin=margin)
         torch.testing.assert_close(step(scores[:n], target[:n], margin), expected)
@@ -186,7 +197,10 @@ def test_parameters_and_subclasses_are_tensors(batch):
 
 
 def test_mixed_devices():
-    with pytest.raises(TypeError, match="target must be on the same device as input, but target is on cpu and input is on meta"):
+    with pytest.raises(
+        TypeError,
+        match="target must be on the same device as input, but target is on cpu and input is on meta",
+    ):
         multi_margin_loss(torch.zeros(2, 3, device="meta"), torch.tensor([0, 1]))
 
 
