@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, prod
 
 from mml_arrayapi.conformance.context import INTEGERS, Context, Fail
 from mml_arrayapi.conformance.reference import EPS, reference
 from mml_arrayapi.conformance.suite import check
+
 from mml_arrayapi.namespaces import device_of
 
 TOPIC = "types and precision"
@@ -41,9 +42,7 @@ def results_are_on_the_device_of_input(ctx: Context) -> None:
     """Loss and gradient, with weight and grad_output too."""
     x, y = ctx.array([[0.0, 1.0, 0.5]] * 2), ctx.integers([0, 2])
     for reduction in ("none", "mean", "sum"):
-        loss, grad = ctx.loss_and_grad(
-            x, y, weight=ctx.array([1.0, 2.0, 3.0]), reduction=reduction
-        )
+        loss, grad = ctx.loss_and_grad(x, y, weight=ctx.array([1.0, 2.0, 3.0]), reduction=reduction)
         for what, got in (("loss", loss), ("gradient", grad)):
             if device_of(got) != device_of(x):
                 raise Fail(f"the {what} is on {device_of(got)}, but input is on {device_of(x)}")
@@ -132,10 +131,11 @@ def gradient_at_the_target_class_is_accurate(ctx: Context) -> None:
 @check(TOPIC, every_dtype=True)
 def sums_over_the_batch_are_accurate(ctx: Context) -> None:
     """Relative error at most 1e-6 over 2**20 samples, for sum and mean."""
-    for shape in ((LONG, 2), (2**10, 2**10, 2)):
-        x, y = ctx.full(shape, 0.0), ctx.full(shape[:-1], 1, ctx.integer())
+    for batch in ((LONG,), (2**7, 2**9)):
+        x, y = ctx.full((*batch, 2), 0.0), ctx.full(batch, 1, ctx.integer())
         _close(ctx, ctx.loss(x, y, margin=0.1), 0.05, "mean")
-        _close(ctx, ctx.loss(x, y, margin=0.1, reduction="sum"), 0.05 * LONG, "sum")
+        total = ctx.loss(x, y, margin=0.1, reduction="sum")
+        _close(ctx, total, 0.05 * prod(batch), "sum")
 
 
 def _close(ctx: Context, got: object, wanted: float, what: str) -> None:

@@ -188,7 +188,7 @@ def _sum(xp: Any, x: Array, axis: int, wide: Any) -> Array:
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     whole = n - n % BLOCK
     head = (slice(None),) * axis
-    blocks = xp.reshape(x[(*head, slice(whole))], (*before, n // BLOCK, BLOCK, *after))
+    blocks = xp.reshape(x[(*head, slice(whole), ...)], (*before, n // BLOCK, BLOCK, *after))
     total = _sum(xp, xp.sum(blocks, axis=axis + 1, dtype=wide), axis, wide)
-    rest = x[(*head, slice(whole, None))]
+    rest = x[(*head, slice(whole, None), ...)]
     return total + xp.sum(rest, axis=axis, keepdims=True, dtype=wide)
