@@ -37,6 +37,7 @@ from numba.extending import intrinsic, overload
 COLUMNS = 256  # neighbouring classes summed in float32 (by 8 lanes) before the sum goes to float64
 APART = 32  # the same where they are not neighbours: one lane. 512 for both was off by 1e-6 and 8e-6
 TILE = 256  # rows walked together where the classes lie further apart than the rows
+LONG = 4096  # classes from which on a row is read in quarters rather than beside three others
 RUN = 32  # classes of a tile summed in float32 before the sums go to float64
 
 # Python's own scalars: Numba recognises their types faster than NumPy's (0.15 microseconds each).
@@ -448,7 +449,7 @@ def loss_rows(
     Returns the sum, and the first row whose target is out of range, or stop.
     """
     m = _like(kind, margin)
-    q = (stop - start) // 4
+    q = (stop - start) // 4 if n_classes < LONG else 0
     total, bad = 0.0, stop
     for i in range(start, start + q):
         i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
@@ -473,7 +474,12 @@ def loss_rows(
     for i in range(start + 4 * q, stop):
         row = _row(kind, x, offsets, row_stride, i)
         y0 = _target(y, n_classes, i)
-        s0 = _one_sum(row, y0, _own_score(row, y0, step, m), n_classes, step, m, p)
+        v0 = _own_score(row, y0, step, m)
+        if n_classes < LONG:  # as above, so that a loss doesn't depend on where its row stands
+            s = _sums((row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p)
+            s0 = _sum_start(v0, n_classes) + s[0]
+        else:
+            s0 = _one_sum(row, y0, v0, n_classes, step, m, p)
         total += _end_loss(kind, losses, i, n_classes, s0 * _weight(m, weight, y0))
         if y0 < 0:
             bad = min(bad, i)
@@ -514,7 +520,7 @@ def grad_rows(
     float64) where upstream isn't 0.
     """
     m = _like(kind, margin)
-    q = (stop - start) // 4
+    q = (stop - start) // 4 if n_classes < LONG else 0
     total, bad = 0.0, stop
     for i in range(start, start + q):
         i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
@@ -559,9 +565,15 @@ def grad_rows(
         w0 = _weight(m, weight, y0)
         c0 = _row_scale(upstream, scale, w0, i)
         v0 = _own_score(row, y0, step, m)
-        s0, d0 = _one_slope(
-            row, y0, v0, n_classes, step, m, p, g0, grad_step, _like(m, c0)
-        )
+        scale0 = _like(m, c0)
+        if n_classes < LONG:
+            s, d = _slopes(
+                (row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p,
+                (g0, g0, g0, g0), grad_step, (scale0, scale0, scale0, scale0),
+            )
+            s0, d0 = _sum_start(v0, n_classes) + s[0], d[0]
+        else:
+            s0, d0 = _one_slope(row, y0, v0, n_classes, step, m, p, g0, grad_step, scale0)
         _end_grad(g0, grad_step, y0, n_classes, s0, d0, c0)
         total += _end_loss(kind, losses, i, n_classes, s0 * w0)
         if y0 < 0:
