@@ -216,7 +216,8 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
             considered.append((kernel.name, None))
         else:
             unwanted = f"{chosen.name} was asked for" if earlier else f"{chosen.name} comes first"
-            considered.append((kernel.name, kernel.refuses(problem) or kernel.waits(problem) or unwanted))
+            why = kernel.refuses(problem) or kernel.waits(problem) or unwanted
+            considered.append((kernel.name, why))
     return Explanation(chosen.name, tuple(considered))
 
 
@@ -286,9 +287,10 @@ def _kernels_of(library: str) -> tuple[Kernel, ...]:
 
 
 def _load(library: str) -> tuple[Kernel, ...]:
-    # No lock: torch.compile(fullgraph=True) can't enter one, and the first call may be compiled. Two
-    # threads that load at once do the same work twice.
-    kernels = [_attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library]
+    # No lock: torch.compile(fullgraph=True) can't enter one, and the first call may be compiled.
+    # Two threads that load at once do the same work twice.
+    offers = [offer for offer in built_in.OFFERS if offer.library == library]
+    kernels = [_attempt(offer.name, library, offer.load) for offer in offers]
     kernels += [kernel for kernel in _registered if kernel.library == library]
     for plugin in _plugins:
         if _library(plugin) == library:
