@@ -2,7 +2,7 @@
 
 import array_api_compat.numpy as np
 
-from tests.broken.arrays import Array, LazyArray, Namespace
+from tests.broken.arrays import Array, ComputingArray, LazyArray, Namespace
 
 
 def _narrow_targets(x, dtype, **keywords):
@@ -83,4 +83,6 @@ LIBRARIES = {
 
 SOUND = Namespace("sound")
 LAZY = Namespace("lazy", LazyArray)
+EAGER_TO_COMPUTE = Namespace("eager_to_compute", ComputingArray)
+WITHOUT_ANY = Namespace("without_any", any=None)
 WITHOUT_ISNAN = Namespace("without_isnan", isnan=None)
