@@ -161,7 +161,11 @@ def cases(scalar: int) -> Iterator[Case]:
 
 
 def reference(
-    scores: np.ndarray, target: list[int], weight: np.ndarray | None, p: float, case: Case,
+    scores: np.ndarray,
+    target: list[int],
+    weight: np.ndarray | None,
+    p: float,
+    case: Case,
     upstream: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss per row and gradient in float64, one row at a time, straight from the definition."""
@@ -188,14 +192,16 @@ def reference(
     return losses, grad
 
 
-def close(what: str, got: np.ndarray, wanted: np.ndarray, scalar: int, loose: float,
-          absolute: float = 0.0) -> None:
+def close(
+    what: str, got: np.ndarray, wanted: np.ndarray, scalar: int, loose: float, absolute: float = 0.0
+) -> None:
     """Compare: one rounding to the element type, and ``loose`` for the arithmetic before it."""
     got = got.astype(np.float64)
     largest = float(ml_dtypes.finfo(DTYPES[scalar]).max)
     with np.errstate(invalid="ignore", over="ignore"):
-        wanted = np.where(np.abs(wanted) > largest * (1 + HALF_ULP[scalar]),
-                          np.sign(wanted) * np.inf, wanted)
+        wanted = np.where(
+            np.abs(wanted) > largest * (1 + HALF_ULP[scalar]), np.sign(wanted) * np.inf, wanted
+        )
         error = np.abs(got - wanted)
         bound = (HALF_ULP[scalar] + loose) * np.abs(wanted) + SMALLEST[scalar] + absolute
         same = (got == wanted) | (np.isnan(got) & np.isnan(wanted)) | (error <= bound)
@@ -294,8 +300,12 @@ def _check(
         if operation[-1] == "grad_mask":
             addresses.pop("result", None)
             for step in cuda_launch.launches(
-                call, shape, "grad_mask", **{**addresses, "loss": 0, "flag": 0},
-                grad=grad.ctypes.data, **given,
+                call,
+                shape,
+                "grad_mask",
+                **{**addresses, "loss": 0, "flag": 0},
+                grad=grad.ctypes.data,
+                **given,
             ):
                 machine.launch(step, backwards)
         if operation[0] != "loss":
@@ -321,13 +331,19 @@ def run(machine: Machine, scalar: int, powers: tuple[float, ...], part: int, par
     """Check every ``parts``-th case, beginning with number ``part``, for each power in turn."""
     chosen = list(itertools.islice(enumerate(cases(scalar)), part, None, parts))
     for p, (i, case) in itertools.product(powers, chosen):
-        check(machine, scalar, p, replace(case, seed=case.seed + 100 * int(p)), bool(i // parts % 2))
+        check(
+            machine, scalar, p, replace(case, seed=case.seed + 100 * int(p)), bool(i // parts % 2)
+        )
     return len(powers) * len(chosen)
 
 
 if __name__ == "__main__":
     library, scalar, part, parts, *powers = sys.argv[1:]
     number = run(
-        Machine(Path(library), int(scalar)), int(scalar), tuple(map(float, powers)), int(part), int(parts)
+        Machine(Path(library), int(scalar)),
+        int(scalar),
+        tuple(map(float, powers)),
+        int(part),
+        int(parts),
     )
     print(f"{number} cases")

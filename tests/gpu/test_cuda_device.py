@@ -16,7 +16,16 @@ NAME = "torch-cuda"
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Tiles, rows and whole blocks; multiples of 16 bytes, and not.
-SHAPES = [(1000, 1), (3000, 10), (777, 31), (65, 32), (300, 100), (129, 1001), (40, 4099), (7, 40007)]
+SHAPES = [
+    (1000, 1),
+    (3000, 10),
+    (777, 31),
+    (65, 32),
+    (300, 100),
+    (129, 1001),
+    (40, 4099),
+    (7, 40007),
+]
 
 
 def random(rows, classes, dtype=torch.float32, seed=0):
