@@ -145,8 +145,9 @@ def _watched(kind: type) -> Iterator[list[str]]:
 
     def noting(name: str, original: Any) -> Any:
         def look(*args: Any, **keywords: Any) -> Any:
-            used.append(name)
-            return original(*args, **keywords)
+            value = original(*args, **keywords)
+            used.append(name)  # one that raises has computed nothing
+            return value
 
         return look
 
