@@ -104,9 +104,7 @@ def _launch(call: cuda_launch.Call, kernels: str, step: cuda_launch.Launch) -> N
     real = np.float64 if call.scalar == 64 else np.float32
     # CuPy passes Python's integers and floats with 8 bytes.
     values = (*step.values[:-3], *map(real, step.values[-3:]))
-    module.get_function(step.name)(
-        (step.grid,), (step.block,), values, shared_mem=step.shared
-    )
+    module.get_function(step.name)((step.grid,), (step.block,), values, shared_mem=step.shared)
 
 
 @cache

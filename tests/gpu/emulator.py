@@ -340,6 +340,10 @@ def run(machine: Machine, scalar: int, powers: tuple[float, ...], part: int, par
 if __name__ == "__main__":
     library, scalar, part, parts, *powers = sys.argv[1:]
     number = run(
-        Machine(Path(library), int(scalar)), int(scalar), tuple(map(float, powers)), int(part), int(parts)
+        Machine(Path(library), int(scalar)),
+        int(scalar),
+        tuple(map(float, powers)),
+        int(part),
+        int(parts),
     )
     print(f"{number} cases")

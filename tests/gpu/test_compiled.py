@@ -57,8 +57,7 @@ def compiled(tmp_path_factory):
         pytest.skip(f"compiling for a GPU needs NVRTC: {error}")
     pool = ThreadPoolExecutor(2)
     return {
-        variant: [pool.submit(one, variant, kernels) for kernels in LAYOUTS]
-        for variant in VARIANTS
+        variant: [pool.submit(one, variant, kernels) for kernels in LAYOUTS] for variant in VARIANTS
     }
 
 

@@ -132,7 +132,11 @@ def test_a_module_is_made_once_per_variant(cupy_cuda, problem):
         cupy_cuda.KERNEL.loss(problem._replace(p=p))
     tile = problem._replace(input=problem.input[:, :10].copy(), weight=None)
     cupy_cuda.KERNEL.loss(tile._replace(target=tile.target % 10))
-    assert [(m["POWER"], m["LAYOUT"]) for m in FakeModule.made] == [("1", "2"), ("2", "2"), ("1", "1")]
+    assert [(m["POWER"], m["LAYOUT"]) for m in FakeModule.made] == [
+        ("1", "2"),
+        ("2", "2"),
+        ("1", "1"),
+    ]
 
 
 def test_targets_out_of_range(cupy_cuda, problem):

@@ -14,7 +14,12 @@ torch_cuda = pytest.importorskip(
     "mml_arrayapi.backends.torch_cuda", reason="PyTorch's GPU kernels need cuda-bindings"
 )
 NAME = torch_cuda.KERNEL.name
-TYPES = {torch.float32: (1, 2, 1.5), torch.float16: (1, 2), torch.bfloat16: (2, 3), torch.float64: (3,)}
+TYPES = {
+    torch.float32: (1, 2, 1.5),
+    torch.float16: (1, 2),
+    torch.bfloat16: (2, 3),
+    torch.float64: (3,),
+}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +180,9 @@ def test_transforms_are_left_to_the_generic_implementation(launched, batch):
     assert launched == []
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # Dynamo's own
 @pytest.mark.parametrize("p", [1, 2])
 def test_compiled_whole_with_the_kernels_in_the_graph(launched, batch, p):
     scores, target, weight = batch
@@ -330,5 +337,7 @@ def test_the_first_call_of_a_process_may_be_compiled():
         "step = torch.compile(loss, fullgraph=True, backend='eager')\n"
         "assert step(torch.zeros(3, 4), torch.tensor([0, 1, 2])).item() == 0.75\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
