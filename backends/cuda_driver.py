@@ -49,7 +49,7 @@ def compile_variant(
             log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
             nvrtc.nvrtcGetProgramLog(program, log)
             raise RuntimeError(f"NVRTC: {log.decode(errors='replace')}")
-        code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
+        code: bytes = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
         _done(nvrtc.nvrtcGetCUBIN(program, code))
         return code
     finally:

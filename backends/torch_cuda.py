@@ -256,7 +256,7 @@ def _fake_loss_grad(input, target, weight, grad_output, p, margin, reduction, st
 
 _SCORES = "Tensor input, Tensor target, Tensor? weight"
 _OPTIONS = "float p, float margin, str reduction"
-OPERATORS = {
+OPERATORS: dict[str, tuple[str, Any, Any]] = {
     "loss": (f"({_SCORES}, {_OPTIONS}, bool strict) -> Tensor", _loss, _fake_loss),
     "loss_mask": (
         f"({_SCORES}, {_OPTIONS}, bool strict) -> (Tensor, Tensor, Tensor)",
@@ -395,8 +395,8 @@ def _launch(
     cuda_driver.launch(launches, call.scalar, power, kernels, index, stream, _architecture)
 
 
-def _current_device() -> int:
-    return torch.cuda.current_device()
+def _current_device() -> int | None:
+    return torch.cuda.current_device()  # type: ignore[no-any-return]
 
 
 @cache
