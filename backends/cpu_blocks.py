@@ -7,9 +7,6 @@ sums are added in order, so a result has the same bits for any number of threads
 
 from __future__ import annotations
 
-import math
-import threading
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +15,45 @@ from mml_arrayapi.backends import threads
 
 BLOCK = 2**18  # elements: 60 microseconds of work
 SERIAL = 2**19  # elements: below, waking a thread costs more than it saves
+TILES = 2**20  # elements: below, the tiles' kernels, compiled by themselves, aren't worth it
 WAIT = 2**22  # elements that the generic implementation serves before a kernel is compiled
 CALL = 2**12  # what a call counts on top of its elements
 
 KINDS = {"float64": "FLOAT64", "float32": "FLOAT32", "float16": "FLOAT16", "uint16": "BFLOAT16"}
+
+
+_work: dict[tuple[str, float], int] = {}
+
+
+def waits(dtype: str, p: float, elements: int) -> str | None:
+    """Count a call, and tell why it isn't worth compiling a kernel for it yet.
+
+    Parameters
+    ----------
+    dtype : str
+        The input's dtype.
+    p : float
+        The exponent.
+    elements : int
+        The input's size.
+
+    Returns
+    -------
+    str or None
+        None once the calls of this dtype and exponent add up.
+    """
+    key = dtype, p if p in (1, 2) else 0.0
+    work = _work.get(key, 0)
+    if work >= WAIT:
+        return None
+    _work[key] = work = work + elements + CALL
+    if work >= WAIT:
+        return None
+    return (
+        f"Numba's compiler (seconds) doesn't pay yet: until calls for {dtype} and "
+        f"{f'p={key[1]:g}' if key[1] else 'other p'} add up to {WAIT:,} in this process, the "
+        f"generic implementation serves; a call counts its elements plus {CALL:,}, so far {work:,}"
+    )
 
 
 class Scores(NamedTuple):
@@ -68,17 +100,18 @@ def loss(scores: Scores, limit: int, losses: np.ndarray | None = None) -> tuple[
     bad : int
         The first row whose target is out of range, or -1.
     """
-    kernels = _numba_kernels()
+    kernels = numba_kernels()
     columns = scores.array.shape[-1]
     layout = _layout(scores.array)
-    run = kernels.loss_tiles if _by_tiles(layout) else kernels.loss_rows
+    tiled = _is_tiled(layout, scores.array.size)
+    run = kernels.loss_tiles if tiled else kernels.loss_rows
     arguments = _arguments(kernels, scores, layout)
     out = 0 if losses is None else losses.ctypes.data
 
     def block(start: int, stop: int) -> tuple[float, int]:
         return run(*arguments, columns, start, stop, *_last(kernels, scores), out)  # type: ignore[no-any-return]
 
-    return _in_blocks(block, scores.target.size, columns, layout, limit)
+    return _in_blocks(block, scores.target.size, columns, tiled, limit)
 
 
 def loss_and_grad(
@@ -107,10 +140,11 @@ def loss_and_grad(
     sum, bad
         As in :func:`loss`.
     """
-    kernels = _numba_kernels()
+    kernels = numba_kernels()
     columns = scores.array.shape[-1]
     layout, to = _layout(scores.array), _layout(grad)
-    run = kernels.grad_tiles if _by_tiles(layout) else kernels.grad_rows
+    tiled = _is_tiled(layout, scores.array.size) and to.offsets is None
+    run = kernels.grad_tiles if tiled else kernels.grad_rows
     arguments = _arguments(kernels, scores, layout)
     out = 0 if losses is None else losses.ctypes.data
     offsets = 0 if to.offsets is None else to.offsets.ctypes.data
@@ -120,7 +154,7 @@ def loss_and_grad(
     def block(start: int, stop: int) -> tuple[float, int]:
         return run(*arguments, columns, start, stop, *_last(kernels, scores), *rest, up)  # type: ignore[no-any-return]
 
-    return _in_blocks(block, scores.target.size, columns, layout, limit)
+    return _in_blocks(block, scores.target.size, columns, tiled, limit)
 
 
 class _Layout(NamedTuple):
@@ -149,9 +183,11 @@ def _layout(array: np.ndarray) -> _Layout:
     return _Layout(offsets.reshape(-1), 0, step)
 
 
-def _by_tiles(layout: _Layout) -> bool:
-    """Tell whether neighbours in memory are rows rather than classes."""
-    return layout.offsets is None and 0 < abs(layout.row_stride) < abs(layout.step)
+def _is_tiled(layout: _Layout, elements: int) -> bool:
+    """Tell whether neighbours in memory are rows rather than classes, and there are many."""
+    if layout.offsets is not None or elements < TILES:
+        return False
+    return 0 < abs(layout.row_stride) < abs(layout.step)
 
 
 def _arguments(kernels: Any, scores: Scores, layout: _Layout) -> tuple[Any, ...]:
@@ -172,10 +208,10 @@ def _last(kernels: Any, scores: Scores) -> tuple[float, Any]:
     return scores.margin, kernels.ONE if p == 1 else kernels.TWO if p == 2 else p
 
 
-def _in_blocks(block: Any, rows: int, columns: int, layout: _Layout, limit: int) -> tuple[float, int]:
+def _in_blocks(block: Any, rows: int, columns: int, tiled: bool, limit: int) -> tuple[float, int]:
     """Run the blocks of rows, and add up what they return."""
     size = max(1, BLOCK // columns)
-    if _by_tiles(layout):
+    if tiled:
         size = max(size, 256)
     count = -(-rows // size)
 
@@ -189,7 +225,8 @@ def _in_blocks(block: Any, rows: int, columns: int, layout: _Layout, limit: int)
     return sum(total for total, _ in results), bad
 
 
-def _numba_kernels() -> Any:
-    from mml_arrayapi.backends import numba_kernels
+def numba_kernels() -> Any:
+    """Import Numba (0.3 s) when a kernel is to run, not before."""
+    from mml_arrayapi.backends import numba_kernels as kernels
 
-    return numba_kernels
+    return kernels

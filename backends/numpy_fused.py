@@ -27,9 +27,19 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+def waits(problem: Problem) -> str | None:
+    """Tell why compiling the kernel doesn't pay yet, or None."""
+    return cpu_blocks.waits(problem.input.dtype.name, problem.p, problem.input.size)
+
+
 def loss(problem: Problem) -> Any:
     """Compute the loss."""
-    x = problem.input
+    if problem.weight is None and problem.axis == 1 and problem.check_target == "raise":
+        _ready_shortcut(problem)
+        arguments = problem.p, problem.margin, None, problem.reduction, -1, "auto"
+        result = shortcut(problem.input, problem.target, *arguments)
+        if result is not None:
+            return result
     scores = _scores(problem)
     losses = _losses(problem, scores)
     total, bad = cpu_blocks.loss(scores, threads.number_of_threads(), losses)
@@ -81,4 +91,61 @@ def _finish(
     return x.dtype.type(total)
 
 
-KERNEL = Kernel("numpy-numba", "numpy", refuses, loss, loss_and_grad)
+NUMBERS = (int, float)
+INT64 = np.dtype(np.int64)
+_small: dict[tuple[np.dtype, float], tuple[Any, ...]] = {}  # dtype, p: kernel, kind, exponent
+
+
+def _ready_shortcut(problem: Problem) -> None:
+    """Compile the shortcut's kernel for a call that it could take."""
+    x, p = problem.input, problem.p
+    if problem.reduction == "mean" and p in (1, 2) and x.dtype.name in ("float32", "float64"):
+        kernels = cpu_blocks.numba_kernels()
+        kind = kernels.FLOAT32 if x.dtype == np.float32 else kernels.FLOAT64
+        _small[x.dtype, p] = kernels.loss_of_arrays, kind, kernels.ONE if p == 1 else kernels.TWO
+
+
+def shortcut(
+    input: np.ndarray,
+    target: Any,
+    p: Any,
+    margin: Any,
+    weight: Any,
+    reduction: Any,
+    axis: Any,
+    check_target: Any,
+) -> Any:
+    """Serve the mean of a small contiguous array of float32 or float64 without a weight."""
+    if (
+        type(input) is not np.ndarray
+        or type(target) is not np.ndarray
+        or weight is not None
+        or reduction != "mean"
+        or axis != -1
+        or check_target != "auto"
+        or type(p) not in NUMBERS
+        or type(margin) not in NUMBERS
+    ):
+        return None
+    dtype = input.dtype
+    small = _small.get((dtype, p))
+    if (
+        small is None
+        or input.ndim != 2
+        or target.ndim != 1
+        or target.dtype != INT64
+        # Contiguous, aligned, writeable: a read-only array is another type to Numba.
+        or not input.flags.carray
+        or not target.flags.carray
+        or not -math.inf < margin < math.inf
+    ):
+        return None
+    rows, n_classes = input.shape
+    if target.size != rows or not 0 < rows * n_classes <= cpu_blocks.BLOCK:
+        return None
+    kernel, kind, exponent = small
+    total, bad = kernel(kind, input, target, float(margin), exponent)
+    return None if bad < rows else dtype.type(total / n_classes / rows)
+
+
+KERNEL = Kernel("numpy-numba", "numpy", refuses, loss, loss_and_grad, waits, shortcut)

@@ -46,6 +46,10 @@ class Problem(NamedTuple):
     check_target: str
 
 
+def _never_waits(problem: Problem) -> str | None:  # noqa: ARG001
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """An implementation of the loss for the arrays of one library.
@@ -66,6 +70,14 @@ class Kernel:
         ``loss_and_grad(problem, grad_output)``: the loss, and the gradient of
         ``sum(loss * grad_output)`` for ``input``. ``grad_output`` is an array of the loss's shape,
         or None for 1.
+    waits : callable
+        ``waits(problem)`` is None, or a reason, in words, why the kernel had better not run the
+        problem unless it is asked for by name: it is to be compiled first, for instance.
+    shortcut : callable or None
+        ``shortcut(input, target, p, margin, weight, reduction, axis, check_target)``: the loss of
+        a plain small call whose arguments haven't been checked, or None for any call that isn't
+        plainly right. It is tried, once the kernel has been chosen without being asked for by
+        name, on later inputs of the same type, since the checks cost more than a small loss.
     on_chunks : callable, optional
         For a library whose arrays are made of another's (Dask): ``on_chunks(problem, name,
         library)`` is this kernel, made to run the kernel ``name`` of ``library`` on every chunk;
@@ -77,4 +89,6 @@ class Kernel:
     refuses: Callable[[Problem], str | None]
     loss: Callable[[Problem], Array]
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]]
+    waits: Callable[[Problem], str | None] = _never_waits
+    shortcut: Callable[..., Array | None] | None = None
     on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None

@@ -88,6 +88,12 @@ def multi_margin_loss(
     >>> round(float(multi_margin_loss(scores, np.asarray([3]))), 6)
     0.325
     """
+    # A small call costs 3 microseconds by the shortcut, and the checks alone 10.
+    shortcut = registry.shortcut_for(input) if backend is None else None
+    if shortcut is not None:
+        loss = shortcut(input, target, p, margin, weight, reduction, axis, check_target)
+        if loss is not None:
+            return loss
     problem = arguments.check(
         input,
         target,

@@ -57,6 +57,7 @@ _environment = os.environ.get(ENVIRONMENT) or None
 _plugins: tuple[EntryPoint, ...] = tuple(entry_points(group=ENTRY_POINTS))
 _registered: list[Kernel] = []
 _loaded: dict[str, tuple[Kernel, ...]] = {}  # library -> its kernels, in order
+_shortcuts: dict[type, Callable[..., Array | None]] = {}
 _lock = threading.RLock()
 
 
@@ -88,6 +89,7 @@ def register_kernel(kernel: Kernel) -> None:
             raise ValueError(f"a kernel named {kernel.name!r} is registered already")
         _registered.append(kernel)
         _loaded.pop(kernel.library, None)
+        _shortcuts.clear()
 
 
 @contextmanager
@@ -147,9 +149,29 @@ def choose(problem: Problem, backend: str | None) -> Kernel:
         if kernel is not None:
             return kernel
     for kernel in _kernels_of(problem.library):
-        if kernel.refuses(problem) is None:
+        if kernel.refuses(problem) is None and kernel.waits(problem) is None:
+            if kernel.shortcut is not None and forced is None:
+                _shortcuts[type(problem.input)] = kernel.shortcut
             return kernel
     return GENERIC
+
+
+def shortcut_for(input: Array) -> Callable[..., Array | None] | None:
+    """Return the shortcut of the kernel that last ran an input of this type, if any may be taken.
+
+    Parameters
+    ----------
+    input : array
+        Any object.
+
+    Returns
+    -------
+    callable or None
+        See :class:`Kernel`; None where a kernel is asked for by name.
+    """
+    if _state.forced is not None or _environment is not None:
+        return None
+    return _shortcuts.get(type(input))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +208,18 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
     Explanation
     """
     chosen = choose(problem, backend)
+    asked = bool(backend or _state.forced or _environment)
     considered: list[tuple[str, str | None]] = []
     earlier = True
     for kernel in (*_kernels_of(problem.library), GENERIC):
+        why = None
         if kernel.name == chosen.name:
             earlier = False
-            considered.append((kernel.name, None))
-        else:
-            unwanted = f"{chosen.name} was asked for" if earlier else f"{chosen.name} comes first"
-            considered.append((kernel.name, kernel.refuses(problem) or unwanted))
+        elif (why := kernel.refuses(problem)) is None:
+            why = None if asked else kernel.waits(problem)
+            place = "was asked for" if earlier else "comes first"
+            why = why or f"{chosen.name} {place}"
+        considered.append((kernel.name, why))
     return Explanation(chosen.name, tuple(considered))
 
 
@@ -264,15 +289,15 @@ def _kernels_of(library: str) -> tuple[Kernel, ...]:
 
 
 def _load(library: str) -> tuple[Kernel, ...]:
-    with _lock:
-        kernels = [
-            _attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library
-        ]
-        kernels += [kernel for kernel in _registered if kernel.library == library]
-        for plugin in _plugins:
-            if _library(plugin) == library:
-                kernels.append(_attempt(plugin.name, library, plugin.load))
-        _loaded[library] = tuple(kernels)
+    # No lock: torch.compile(fullgraph=True) can't enter one, and the first call may be compiled.
+    # Two threads that load at once do the same work twice.
+    offers = [offer for offer in built_in.OFFERS if offer.library == library]
+    kernels = [_attempt(offer.name, library, offer.load) for offer in offers]
+    kernels += [kernel for kernel in _registered if kernel.library == library]
+    for plugin in _plugins:
+        if _library(plugin) == library:
+            kernels.append(_attempt(plugin.name, library, plugin.load))
+    _loaded[library] = tuple(kernels)
     return _loaded[library]
 
 

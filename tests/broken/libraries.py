@@ -35,8 +35,8 @@ def _power_of_integers(x, exponent):
     return x ** round(exponent)
 
 
-def _less_or_equal_is_less(x, y):
-    return x < y
+def _greater_is_greater_or_equal(x, y):
+    return x >= y
 
 
 def arange_from_1(stop, dtype=None):
@@ -75,7 +75,7 @@ LIBRARIES = {
         "inputs are not changed", "float32"),
     Namespace("rounds_exponents", pow=_power_of_integers): (
         "p is any real number from 1", "float32"),
-    Namespace("less_or_equal_is_less", le=_less_or_equal_is_less): (
+    Namespace("greater_is_greater_or_equal", gt=_greater_is_greater_or_equal): (
         "gradient is 0 at the kink", "float32"),
     Namespace("counts_from_1", arange=arange_from_1): ("golden vectors agree", "float32"),
     ON_ANOTHER_DEVICE: ("results are on the device of input", "float32"),
