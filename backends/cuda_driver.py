@@ -65,6 +65,7 @@ class _Block(threading.local):
         first = ctypes.addressof(self.bytes)
         self.pointers = (ctypes.c_void_p * cuda_launch.FIELDS)(*range(first, first + size, 8))
         self.address = ctypes.addressof(self.pointers)
+        self.has_context = False
 
 
 _block = _Block()
@@ -79,7 +80,7 @@ def launch(
 ) -> None:
     """Launch a plan's kernels, in order, on a stream of the current device.
 
-    The device's context must be current. The first launch of a variant compiles and loads it
+    The first launch of a variant compiles and loads it
     (which can't happen while a CUDA graph is captured); the code is kept per device.
 
     Parameters
@@ -100,11 +101,13 @@ def launch(
     RuntimeError
         What NVRTC or the driver reports.
     """
+    if not _block.has_context:
+        _ensure_context(device)
     variant = (device, plan.scalar, plan.power, plan.kernels)
     functions = _functions.get(variant)
     if functions is None:
         functions = _load(variant, architecture(device))
-    _block.bytes[:] = cuda_launch.pack(addresses, plan)
+    ctypes.memmove(_block.bytes, cuda_launch.pack(addresses, plan), len(_block.bytes))
     for step in plan.launches:
         status = driver.cuLaunchKernel(
             functions[step.name],
@@ -116,6 +119,18 @@ def launch(
             0,
         )
         _done(status)
+
+
+def _ensure_context(device: int) -> None:
+    """Give a new thread the context that the CUDA runtime would give it at its first need.
+
+    Autograd's threads may come here before anything has needed one: their memory comes from the
+    allocator's cache.
+    """
+    if int(_done(driver.cuCtxGetCurrent())) == 0:
+        number = _done(driver.cuDeviceGet(device))
+        _done(driver.cuCtxSetCurrent(_done(driver.cuDevicePrimaryCtxRetain(number))))
+    _block.has_context = True
 
 
 def _load(variant: tuple[int, int, int, str], architecture: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import struct
+import threading
 import types
 
 import pytest
@@ -145,6 +146,20 @@ class Recorder:
 
     def __init__(self):
         self.loaded, self.launched, self.status = [], [], 0
+        self.contexts = threading.local()
+
+    def cuCtxGetCurrent(self):
+        return 0, getattr(self.contexts, "current", 0)
+
+    def cuDeviceGet(self, number):
+        return 0, ("device", number)
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, 100 + device[1]
+
+    def cuCtxSetCurrent(self, context):
+        self.contexts.current = context
+        return (0,)
 
     def cuModuleLoadData(self, code):
         self.loaded.append(code)
@@ -154,6 +169,7 @@ class Recorder:
         return 0, (module, name.decode())
 
     def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+        assert self.contexts.current
         addresses = (ctypes.c_void_p * cuda_launch.FIELDS).from_address(parameters)
         packed = b"".join(ctypes.string_at(address, 8) for address in addresses)
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
@@ -167,6 +183,7 @@ def driver(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(cuda_driver, "driver", recorder)
     monkeypatch.setattr(cuda_driver, "_functions", {})
+    monkeypatch.setattr(cuda_driver, "_block", cuda_driver._Block())
     monkeypatch.setattr(cuda_driver, "compile_variant", lambda *variant: variant)
     recorder.launch = lambda planned, device=0, stream=77, addresses=tuple(range(11)): (
         cuda_driver.launch(planned, addresses, device, stream, lambda d: f"sm_9{d}")
@@ -195,6 +212,26 @@ def test_a_module_is_loaded_once_per_device_and_variant(driver):
     driver.launch(other)
     driver.launch(other)
     assert driver.loaded[2:] == [(32, 2, "rows", "sm_90")]
+
+
+def test_a_new_thread_gets_the_devices_context(driver):
+    planned = plan(call(rows=10, classes=100), "loss")
+    seen = []
+
+    def work():
+        driver.launch(planned, device=1)
+        seen.append(driver.contexts.current)
+        driver.contexts.current = 7  # what another device's guard would set is left alone
+        driver.launch(planned, device=1)
+        seen.append(driver.contexts.current)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [101, 7]
+    driver.contexts.current = 5
+    driver.launch(planned)
+    assert driver.contexts.current == 5
 
 
 def test_what_the_driver_reports_is_raised(driver):
