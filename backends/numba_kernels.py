@@ -701,3 +701,13 @@ def grad_tiles(
             w = _weight(m, weight, target)
             result += _end_loss(kind, losses, first + t, n_classes, total[t] * w)
     return result, bad
+
+
+@_kernel
+def grad_of_memory(kind, x, y, n, c, margin, p, grad, scale, upstream):
+    """Write the gradient of all rows of contiguous memory.
+
+    The upstream gradient is one number of the computing type, at an address.
+    """
+    factor = scale * np.float64(_reals(upstream, _like(kind, 0.0))[0])
+    return grad_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, grad, 0, c, 1, factor, 0)

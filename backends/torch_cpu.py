@@ -10,6 +10,7 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+from numpy import array, float32
 from torch import from_numpy
 from torch.autograd import forward_ad
 
@@ -227,6 +228,7 @@ def _use_large_pages(tensor: torch.Tensor) -> None:
     _advise(first, address + size - first, 14)  # MADV_HUGEPAGE; a refusal changes nothing
 
 
+FLOAT32 = 0j  # numba_kernels.FLOAT32; Numba is imported when it is wanted
 NUMBERS = (int, float)
 _small: dict[tuple[torch.dtype, float], tuple[Any, Any]] = {}  # compiled: kernels, exponent
 
@@ -271,10 +273,8 @@ def shortcut(
         or not input.is_cpu
         or not target.is_cpu
         or input.layout is not torch.strided
-        or target.layout is not torch.strided
         or not input.is_contiguous()
         or not target.is_contiguous()
-        or input.is_neg()
         or not -math.inf < margin < math.inf
         or functorch_active()
         or forward_ad._current_level >= 0
@@ -288,43 +288,41 @@ def shortcut(
         return None
     if input.requires_grad and is_grad_enabled():
         return _SmallLoss.apply(input, target, p, margin)  # type: ignore[no-any-return]
-    return _small_loss(input, target, small, margin, rows, n_classes)
-
-
-def _small_loss(
-    x: torch.Tensor, y: torch.Tensor, small: Any, margin: float, rows: int, n_classes: int
-) -> torch.Tensor | None:
     kernels, exponent = small
     total, bad = kernels.loss_of_memory(
-        kernels.FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, float(margin), exponent
+        FLOAT32, input.data_ptr(), target.data_ptr(), rows, n_classes, float(margin), exponent
     )
     # A third of the time of torch.tensor().
-    return None if bad < rows else from_numpy(np.array(total / n_classes / rows, np.float32))
+    return None if bad < rows else from_numpy(array(total / n_classes / rows, float32))
 
 
 class _SmallLoss(torch.autograd.Function):
     """What :class:`_Loss` is to the kernel, for the shortcut."""
 
     @staticmethod
-    def forward(ctx: Any, input: Any, target: Any, p: float, margin: float) -> torch.Tensor | None:
-        ctx.save_for_backward(input, target)
+    def forward(ctx: Any, x: Any, y: Any, p: float, margin: float) -> torch.Tensor | None:
+        ctx.save_for_backward(x, y)
         ctx.numbers = p, margin
-        return _small_loss(input, target, _small[torch.float32, p], margin, *input.shape)
+        rows, n_classes = x.shape
+        kernels, exponent = _small[torch.float32, p]
+        total, bad = kernels.loss_of_memory(
+            FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, float(margin), exponent
+        )
+        return None if bad < rows else from_numpy(array(total / n_classes / rows, float32))
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
         x, y = ctx.saved_tensors
         p, margin = ctx.numbers
-        if is_grad_enabled() or _transformed() or type(grad_output) is not torch.Tensor:
+        if is_grad_enabled() or functorch_active() or type(grad_output) is not torch.Tensor:
             problem = Problem(xp, "torch", x, y, None, p, margin, "mean", 1, "nan")
             return generic.loss_and_grad(problem, grad_output)[1], None, None, None
-        kernels, exponent = _small[torch.float32, p]
         rows, n_classes = x.shape
+        kernels, exponent = _small[torch.float32, p]
         grad = torch.empty_like(x)
-        scale = grad_output.item() * p / n_classes / rows
-        kernels.grad_rows(
-            kernels.FLOAT32, x.data_ptr(), 0, n_classes, 1, y.data_ptr(), 0, n_classes, 0, rows,
-            float(margin), exponent, 0, grad.data_ptr(), 0, n_classes, 1, scale, 0,
+        kernels.grad_of_memory(
+            FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, float(margin), exponent,
+            grad.data_ptr(), p / n_classes / rows, grad_output.data_ptr(),
         )
         return grad, None, None, None
 

@@ -208,16 +208,18 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
     Explanation
     """
     chosen = choose(problem, backend)
+    asked = bool(backend or _state.forced or _environment)
     considered: list[tuple[str, str | None]] = []
     earlier = True
     for kernel in (*_kernels_of(problem.library), GENERIC):
+        why = None
         if kernel.name == chosen.name:
             earlier = False
-            considered.append((kernel.name, None))
-        else:
-            unwanted = f"{chosen.name} was asked for" if earlier else f"{chosen.name} comes first"
-            why = kernel.refuses(problem) or kernel.waits(problem) or unwanted
-            considered.append((kernel.name, why))
+        elif (why := kernel.refuses(problem)) is None:
+            why = None if asked else kernel.waits(problem)
+            place = "was asked for" if earlier else "comes first"
+            why = why or f"{chosen.name} {place}"
+        considered.append((kernel.name, why))
     return Explanation(chosen.name, tuple(considered))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mml_arrayapi.accumulate import ExactSum, exact_sums
@@ -282,7 +282,7 @@ class Evaluation:
         made: dict[str, Any] = {name: getattr(self, name) for name in (*names, "kernel")}
         made["n_classes"] = len(self.classes)
         made["classes"] = {
-            str(c): {key: _plain(value) for key, value in figures._asdict().items()}
+            str(c): {key: _plain(value) for key, value in asdict(figures).items()}
             for c, figures in enumerate(self.classes)
             if figures.count
         }

@@ -198,3 +198,15 @@ def test_a_kernel_that_refuses_is_not_run(registered):
     result = outcome("golden vectors agree", libraries.SOUND, backend="refuses")
     assert result.state == NOT_RUN
     assert "only on Sundays" in result.reason
+
+
+def test_a_missing_function_is_no_wrong_error():
+    result = outcome("check target raise raises", libraries.WITHOUT_ANY)
+    assert (result.state, result.reason) == (MISSING, "without_any has no function any")
+
+
+def test_a_lazy_library_whose_arrays_compute_in_bool_is_not_computed():
+    assert (
+        outcome("nothing is computed before it is asked for", libraries.EAGER_TO_COMPUTE).state
+        == PASS
+    )

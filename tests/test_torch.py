@@ -7,6 +7,7 @@ from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_m
 from tests.reference import loss_and_grad as reference
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 func = torch.func
 P = [1, 2, 1.5, 3]
 

@@ -87,6 +87,13 @@ class LazyArray(Array):
         return Array(self.a, self.xp, self.device)
 
 
+class ComputingArray(Array):
+    """A lazy array that computes whenever its value is needed, as Dask's and Cubed's do."""
+
+    def compute(self):
+        return Array(self.a, self.xp, self.device)
+
+
 class Namespace(ModuleType):
     """An array API namespace.
 

@@ -2,7 +2,7 @@
 
 import array_api_compat.numpy as np
 
-from tests.broken.arrays import Array, LazyArray, Namespace
+from tests.broken.arrays import Array, ComputingArray, LazyArray, Namespace
 
 
 def _narrow_targets(x, dtype, **keywords):
@@ -35,8 +35,8 @@ def _power_of_integers(x, exponent):
     return x ** round(exponent)
 
 
-def _less_or_equal_is_less(x, y):
-    return x < y
+def _greater_is_greater_or_equal(x, y):
+    return x >= y
 
 
 def arange_from_1(stop, dtype=None):
@@ -75,7 +75,7 @@ LIBRARIES = {
         "inputs are not changed", "float32"),
     Namespace("rounds_exponents", pow=_power_of_integers): (
         "p is any real number from 1", "float32"),
-    Namespace("less_or_equal_is_less", le=_less_or_equal_is_less): (
+    Namespace("greater_is_greater_or_equal", gt=_greater_is_greater_or_equal): (
         "gradient is 0 at the kink", "float32"),
     Namespace("counts_from_1", arange=arange_from_1): ("golden vectors agree", "float32"),
     ON_ANOTHER_DEVICE: ("results are on the device of input", "float32"),
@@ -83,4 +83,6 @@ LIBRARIES = {
 
 SOUND = Namespace("sound")
 LAZY = Namespace("lazy", LazyArray)
+EAGER_TO_COMPUTE = Namespace("eager_to_compute", ComputingArray)
+WITHOUT_ANY = Namespace("without_any", any=None)
 WITHOUT_ISNAN = Namespace("without_isnan", isnan=None)
