@@ -80,6 +80,7 @@ def evaluate(
 
     loss = _check(p, margin, weight, reduction, backend)
     rows = rows_of(logits, targets, axis, chunk_size)
+    loss = loss._replace(elements=rows.elements)
     kernel = _kernel(rows, loss)
     tally = Tally(rows.n_classes)
     for one in _run(rows, loss, workers):
@@ -102,11 +103,21 @@ def _kernel(rows: Rows, loss: Loss) -> str:
     """Return the name of the kernel that runs; refuse what it refuses before any work."""
     import numpy as np
 
-    from mml_arrayapi.loss import explain
+    from mml_arrayapi.arguments import check
+    from mml_arrayapi.registry import choose_for_job
 
     dtype = np.float64 if rows.dtype.itemsize == 8 else np.float32
-    scores = np.zeros((1, rows.n_classes), dtype)
-    return explain(scores, np.zeros(1, np.int64), **loss._asdict()).kernel
+    problem = check(
+        np.zeros((1, rows.n_classes), dtype),
+        np.zeros(1, np.int64),
+        p=loss.p,
+        margin=loss.margin,
+        weight=loss.weight,
+        reduction="none",
+        axis=-1,
+        check_target="nan",
+    )
+    return choose_for_job(problem, loss.backend, loss.elements).name
 
 
 def _run(rows: Rows, loss: Loss, workers: int | None) -> Any:

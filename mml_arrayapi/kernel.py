@@ -70,10 +70,6 @@ class Kernel:
         ``loss_and_grad(problem, grad_output)``: the loss, and the gradient of
         ``sum(loss * grad_output)`` for ``input``. ``grad_output`` is an array of the loss's shape,
         or None for 1.
-    on_chunks : callable, optional
-        For a library whose arrays are made of another's (Dask): ``on_chunks(problem, name,
-        library)`` is this kernel, made to run the kernel ``name`` of ``library`` on every chunk;
-        None where the chunks are not of that library.
     waits : callable
         ``waits(problem)`` is None, or a reason, in words, why the kernel had better not run the
         problem unless it is asked for by name: it is to be compiled first, for instance.
@@ -82,6 +78,10 @@ class Kernel:
         a plain small call whose arguments haven't been checked, or None for any call that isn't
         plainly right. It is tried, once the kernel has been chosen without being asked for by
         name, on later inputs of the same type, since the checks cost more than a small loss.
+    on_chunks : callable, optional
+        For a library whose arrays are made of another's (Dask): ``on_chunks(problem, name,
+        library)`` is this kernel, made to run the kernel ``name`` of ``library`` on every chunk;
+        None where the chunks are not of that library.
     """
 
     name: str
@@ -89,6 +89,6 @@ class Kernel:
     refuses: Callable[[Problem], str | None]
     loss: Callable[[Problem], Array]
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]]
-    on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None
     waits: Callable[[Problem], str | None] = _never_waits
     shortcut: Callable[..., Array | None] | None = None
+    on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None

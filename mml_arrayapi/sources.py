@@ -107,8 +107,8 @@ class Rows(NamedTuple):
         All rows, in order.
     axis : int
         The classes' axis in the scores, not negative.
-    n_classes : int
-        The number of classes.
+    n_classes, elements : int
+        The number of classes, and of scores in all.
     dtype
         The scores' NumPy dtype.
     identity : list
@@ -118,6 +118,7 @@ class Rows(NamedTuple):
     pieces: list[Piece]
     axis: int
     n_classes: int
+    elements: int
     dtype: Any
     identity: list[Any]
 
@@ -185,7 +186,8 @@ def rows_of(logits: Any, targets: Any, axis: int, chunk_size: int | None) -> Row
     step = max(1, PIECE // max(1, per_row)) if chunk_size is None else chunk_size
     pieces = list(_pieces(scores, labels, rows_axis, step))
     identity = [[s.name, list(s.shape), str(s.dtype), *s.stamp] for s in (*scores, *labels)]
-    return Rows(pieces, axis, first.shape[axis], first.dtype, [step, *identity])
+    elements = per_row * sum(s.shape[rows_axis] for s in scores)
+    return Rows(pieces, axis, first.shape[axis], elements, first.dtype, [step, *identity])
 
 
 def read_array(path: str) -> Any:
