@@ -20,6 +20,8 @@ SCALARS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 17}
 ITEMSIZE = {64: 8, 32: 4, 16: 2, 17: 2}
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
+LAYOUTS = {"tiles": 1, "rows": 2, "wide": 3}
+
 MAX_CLASSES = 2**31 - 1  # positions within a row have 32 bits in the kernels
 TILE_CLASSES = 31  # a tile's mask keeps a row in one word, and one of its bits says "no value"
 WIDE_VECTORS = 1024  # from here on a whole block works on each row: 16 KiB of scores
@@ -30,14 +32,17 @@ BLOCK, TILE_BLOCK = 256, 128
 SCRATCH = 256  # bytes of shared memory for the sums over a block
 FAR = 2**63 - 1  # a flag's value while no target was found out of range
 
-# The fields of the kernels' arguments, in order, each of 8 bytes; "d" is a float64.
+# The fields of the kernels' arguments, in order; each begins a new 8 bytes.
 FIELDS = (
     *("scores", "target", "weight", "upstream", "loss", "partials", "result", "flag"),
     *("mask", "counts", "grad", "rows", "classes", "row_stride", "target_stride", "target_kind"),
     *("upstream_stride", "upstream_wide", "weight_wide", "lanes", "vector", "mask_row", "blocks"),
-    *("margin", "power", "loss_factor", "divisor", "grad_factor"),
+    *("loss_factor", "divisor", "margin", "exponent", "grad_factor"),
 )
-LAYOUT = struct.Struct("<23q5d")
+# The last three are of the computing precision.
+PACKED = {
+    scalar: struct.Struct("<23q2d3d" if scalar == 64 else "<23q2df4xf4xf4x") for scalar in ITEMSIZE
+}
 
 
 class Call(NamedTuple):
@@ -106,9 +111,17 @@ def power_kind(p: float) -> int:
     return int(p) if p in (1, 2) else 0
 
 
-def defines(scalar: int, power: int) -> tuple[str, ...]:
-    """Return the compiler options that select a variant of the source."""
-    return (f"-DSCALAR={scalar}", f"-DPOWER={power}")
+def defines(scalar: int, power: int, kernels: str) -> tuple[str, ...]:
+    """Return the compiler options that select a variant of the source.
+
+    A variant is a third to a fifth of the whole, and so is the time to compile it (0.5 s or so).
+    """
+    return (f"-DSCALAR={scalar}", f"-DPOWER={power}", f"-DLAYOUT={LAYOUTS[kernels]}")
+
+
+def operations(power: int) -> tuple[str, ...]:
+    """Return the operations there are for a power: a mask suffices for p = 1 only."""
+    return ("loss", "loss_grad", "loss_mask", "grad_mask") if power == 1 else ("loss", "loss_grad")
 
 
 @cache
@@ -148,8 +161,9 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
-    """Lay a problem over the device.
+@cache
+def share(scalar: int, classes: int) -> tuple[str, int, int]:
+    """Say how rows of so many classes are shared among threads, and the size of their mask.
 
     Rows of up to 31 classes travel in tiles through shared memory, a thread to a row. Longer ones
     are shared by 4 to 32 lanes, as many as keep each at about eight 16-byte loads, and from
@@ -159,21 +173,22 @@ def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geom
     ----------
     scalar : int
         A value of :data:`SCALARS`.
-    rows, classes, multiprocessors : int
+    classes : int
         As in :class:`Call`.
 
     Returns
     -------
-    Geometry
+    kernels : {"tiles", "rows", "wide"}
+        The family of kernels.
+    lanes : int
+        Threads to a row.
+    mask_row : int
+        Bytes of the mask for a row. Nothing here depends on addresses: a later launch can read a
+        mask knowing shape and type alone.
     """
-    itemsize = ITEMSIZE[scalar]
     if classes <= TILE_CLASSES:
-        real = max(itemsize, 4)
-        elements = 32 * classes
-        shared = SCRATCH + TILE_BLOCK // 32 * (elements + elements * real // 128 + 1) * real
-        grid = _grid(rows, TILE_BLOCK, rows * classes, multiprocessors)
-        return Geometry("tiles", 1, grid, TILE_BLOCK, shared, 4, 0)
-
+        return "tiles", 1, 4
+    itemsize = ITEMSIZE[scalar]
     vectors = classes * itemsize // 16
     in_flight = 4 if itemsize == 2 else 8
     lanes = 4
@@ -183,9 +198,31 @@ def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geom
         lanes = BLOCK
     unit = lanes * 8 * itemsize // 16  # vectors whose bits make one byte per lane
     ragged = classes * itemsize % 16 != 0
-    mask_row = lanes * (-(-vectors // unit) + ragged)
+    return "wide" if lanes == BLOCK else "rows", lanes, lanes * (-(-vectors // unit) + ragged)
+
+
+def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
+    """Lay a problem over the device.
+
+    Parameters
+    ----------
+    scalar, classes
+        As for :func:`share`.
+    rows, multiprocessors : int
+        As in :class:`Call`.
+
+    Returns
+    -------
+    Geometry
+    """
+    kernels, lanes, mask_row = share(scalar, classes)
+    if kernels == "tiles":
+        real = max(ITEMSIZE[scalar], 4)
+        elements = 32 * classes
+        shared = SCRATCH + TILE_BLOCK // 32 * (elements + elements * real // 128 + 1) * real
+        grid = _grid(rows, TILE_BLOCK, rows * classes, multiprocessors)
+        return Geometry(kernels, lanes, grid, TILE_BLOCK, shared, mask_row, 0)
     grid = _grid(rows, BLOCK // lanes, rows * classes, multiprocessors)
-    kernels = "wide" if lanes == BLOCK else "rows"
     return Geometry(kernels, lanes, grid, BLOCK, SCRATCH, mask_row, rows)
 
 
@@ -240,10 +277,10 @@ def launches(call: Call, shape: Geometry, operation: str, **buffers: int) -> lis
         "vector": int(_aligned(call)),
         "mask_row": shape.mask_row,
         "blocks": shape.grid,
-        "margin": call.margin,
-        "power": call.p,
         "loss_factor": 1.0 / call.classes,
         "divisor": divisor,
+        "margin": call.margin,
+        "exponent": call.p - 1,
         "grad_factor": call.p / per_loss,
     }
     values = tuple(numbers.get(name, 0) for name in FIELDS)
@@ -264,9 +301,9 @@ def _aligned(call: Call) -> bool:
     return call.scores % 16 == 0 and shift % 16 == 0
 
 
-def pack(launch: Launch) -> bytes:
-    """Return a launch's arguments as the kernels read them: 8 bytes each."""
-    return LAYOUT.pack(*launch.values)
+def pack(scalar: int, launch: Launch) -> bytes:
+    """Return a launch's arguments as the kernels read them."""
+    return PACKED[scalar].pack(*launch.values)
 
 
 def pointers(address: int) -> tuple[Any, ...]:

@@ -34,7 +34,12 @@ def waits(problem: Problem) -> str | None:
 
 def loss(problem: Problem) -> Any:
     """Compute the loss."""
-    _offer_shortcut(problem)
+    if problem.weight is None and problem.axis == 1 and problem.check_target == "raise":
+        _ready_shortcut(problem)
+        arguments = problem.p, problem.margin, None, problem.reduction, -1, "auto"
+        result = shortcut(problem.input, problem.target, *arguments)
+        if result is not None:
+            return result
     scores = _scores(problem)
     losses = _losses(problem, scores)
     total, bad = cpu_blocks.loss(scores, threads.number_of_threads(), losses)
@@ -87,32 +92,17 @@ def _finish(
 
 
 NUMBERS = (int, float)
+INT64 = np.dtype(np.int64)
 _small: dict[tuple[np.dtype, float], tuple[Any, ...]] = {}  # dtype, p: kernel, kind, exponent
 
 
-def _offer_shortcut(problem: Problem) -> None:
-    """Compile for the shortcut when a call comes that could have taken it."""
+def _ready_shortcut(problem: Problem) -> None:
+    """Compile the shortcut's kernel for a call that it could take."""
     x, p = problem.input, problem.p
-    if p not in (1, 2) or x.dtype.name not in ("float32", "float64") or (x.dtype, p) in _small:
-        return
-    if _is_plain(x, problem.target) and problem.weight is None and problem.reduction == "mean":
+    if problem.reduction == "mean" and p in (1, 2) and x.dtype.name in ("float32", "float64"):
         kernels = cpu_blocks.numba_kernels()
-        kind = kernels.FLOAT32 if x.dtype.itemsize == 4 else kernels.FLOAT64
-        exponent = kernels.ONE if p == 1 else kernels.TWO
-        kernels.loss_of_arrays(kind, x, problem.target, 1.0, exponent)
-        _small[x.dtype, p] = kernels.loss_of_arrays, kind, exponent
-
-
-def _is_plain(x: np.ndarray, target: np.ndarray) -> bool:
-    # carray: contiguous, aligned, writeable. A read-only array is another type to Numba.
-    return (
-        x.ndim == 2
-        and x.flags.carray
-        and 0 < x.size <= cpu_blocks.BLOCK
-        and target.dtype == np.int64
-        and target.shape == x.shape[:1]
-        and target.flags.carray
-    )
+        kind = kernels.FLOAT32 if x.dtype == np.float32 else kernels.FLOAT64
+        _small[x.dtype, p] = kernels.loss_of_arrays, kind, kernels.ONE if p == 1 else kernels.TWO
 
 
 def shortcut(
@@ -129,23 +119,33 @@ def shortcut(
     if (
         type(input) is not np.ndarray
         or type(target) is not np.ndarray
-        or type(p) not in NUMBERS
-        or type(margin) not in NUMBERS
         or weight is not None
         or reduction != "mean"
         or axis != -1
         or check_target != "auto"
+        or type(p) not in NUMBERS
+        or type(margin) not in NUMBERS
     ):
         return None
-    small = _small.get((input.dtype, p))
-    if small is None or not _is_plain(input, target) or not -math.inf < margin < math.inf:
+    dtype = input.dtype
+    small = _small.get((dtype, p))
+    if (
+        small is None
+        or input.ndim != 2
+        or target.ndim != 1
+        or target.dtype != INT64
+        # Contiguous, aligned, writeable: a read-only array is another type to Numba.
+        or not input.flags.carray
+        or not target.flags.carray
+        or not -math.inf < margin < math.inf
+    ):
+        return None
+    rows, n_classes = input.shape
+    if target.size != rows or not 0 < rows * n_classes <= cpu_blocks.BLOCK:
         return None
     kernel, kind, exponent = small
-    rows, n_classes = input.shape
     total, bad = kernel(kind, input, target, float(margin), exponent)
-    if bad < rows:
-        return None
-    return input.dtype.type(total / n_classes / rows)
+    return None if bad < rows else dtype.type(total / n_classes / rows)
 
 
 KERNEL = Kernel("numpy-numba", "numpy", refuses, loss, loss_and_grad, waits, shortcut)

@@ -10,12 +10,21 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+from numpy import array, float32
+from torch import from_numpy
 from torch.autograd import forward_ad
 
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target, settle_targets
 from mml_arrayapi.backends import cpu_blocks, threads
 from mml_arrayapi.kernel import Kernel, Problem
+
+is_compiling = torch.compiler.is_compiling
+is_grad_enabled = torch.is_grad_enabled
+functorch_active = torch._C._are_functorch_transforms_active
+dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack
+tracing_state = torch._C._get_tracing_state
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -44,13 +53,13 @@ def refuses(problem: Problem) -> str | None:
 
 def _transformed() -> str | None:
     """Tell which transform of PyTorch is active; kernels can't see through one."""
-    if torch._C._are_functorch_transforms_active():
+    if functorch_active():
         return "a torch.func transform is active, which the generic implementation follows"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active, which the generic implementation follows"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if dispatch_modes() or function_modes():
         return "a mode that intercepts PyTorch's operations is active (fake tensors, make_fx ...)"
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return "torch.jit.trace is active, which records the generic implementation"
     return None
 
@@ -63,7 +72,17 @@ def waits(problem: Problem) -> str | None:
 
 def loss(problem: Problem) -> torch.Tensor:
     """Compute the loss, followed by autograd where the input requires a gradient."""
-    if problem.input.requires_grad and torch.is_grad_enabled():
+    if (
+        problem.weight is None
+        and problem.axis == problem.input.ndim - 1
+        and problem.check_target == "raise"
+    ):
+        _ready_shortcut(problem)
+        arguments = problem.p, problem.margin, None, problem.reduction, -1, "auto"
+        result = shortcut(problem.input, problem.target, *arguments)
+        if result is not None:
+            return result
+    if problem.input.requires_grad and is_grad_enabled():
         return _Loss.apply(problem.input, problem.target, problem.weight, problem)  # type: ignore[no-any-return]
     return _loss(problem)
 
@@ -109,7 +128,6 @@ def _loss(problem: Problem) -> torch.Tensor:
     scores = _scores(problem)
     losses = _losses(problem)
     total, bad = cpu_blocks.loss(scores, _limit(), None if losses is None else _array(losses))
-    _offer_shortcut(problem.input, problem.p)
     return _finish(problem, losses, total, bad)
 
 
@@ -210,16 +228,16 @@ def _use_large_pages(tensor: torch.Tensor) -> None:
     _advise(first, address + size - first, 14)  # MADV_HUGEPAGE; a refusal changes nothing
 
 
+FLOAT32 = 0j  # numba_kernels.FLOAT32; Numba is imported when it is wanted
 NUMBERS = (int, float)
-_small: dict[tuple[torch.dtype, float], tuple[Any, ...]] = {}  # dtype, p: kernel, kind, exponent
+_small: dict[tuple[torch.dtype, float], tuple[Any, Any]] = {}  # compiled: kernels, exponent
 
 
-def _offer_shortcut(x: torch.Tensor, p: float) -> None:
-    """Let the shortcut take calls whose kernel has been compiled."""
-    if x.dtype == torch.float32 and p in (1, 2) and (x.dtype, p) not in _small:
+def _ready_shortcut(problem: Problem) -> None:
+    """Let the shortcut take calls like this one."""
+    if problem.input.dtype == torch.float32 and problem.p in (1, 2):
         kernels = cpu_blocks.numba_kernels()
-        exponent = kernels.ONE if p == 1 else kernels.TWO
-        _small[x.dtype, p] = kernels.loss_rows, kernels.FLOAT32, exponent
+        _small[torch.float32, problem.p] = kernels, kernels.ONE if problem.p == 1 else kernels.TWO
 
 
 def shortcut(
@@ -232,50 +250,81 @@ def shortcut(
     axis: Any,
     check_target: Any,
 ) -> torch.Tensor | None:
-    """Serve the mean of a small contiguous float32 tensor without weight, outside autograd."""
-    if torch.compiler.is_compiling():
+    """Serve the mean of a small contiguous float32 tensor without a weight."""
+    if is_compiling():
         return None
     if (
         type(input) is not torch.Tensor
         or type(target) is not torch.Tensor
-        or type(p) not in NUMBERS
-        or type(margin) not in NUMBERS
         or weight is not None
         or reduction != "mean"
         or axis != -1
         or check_target != "auto"
+        or type(p) not in NUMBERS
+        or type(margin) not in NUMBERS
     ):
         return None
     small = _small.get((input.dtype, p))
-    shape = input.shape
     if (
         small is None
-        or len(shape) != 2
-        or shape[:1] != target.shape
+        or input.ndim != 2
+        or target.ndim != 1
+        or target.dtype is not torch.int64
         or not input.is_cpu
         or not target.is_cpu
-        or target.dtype is not torch.int64
         or input.layout is not torch.strided
         or not input.is_contiguous()
         or not target.is_contiguous()
-        or input.is_neg()
-        or (input.requires_grad and torch.is_grad_enabled())
         or not -math.inf < margin < math.inf
-        or _transformed() is not None
+        or functorch_active()
+        or forward_ad._current_level >= 0
+        or dispatch_modes()
+        or function_modes()
+        or tracing_state() is not None
     ):
         return None
-    rows, n_classes = shape
-    if not 0 < rows * n_classes <= cpu_blocks.BLOCK:
+    rows, n_classes = input.shape
+    if target.numel() != rows or not 0 < rows * n_classes <= cpu_blocks.BLOCK:
         return None
-    kernel, kind, exponent = small
-    x, y = input.data_ptr(), target.data_ptr()
-    total, bad = kernel(
-        kind, x, 0, n_classes, 1, y, 0, n_classes, 0, rows, float(margin), exponent, 0
+    if input.requires_grad and is_grad_enabled():
+        return _SmallLoss.apply(input, target, p, margin)  # type: ignore[no-any-return]
+    kernels, exponent = small
+    total, bad = kernels.loss_of_memory(
+        FLOAT32, input.data_ptr(), target.data_ptr(), rows, n_classes, float(margin), exponent
     )
-    if bad < rows:
-        return None
-    # Four times as fast as torch.tensor().
-    return torch.from_numpy(np.array(total / n_classes / rows, np.float32))
+    # A third of the time of torch.tensor().
+    return None if bad < rows else from_numpy(array(total / n_classes / rows, float32))
+
+
+class _SmallLoss(torch.autograd.Function):
+    """What :class:`_Loss` is to the kernel, for the shortcut."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, y: Any, p: float, margin: float) -> torch.Tensor | None:
+        ctx.save_for_backward(x, y)
+        ctx.numbers = p, margin
+        rows, n_classes = x.shape
+        kernels, exponent = _small[torch.float32, p]
+        total, bad = kernels.loss_of_memory(
+            FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, float(margin), exponent
+        )
+        return None if bad < rows else from_numpy(array(total / n_classes / rows, float32))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        p, margin = ctx.numbers
+        if is_grad_enabled() or functorch_active() or type(grad_output) is not torch.Tensor:
+            problem = Problem(xp, "torch", x, y, None, p, margin, "mean", 1, "nan")
+            return generic.loss_and_grad(problem, grad_output)[1], None, None, None
+        rows, n_classes = x.shape
+        kernels, exponent = _small[torch.float32, p]
+        grad = torch.empty_like(x)
+        kernels.grad_of_memory(
+            FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, float(margin), exponent,
+            grad.data_ptr(), p / n_classes / rows, grad_output.data_ptr(),
+        )
+        return grad, None, None, None
 
 
 KERNEL = Kernel("torch-cpu-numba", "torch", refuses, loss, loss_and_grad, waits, shortcut)

@@ -19,7 +19,7 @@ from typing import Any
 from mml_arrayapi.conformance.reference import Reference, difference
 
 import mml_arrayapi as mml
-from mml_arrayapi.namespaces import LIBRARIES, library_of
+from mml_arrayapi.namespaces import LAZY, LIBRARIES, TRACED, library_of
 
 Array = Any
 
@@ -97,6 +97,7 @@ class Context:
         library = library_of("input", sample)
         self.library = library.name
         self.sight = library.sight(sample)
+        self.lazy = self.sight in (LAZY, TRACED) or hasattr(sample, "compute")
         self._type = type(sample)
         self.begin("")
 
@@ -246,6 +247,8 @@ class Context:
                 raise NotRun(refusal) from None
             return error
         except Exception as error:
+            if isinstance(error, AttributeError) and self.lacking(error):
+                raise
             found = f"raised {type(error).__name__} ({error}), expected {kind.__name__}"
             raise Fail(found) from error
         raise Fail(f"gave {str(result)[:200]}, expected {kind.__name__}")

@@ -244,15 +244,18 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
     Explanation
     """
     chosen = choose(problem, backend)
+    asked = bool(backend or _state.forced or _environment)
     considered: list[tuple[str, str | None]] = []
     earlier = True
     for kernel in (*_kernels_of(problem.library), GENERIC):
+        why = None
         if kernel.name == chosen.name:
             earlier = False
-            considered.append((kernel.name, None))
-        else:
-            unwanted = f"{chosen.name} was asked for" if earlier else f"{chosen.name} comes first"
-            considered.append((kernel.name, kernel.refuses(problem) or kernel.waits(problem) or unwanted))
+        elif (why := kernel.refuses(problem)) is None:
+            why = None if asked else kernel.waits(problem)
+            place = "was asked for" if earlier else "comes first"
+            why = why or f"{chosen.name} {place}"
+        considered.append((kernel.name, why))
     return Explanation(chosen.name, tuple(considered))
 
 
@@ -322,15 +325,15 @@ def _kernels_of(library: str) -> tuple[Kernel, ...]:
 
 
 def _load(library: str) -> tuple[Kernel, ...]:
-    with _lock:
-        kernels = [
-            _attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library
-        ]
-        kernels += [kernel for kernel in _registered if kernel.library == library]
-        for plugin in _plugins:
-            if _library(plugin) == library:
-                kernels.append(_attempt(plugin.name, library, plugin.load))
-        _loaded[library] = tuple(kernels)
+    # No lock: torch.compile(fullgraph=True) can't enter one, and the first call may be compiled.
+    # Two threads that load at once do the same work twice.
+    offers = [offer for offer in built_in.OFFERS if offer.library == library]
+    kernels = [_attempt(offer.name, library, offer.load) for offer in offers]
+    kernels += [kernel for kernel in _registered if kernel.library == library]
+    for plugin in _plugins:
+        if _library(plugin) == library:
+            kernels.append(_attempt(plugin.name, library, plugin.load))
+    _loaded[library] = tuple(kernels)
     return _loaded[library]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mml_arrayapi.accumulate import ExactSum, exact_sums, sample_losses
@@ -93,8 +93,8 @@ class Tally:
         target = target.astype(np.int64)
         losses, lead, inside = _look_at(scores, target, loss)
         finite = np.isfinite(losses)
-        kept = (losses, target) if finite.all() else (losses[finite], target[finite])
-        for group, total in enumerate(exact_sums(*kept, n_classes)):
+        values, groups = (losses, target) if finite.all() else (losses[finite], target[finite])
+        for group, total in enumerate(exact_sums(values, groups, n_classes)):
             self.sums[group] += total
         chosen = (slice(None), lead > 0, inside, np.isnan(losses), losses == math.inf)
         for row, which in zip(self.counts, (*chosen, losses == -math.inf), strict=True):
@@ -201,7 +201,8 @@ def _look_at(
     return losses, lead, inside
 
 
-class ClassFigures(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ClassFigures:
     """The figures of the samples whose target is one class.
 
     Attributes
@@ -280,7 +281,7 @@ class Evaluation:
         made: dict[str, Any] = {name: getattr(self, name) for name in (*names, "kernel")}
         made["n_classes"] = len(self.classes)
         made["classes"] = {
-            str(c): {key: _plain(value) for key, value in figures._asdict().items()}
+            str(c): {key: _plain(value) for key, value in asdict(figures).items()}
             for c, figures in enumerate(self.classes)
             if figures.count
         }

@@ -11,6 +11,7 @@ import pytest
 from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 theirs = torch.nn.functional.multi_margin_loss
 
 

@@ -18,14 +18,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-
 from mml_arrayapi.backends import cuda_launch
 
 HERE = Path(__file__).parent
 DTYPES = {64: np.float64, 32: np.float32, 16: np.float16, 17: ml_dtypes.bfloat16}
 HALF_ULP = {64: 1e-15, 32: 2**-24, 16: 2**-11, 17: 2**-8}
 SMALLEST = {64: 0.0, 32: 2.0**-149, 16: 2.0**-24, 17: 2.0**-133}
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# Every element type and power is checked, those in SANITIZED with AddressSanitizer and UBSan.
+VARIANTS = [(scalar, power) for scalar in (32, 16, 17, 64) for power in (1, 2, 0)]
+SANITIZED = [(64, 1), (16, 0), (17, 1), (64, 2)]
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -40,7 +42,7 @@ def build(folder: Path, scalar: int, power: int, text: str, flags: tuple[str, ..
     source.write_text(text)
     library = source.with_suffix(".so")
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
-    command += ["-Wno-unknown-pragmas", *flags, *cuda_launch.defines(scalar, power)]
+    command += ["-Wno-unknown-pragmas", *flags, f"-DSCALAR={scalar}", f"-DPOWER={power}"]
     command += ["-include", str(HERE / "simt.h"), str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -51,12 +53,13 @@ def build(folder: Path, scalar: int, power: int, text: str, flags: tuple[str, ..
 class Machine:
     """A compiled library that carries out launches."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, scalar: int) -> None:
+        self.scalar = scalar
         self.library = ctypes.CDLL(str(library))
 
     def launch(self, launch: cuda_launch.Launch, backwards: bool = False) -> None:
         kernel = getattr(self.library, launch.name)
-        packed = cuda_launch.pack(launch)
+        packed = cuda_launch.pack(self.scalar, launch)
         wrong = kernel(launch.grid, launch.block, launch.shared, packed, int(backwards))
         if wrong:
             raise AssertionError(f"{launch.name}: threads wait for others that never come")
@@ -158,7 +161,11 @@ def cases(scalar: int) -> Iterator[Case]:
 
 
 def reference(
-    scores: np.ndarray, target: list[int], weight: np.ndarray | None, p: float, case: Case,
+    scores: np.ndarray,
+    target: list[int],
+    weight: np.ndarray | None,
+    p: float,
+    case: Case,
     upstream: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss per row and gradient in float64, one row at a time, straight from the definition."""
@@ -185,14 +192,16 @@ def reference(
     return losses, grad
 
 
-def close(what: str, got: np.ndarray, wanted: np.ndarray, scalar: int, loose: float,
-          absolute: float = 0.0) -> None:
+def close(
+    what: str, got: np.ndarray, wanted: np.ndarray, scalar: int, loose: float, absolute: float = 0.0
+) -> None:
     """Compare: one rounding to the element type, and ``loose`` for the arithmetic before it."""
     got = got.astype(np.float64)
     largest = float(ml_dtypes.finfo(DTYPES[scalar]).max)
     with np.errstate(invalid="ignore", over="ignore"):
-        wanted = np.where(np.abs(wanted) > largest * (1 + HALF_ULP[scalar]),
-                          np.sign(wanted) * np.inf, wanted)
+        wanted = np.where(
+            np.abs(wanted) > largest * (1 + HALF_ULP[scalar]), np.sign(wanted) * np.inf, wanted
+        )
         error = np.abs(got - wanted)
         bound = (HALF_ULP[scalar] + loose) * np.abs(wanted) + SMALLEST[scalar] + absolute
         same = (got == wanted) | (np.isnan(got) & np.isnan(wanted)) | (error <= bound)
@@ -291,8 +300,12 @@ def _check(
         if operation[-1] == "grad_mask":
             addresses.pop("result", None)
             for step in cuda_launch.launches(
-                call, shape, "grad_mask", **{**addresses, "loss": 0, "flag": 0},
-                grad=grad.ctypes.data, **given,
+                call,
+                shape,
+                "grad_mask",
+                **{**addresses, "loss": 0, "flag": 0},
+                grad=grad.ctypes.data,
+                **given,
             ):
                 machine.launch(step, backwards)
         if operation[0] != "loss":
@@ -318,13 +331,19 @@ def run(machine: Machine, scalar: int, powers: tuple[float, ...], part: int, par
     """Check every ``parts``-th case, beginning with number ``part``, for each power in turn."""
     chosen = list(itertools.islice(enumerate(cases(scalar)), part, None, parts))
     for p, (i, case) in itertools.product(powers, chosen):
-        check(machine, scalar, p, replace(case, seed=case.seed + 100 * int(p)), bool(i // parts % 2))
+        check(
+            machine, scalar, p, replace(case, seed=case.seed + 100 * int(p)), bool(i // parts % 2)
+        )
     return len(powers) * len(chosen)
 
 
 if __name__ == "__main__":
     library, scalar, part, parts, *powers = sys.argv[1:]
     number = run(
-        Machine(Path(library)), int(scalar), tuple(map(float, powers)), int(part), int(parts)
+        Machine(Path(library), int(scalar)),
+        int(scalar),
+        tuple(map(float, powers)),
+        int(part),
+        int(parts),
     )
     print(f"{number} cases")

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from mml_arrayapi.backends import cuda_launch
 
-pytest.importorskip("ml_dtypes", reason="the emulator's bfloat16 arrays need ml_dtypes")
-if shutil.which("g++") is None:
-    pytest.skip("the emulator needs g++", allow_module_level=True)
+emulator = pytest.importorskip("tests.gpu.emulator", reason="the emulator needs ml_dtypes")
 
-import emulator
-
-# Each element type and power is checked; those named here with AddressSanitizer and UBSan.
-VARIANTS = [(scalar, power) for scalar in (32, 16, 17, 64) for power in (1, 2, 0)]
-SANITIZED = [(32, 1), (16, 0), (17, 1), (64, 2)]
 POWERS = {1: (1.0,), 2: (2.0,), 0: (1.5, 3.0)}
 
 # What is changed, the text, its replacement. Each text stands in the source exactly once.
@@ -41,8 +32,11 @@ MUTANTS = [
         "tile_load(a, first, here * classes, tile);\n            __syncwarp();",
         "tile_load(a, first, here * classes, tile);",
     ),
-    ("tile stored before it is whole", "        __syncwarp();\n        if (OP == LOSS_GRAD ||",
-     "        if (OP == LOSS_GRAD ||"),
+    (
+        "tile stored before it is whole",
+        "        __syncwarp();\n        if (OP == LOSS_GRAD ||",
+        "        if (OP == LOSS_GRAD ||",
+    ),
     (
         "tile overwritten while it is stored",
         "here * classes, tile);\n            __syncwarp();\n        }\n    }",
@@ -50,10 +44,17 @@ MUTANTS = [
     ),
     ("dropped tail", "return (u32)a.classes - s.body * V;", "return s.head;"),
     ("dropped tail of a tile's store", "i < n; i += 32) to[i]", "i < n - n % V; i += 32) to[i]"),
-    ("dropped last vector", "s.body = ((u32)a.classes - s.head) / V;",
-     "s.body = ((u32)a.classes - s.head - 1) / V;"),
+    (
+        "dropped last vector",
+        "s.body = ((u32)a.classes - s.head) / V;",
+        "s.body = ((u32)a.classes - s.head - 1) / V;",
+    ),
     ("mask off by one bit", "% UNIT_VECTORS) * V + e) & 1", "% UNIT_VECTORS) * V + e + 1) & 1"),
-    ("mask off by one unit", "any ? mask[(i64)(unit + u) * lanes", "any ? mask[(i64)(unit) * lanes"),
+    (
+        "mask off by one unit",
+        "any ? mask[(i64)(unit + u) * lanes",
+        "any ? mask[(i64)(unit) * lanes",
+    ),
     ("edge's mask off by one bit", "byte >> (turn % UNIT) & 1", "byte >> (turn % UNIT + 1) & 1"),
     ("target's class not left out", "if (k == own) {", "if (k == own && y < 0) {"),
     ("target's class not left out of the edges", "if ((int)j == y) z = -1;", ""),
@@ -67,29 +68,15 @@ MUTANTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Future[Path]]:
-    """All variants, compiled two at a time in the background."""
-    folder = tmp_path_factory.mktemp("emulated")
-    pool = ThreadPoolExecutor(2)
-
-    def build(variant: tuple[int, int]) -> Path:
-        flags = emulator.SANITIZE if variant in SANITIZED else ()
-        return emulator.build(folder, *variant, cuda_launch.source(), flags)
-
-    ordered = sorted(VARIANTS, key=lambda variant: variant in SANITIZED)
-    return {variant: pool.submit(build, variant) for variant in ordered}
-
-
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in SANITIZED])
+@pytest.mark.parametrize("variant", [v for v in emulator.VARIANTS if v not in emulator.SANITIZED])
 def test_equals_float64_reference(builds, variant):
     scalar, power = variant
-    machine = emulator.Machine(builds[variant].result())
-    part = VARIANTS.index(variant) % 3
+    machine = emulator.Machine(builds[variant].result(), scalar)
+    part = emulator.VARIANTS.index(variant) % 3
     assert emulator.run(machine, scalar, POWERS[power], part, 3) > 40
 
 
-@pytest.mark.parametrize("variant", SANITIZED)
+@pytest.mark.parametrize("variant", emulator.SANITIZED)
 def test_equals_float64_reference_under_sanitizers(builds, variant):
     done = _sanitized(builds[variant].result(), variant)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -98,7 +85,7 @@ def test_equals_float64_reference_under_sanitizers(builds, variant):
 
 def test_sanitizer_sees_an_overrun(tmp_path):
     text = _mutate("i < n; i += 32) to[i]", "i <= n; i += 32) to[i]")
-    done = _sanitized(emulator.build(tmp_path, 32, 1, text, emulator.SANITIZE), (32, 1))
+    done = _sanitized(emulator.build(tmp_path, 32, 1, text, emulator.SANITIZERS), (32, 1))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
 
@@ -115,10 +102,9 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]
 
 @pytest.mark.parametrize("what", [what for what, *_ in MUTANTS])
 def test_mutant_is_caught(mutants, what):
-    machine = emulator.Machine(mutants[what].result())
+    machine = emulator.Machine(mutants[what].result(), 32)
     with pytest.raises(AssertionError, match="Case"):
-        for part in range(3):
-            emulator.run(machine, 32, (1.0,), part, 3)
+        emulator.run(machine, 32, (1.0,), 0, 1)
 
 
 def _mutate(old: str, new: str) -> str:
