@@ -710,7 +710,7 @@ def own_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, own
     Addresses: y (int64), own (computing type).
     """
     zero = _like(kind, 0.0)
-    targets, out = _pointer(y, np.int64(0)), _pointer(own, zero)
+    targets, out = _integers(y), _reals(own, zero)
     for i in range(count):
         place = targets[i] - first
         row = _row(kind, x, offsets, row_stride, i)
@@ -727,8 +727,8 @@ def part_rows(
     (float64).
     """
     m = _like(kind, margin)
-    targets, scores = _pointer(y, np.int64(0)), _pointer(own, m)
-    out = _pointer(sums, 0.0)
+    targets, scores = _integers(y), _reals(own, m)
+    out = _reals(sums, 0.0)
     q = count // 4
     for i in range(q):
         i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
