@@ -116,7 +116,8 @@ def evaluate(
     for number, tally in finished.items():
         total.merge(tally)
         done += rows.pieces[number].rows
-    left = [(n, (piece, rows.axis, loss)) for n, piece in enumerate(rows.pieces) if n not in finished]
+    jobs = [(number, (piece, rows.axis, loss)) for number, piece in enumerate(rows.pieces)]
+    left = [job for job in jobs if job[0] not in finished]
     try:
         for number, tally in run(tally_piece, left, scheduler, workers, timeout) if left else ():
             if journal is not None:

@@ -140,6 +140,6 @@ def write_whole(path: str, text: str) -> None:
 
 def _cannot_write(path: Any, error: OSError) -> InputError:
     return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); free some space, or choose another "
-        "place"
+        f"{path}: cannot be written ({error.strerror or error}); free some space, or choose "
+        "another place"
     )

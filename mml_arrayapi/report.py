@@ -81,7 +81,7 @@ def _figure(value: str, label: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.2f} %"
+    return "-" if math.isnan(share) else f"{100 * share:.2f} %"
 
 
 def _undefined(figures: Evaluation) -> str:
@@ -111,9 +111,8 @@ def _histogram(figures: Evaluation) -> str:
     colours = []
     for i in range(len(counts)):
         middle = start + (i + 0.5) * width * scale
-        colours.append(
-            "var(--red)" if middle < 0 else "var(--blue)" if middle < figures.margin else "var(--green)"
-        )
+        wins = "var(--blue)" if middle < figures.margin else "var(--green)"
+        colours.append("var(--red)" if middle < 0 else wins)
     lines = [(0.0, "0"), (figures.margin, "margin")] if figures.margin else [(0.0, "0")]
     return _plot(counts, colours, (start, stop), lines, "samples")
 
@@ -126,7 +125,7 @@ def _class_plot(classes: Sequence[tuple[int, ClassFigures]]) -> str:
     step = -(-len(finite) // COLUMNS)
     groups = [finite[i : i + step] for i in range(0, len(finite), step)]
     means = [sum(f.loss * f.count for _, f in g) / sum(f.count for _, f in g) for g in groups]
-    labels = [str(g[0][0]) if step == 1 else f"{g[0][0]}–{g[-1][0]}" for g in groups]
+    labels = [str(g[0][0]) if step == 1 else f"{g[0][0]}-{g[-1][0]}" for g in groups]
     return _plot(means, ["var(--blue)"] * len(means), labels, [], "mean loss")
 
 
@@ -162,8 +161,10 @@ def _plot(
         )
     if isinstance(axis[0], str):
         skip = -(-len(axis) // 15)
-        for i in range(0, len(axis), skip):
-            made.append(_text(LEFT + (i + 0.5) * each, HEIGHT - 18, str(axis[i]), "middle"))
+        made += [
+            _text(LEFT + (i + 0.5) * each, HEIGHT - 18, str(axis[i]), "middle")
+            for i in range(0, len(axis), skip)
+        ]
         made.append(_text(LEFT + room / 2, HEIGHT - 2, "class", "middle"))
         return "".join([*made, "</svg>"])
     start, stop = float(axis[0]), float(axis[1])

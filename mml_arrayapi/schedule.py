@@ -74,7 +74,7 @@ def _on_cluster(
 ) -> Iterator[tuple[int, Any]]:
     client = _connect(address, workers, timeout)
     finished: SimpleQueue[Any] = SimpleQueue()
-    left = {number: arguments for number, arguments in jobs}
+    left = dict(jobs)
     running: dict[int, Any] = {}
 
     def submit(numbers: Sequence[int], **where: Any) -> None:
@@ -126,7 +126,8 @@ def _connect(address: str, workers: int, timeout: float) -> Any:
 def _idle_workers(client: Any, timeout: float) -> list[str]:
     """Return the workers that have nothing to do; the others hang."""
     busy = {worker for worker, tasks in client.processing().items() if tasks}
-    idle = [worker for worker in client.scheduler_info(n_workers=-1)["workers"] if worker not in busy]
+    there = client.scheduler_info(n_workers=-1)["workers"]
+    idle = [worker for worker in there if worker not in busy]
     if not idle:
         raise WorkerError(
             f"no piece has been finished for {timeout:g} s, and no worker is idle; hanging, or too "

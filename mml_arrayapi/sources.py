@@ -501,7 +501,9 @@ class _Parquet:
 
         for name, column in zip(self._columns, table.columns, strict=True):
             if column.null_count:
-                raise InputError(f"{self._name}: column {name!r} has empty values; fill or drop them")
+                raise InputError(
+                    f"{self._name}: column {name!r} has empty values; fill or drop them"
+                )
         if not self.listed:
             columns = [column.to_numpy() for column in table.columns]
             return columns[0] if len(self.shape) == 1 else np.stack(columns, axis=1)
