@@ -704,6 +704,50 @@ def grad_tiles(
 
 
 @_kernel
+def own_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, own):
+    """Write the targets' scores where these are among the classes from ``first`` on, else 0.
+
+    Addresses: y (int64), own (computing type).
+    """
+    zero = _like(kind, 0.0)
+    targets, out = _integers(y), _reals(own, zero)
+    for i in range(count):
+        place = targets[i] - first
+        row = _row(kind, x, offsets, row_stride, i)
+        out[i] = _load(row, place * step) if 0 <= place < n_classes else zero
+
+
+@_kernel
+def part_rows(
+    kind, x, offsets, row_stride, step, y, first, n_classes, count, own, margin, p, sums
+):
+    """Sum the rows' terms over the classes from ``first`` on, the targets' scores given.
+
+    Addresses: y (int64; may be out of range where own is NaN), own (computing type), sums
+    (float64).
+    """
+    m = _like(kind, margin)
+    targets, scores = _integers(y), _reals(own, m)
+    out = _reals(sums, 0.0)
+    q = count // 4
+    for i in range(q):
+        i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
+        x0 = _row(kind, x, offsets, row_stride, i)
+        x1 = _row(kind, x, offsets, row_stride, i1)
+        x2 = _row(kind, x, offsets, row_stride, i2)
+        x3 = _row(kind, x, offsets, row_stride, i3)
+        places = (targets[i] - first, targets[i1] - first, targets[i2] - first, targets[i3] - first)
+        v = (scores[i], scores[i1], scores[i2], scores[i3])
+        s = _sums((x0, x1, x2, x3), places, v, n_classes, step, m, p)
+        out[i], out[i1], out[i2], out[i3] = s
+    for i in range(4 * q, count):
+        row = _row(kind, x, offsets, row_stride, i)
+        y0, v0 = targets[i] - first, scores[i]
+        s = _sums((row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p)
+        out[i] = s[0]
+
+
+@_kernel
 def grad_of_memory(kind, x, y, n, c, margin, p, grad, scale, upstream):
     """Write the gradient of all rows of contiguous memory.
 

@@ -24,10 +24,11 @@ from typing import Any
 from mml_arrayapi import backends as built_in
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import settle_targets
-from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.kernel import Array, Kernel, Problem, _never_waits
 
 ENTRY_POINTS = "mml_arrayapi.backends"
 ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
+LARGE = 2**22  # elements of a job from which on compiling a kernel for it pays
 
 
 def _generic_loss(problem: Problem) -> Array:
@@ -153,6 +154,41 @@ def choose(problem: Problem, backend: str | None) -> Kernel:
             if kernel.shortcut is not None and forced is None:
                 _shortcuts[type(problem.input)] = kernel.shortcut
             return kernel
+    return GENERIC
+
+
+def choose_for_job(problem: Problem, backend: str | None, elements: float) -> Kernel:
+    """Choose the kernel for a job that is cut into many problems.
+
+    The choice depends on nothing that this process has done before (unlike :func:`choose`, which
+    waits until compiling pays), so the same job gives the same bits again, wherever its parts run.
+
+    Parameters
+    ----------
+    problem : Problem
+        One of them.
+    backend : str or None
+        The caller's ``backend=``.
+    elements : float
+        The size of the input of all of them together.
+
+    Returns
+    -------
+    Kernel
+
+    Raises
+    ------
+    ValueError
+        The kernel asked for is unknown or refuses.
+    """
+    forced = backend or _state.forced or _environment
+    if forced is not None:
+        kernel = _forced(problem, backend, forced)
+        if kernel is not None:
+            return kernel
+    for kernel in _kernels_of(problem.library):
+        if kernel.refuses(problem) is None:
+            return kernel if elements >= LARGE or kernel.waits is _never_waits else GENERIC
     return GENERIC
 
 
