@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from mml_arrayapi import __version__, cli, demo
 
 
