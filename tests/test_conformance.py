@@ -16,11 +16,11 @@ ALL = ("float32", "float64", "float16", "bfloat16")
 
 # A library (as --xp says it), or a state of it -> the dtypes to test and what makes the context.
 CONFIGURATIONS = {
-    "numpy": (ALL, {}),
+    "numpy": (ALL, {"backend": "numpy-numba"}),
     "numpy generic": (ALL, {"backend": "generic"}),
-    "torch": (ALL, {}),
+    "torch": (ALL, {"backend": "torch-cpu-numba"}),
     "torch generic": (ALL, {"backend": "generic"}),
-    "dask": (("float32",), {}),
+    "dask": (("float32",), {"backend": "dask-blocks"}),
     "jax": (("float32",), {}),
     "jax x64": (("float64",), {}),
     "array_api_strict": (ALL, {}),
@@ -119,7 +119,7 @@ def test_a_bad_library_gives_1_with_a_snippet_and_a_command(capsys):
     check = "float64 reference agrees"
     assert command("--xp", BROKEN, "--dtype", "float32", "--seed", "7", "--check", check) == 1
     output = capsys.readouterr().out
-    again = f"mml-arrayapi conformance --xp {BROKEN} --dtype float32 --seed 7 --check '{check}'"
+    again = f"mml-arrayapi conformance --xp {BROKEN} --backend generic --dtype float32 --seed 7 --check '{check}'"
     assert f"again: {again}" in output
     assert command("--xp", BROKEN, "--dtype", "float32", "--seed", "7", "--check", check) == 1
     assert (
@@ -195,7 +195,11 @@ def test_reports(tmp_path, capsys):
     capsys.readouterr()
 
     head, runs = report.from_json(json.loads(stored.read_text()))
-    assert [run.title for run in runs] == ["tests unknown", f"numpy {runs[1].version}"]
+    assert [run.title for run in runs] == [
+        "tests unknown generic",
+        f"numpy {runs[1].version} numpy-numba",
+        f"numpy {runs[1].version} generic",
+    ]
     assert runs[0].counts()[FAIL] == 7  # the gradient's rows, and disagreement, too
     assert head["mml_arrayapi"]
     assert report.as_markdown(head, runs) == text.read_text("utf-8")
@@ -205,7 +209,7 @@ def test_reports(tmp_path, capsys):
     assert "http" not in page  # nothing from elsewhere
     assert '<span class="dot FAIL"' in page
     markdown = text.read_text("utf-8")
-    assert "| float64 reference agrees | **FAIL** (1, 2, 3) | pass |" in markdown
+    assert "| float64 reference agrees | **FAIL** (1, 2, 3) | pass | pass |" in markdown
     assert (
         "```python\nimport mml_arrayapi as mml\nimport tests.broken.counts_from_1 as xp" in markdown
     )
