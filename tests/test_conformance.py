@@ -25,6 +25,9 @@ CONFIGURATIONS = {
     "jax x64": (("float64",), {}),
     "array_api_strict": (ALL, {}),
     "array_api_strict 2022.12": (("float32",), {}),
+    "array_api_strict 2023.12": (("float32",), {}),
+    "array_api_strict 2024.12": (("float32",), {}),
+    "array_api_strict static shapes": (("float32",), {}),
     "array_api_strict device1": (("float32",), {"device": "device1"}),
     "array_api_strict no_float64": (ALL, {"device": "no_float64"}),
     "array_api_strict no_x64": (("float32",), {"device": "no_x64"}),
@@ -61,6 +64,9 @@ def state_of(configuration):
             yield name
         finally:
             module.config.update("jax_enable_x64", False)
+    elif state == "static shapes":
+        with module.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False):
+            yield name
     elif state.startswith("20"):
         with module.ArrayAPIStrictFlags(api_version=state):
             yield name
@@ -196,7 +202,7 @@ def test_reports(tmp_path, capsys):
 
     head, runs = report.from_json(json.loads(stored.read_text()))
     assert [run.title for run in runs] == [
-        "tests unknown generic",
+        "tests generic",
         f"numpy {runs[1].version} numpy-numba",
         f"numpy {runs[1].version} generic",
     ]
