@@ -157,6 +157,58 @@ def loss_and_grad(
     return _in_blocks(block, scores.target.size, columns, form, limit)
 
 
+def own_scores(scores: Scores, first: int) -> np.ndarray:
+    """Look up the targets' scores in a part of the classes, on this thread.
+
+    Parameters
+    ----------
+    scores : Scores
+        The call; its array holds the classes from ``first`` on.
+    first : int
+        Which class comes first.
+
+    Returns
+    -------
+    array of the computing precision, shape (N,)
+        0 for targets that are not among these classes.
+    """
+    kernels, array = numba_kernels(), scores.array
+    own = np.empty(scores.target.size, np.float64 if array.dtype == np.float64 else np.float32)
+    arguments = _arguments(kernels, scores, _layout(array))[:-1]
+    kernels.own_rows(*arguments, first, array.shape[-1], own.size, own.ctypes.data)
+    return own
+
+
+def part_sums(scores: Scores, first: int, own: np.ndarray) -> np.ndarray:
+    """Sum the rows' terms over a part of the classes, on this thread.
+
+    Parameters
+    ----------
+    scores, first
+        As in :func:`own_scores`.
+    own : array, shape (N,), contiguous
+        The targets' scores, in the computing precision; NaN for a target out of range.
+
+    Returns
+    -------
+    array of float64, shape (N,)
+        Without the factor of 1/C.
+    """
+    kernels, array = numba_kernels(), scores.array
+    sums = np.empty(own.size)
+    arguments = _arguments(kernels, scores, _layout(array))[:-1]
+    kernels.part_rows(
+        *arguments,
+        first,
+        array.shape[-1],
+        own.size,
+        own.ctypes.data,
+        *_last(kernels, scores),
+        sums.ctypes.data,
+    )
+    return sums
+
+
 class _Layout(NamedTuple):
     """Where the rows of an array (\\*batch, C) begin, in elements."""
 

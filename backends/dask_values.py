@@ -1,19 +1,26 @@
-"""Dask: how targets are checked within the graph, and NumPy arrays taken into it."""
+"""Dask: arrays put into matching chunks, and checks that run when a chunk is there.
+
+Whatever computes the loss of Dask arrays takes its arguments through here. The scores are never
+rechunked. The targets follow the scores' chunks; the weights come whole to every task (taking them
+by the targets made 10,000 tasks of 1,000 chunks).
+"""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask.layers import ArrayValuesDep
 
 from mml_arrayapi.arguments import InvalidTargetError, raise_invalid_target
 from mml_arrayapi.kernel import Problem
 
 
 def settle(problem: Problem) -> Problem:
-    """Make Dask arrays of NumPy targets and weights, and let targets out of range raise.
+    """Prepare the arguments for the generic implementation.
 
     Parameters
     ----------
@@ -23,46 +30,152 @@ def settle(problem: Problem) -> Problem:
     Returns
     -------
     Problem
-        With Dask arrays only. Nothing is computed.
+        With Dask arrays only, in matching chunks. Targets out of range raise when computed, if
+        ``check_target`` says so. Nothing is computed.
     """
-    target, weight = problem.target, problem.weight
-    rows = tuple(c for i, c in enumerate(problem.input.chunks) if i != problem.axis)
-    if isinstance(target, np.ndarray):
-        # In the scores' chunks: in one chunk, the generic mask would be as large as the scores.
-        known = all(not math.isnan(n) for chunks in rows for n in chunks)
-        target = da.from_array(target, chunks=rows if known else -1)
-    if problem.check_target == "raise":
-        target = checked(target, problem.input.shape[problem.axis])
-    if isinstance(weight, np.ndarray):
-        weight = da.from_array(weight, chunks=-1)
+    target = aligned(problem, problem.target)
+    if problem.check_target == "raise" or unknown(problem.input) or unknown(target):
+        rows = rows_of(problem)
+        target = da.blockwise(
+            partial(_checked, axis=problem.axis, check=problem.check_target),
+            rows,
+            target,
+            rows,
+            problem.input,
+            range(problem.input.ndim),
+            starts(target),
+            rows,
+            concatenate=False,
+            align_arrays=False,
+            dtype=target.dtype,
+            meta=target._meta,
+        )
+    weight = None if problem.weight is None else whole(problem.weight)
     return problem._replace(target=target, weight=weight)
 
 
-def checked(target: da.Array, n_classes: int) -> da.Array:
-    """Return the same targets; computing one that is out of range raises.
+def rows_of(problem: Problem) -> tuple[int, ...]:
+    """Return the axes of ``input`` that are the batch's, as indices for blockwise."""
+    return tuple(i for i in range(problem.input.ndim) if i != problem.axis)
+
+
+def unknown(array: da.Array) -> bool:
+    """Tell whether the size of a chunk is not known yet."""
+    return any(math.isnan(n) for chunks in array.chunks for n in chunks)
+
+
+def aligned(problem: Problem, array: Any) -> da.Array:
+    """Bring an array of the batch's shape into the chunks of the scores' rows.
 
     Parameters
     ----------
-    target : dask array of integers
-        Class indices.
-    n_classes : int
-        The number of classes.
+    problem : Problem
+        The checked call.
+    array : dask array or numpy array
+        Targets, or something else with one element per sample.
 
     Returns
     -------
     dask array
-        Its tasks raise :class:`InvalidTargetError` with the position in the whole array (in the
-        chunk, where the chunks before it have unknown sizes).
+
+    Raises
+    ------
+    ValueError
+        Sizes of chunks are unknown, so that the chunks can't be matched.
     """
-    return target.map_blocks(_check_block, n_classes, dtype=target.dtype, meta=target._meta)
+    rows = tuple(problem.input.chunks[i] for i in rows_of(problem))
+    known = not any(math.isnan(n) for chunks in rows for n in chunks)
+    if isinstance(array, np.ndarray):
+        if not known and math.prod(map(len, rows)) > 1:
+            raise ValueError(
+                "target must be a Dask array where input has chunks of unknown size, but is a "
+                "NumPy array; call input.compute_chunk_sizes() first"
+            )
+        # Never in one chunk beside many: the generic mask would be as large as all scores.
+        return da.from_array(array, chunks=rows if known else -1)
+    if array.chunks == rows:
+        return array
+    if known and not unknown(array):
+        return array.rechunk(rows)
+    if array.numblocks != tuple(map(len, rows)):
+        raise ValueError(
+            "target must have as many chunks as input where sizes of chunks are unknown, but "
+            f"target has {array.numblocks} and input has {tuple(map(len, rows))} without the "
+            "classes' axis; call compute_chunk_sizes() on both first"
+        )
+    return array
 
 
-def _check_block(block: Any, n_classes: int, block_info: Any = None) -> Any:
+def whole(weight: Any) -> da.Array:
+    """Return the weights as a Dask array of one chunk."""
+    if isinstance(weight, np.ndarray):
+        return da.from_array(weight, chunks=-1)
+    return weight.rechunk(-1)
+
+
+def starts(array: da.Array) -> ArrayValuesDep:
+    """Return what tells each block of a blockwise operation where it begins in the whole array."""
+    offsets = [np.cumsum((0, *chunks))[:-1].tolist() for chunks in array.chunks]
+    blocks = np.ndindex(*array.numblocks)
+    values = {b: tuple(o[i] for o, i in zip(offsets, b, strict=True)) for b in blocks}
+    return ArrayValuesDep(array.chunks, values)
+
+
+def check_length(batch: tuple[int, ...], target: Any) -> None:
+    """Check that a chunk has one target per sample: others would be broadcast silently.
+
+    Parameters
+    ----------
+    batch : tuple of int
+        The shape of the chunk of scores without the classes' axis.
+    target : array
+        The chunk of targets.
+
+    Raises
+    ------
+    ValueError
+        The shapes differ.
+    """
+    if tuple(target.shape) != tuple(batch):
+        raise ValueError(
+            "target must have input's shape without the classes' axis, but a chunk of target has "
+            f"shape {tuple(target.shape)} beside a chunk of input with {tuple(batch)}"
+        )
+
+
+def check_targets(target: Any, start: tuple[float, ...], n_classes: int, check: str) -> None:
+    """Check the targets of a chunk, if that is asked for.
+
+    Parameters
+    ----------
+    target : array
+        The chunk of targets.
+    start : tuple of float
+        Where it begins in the whole array; NaN where that is unknown.
+    n_classes : int
+        The number of classes.
+    check : {"raise", "nan"}
+        Whether targets out of range raise.
+
+    Raises
+    ------
+    InvalidTargetError
+        With the position in the whole array (along an axis whose chunks have unknown sizes, in
+        the chunk).
+    """
+    if check != "raise":
+        return
     try:
-        raise_invalid_target(block, n_classes)
+        raise_invalid_target(target, n_classes)
     except InvalidTargetError as error:
-        place = block_info[0]["array-location"] if block_info else [(0, 0)] * block.ndim
-        start = (0 if math.isnan(low) else int(low) for low, _ in place)
-        position = tuple(a + b for a, b in zip(start, error.position, strict=True))
+        offsets = (0 if math.isnan(n) else int(n) for n in start)
+        position = tuple(a + b for a, b in zip(offsets, error.position, strict=True))
         raise InvalidTargetError(position, error.value, n_classes) from None
-    return block
+
+
+def _checked(target: Any, scores: Any, start: Any, *, axis: int, check: str) -> Any:
+    blocks = scores if isinstance(scores, list) else [scores]
+    shape = blocks[0].shape
+    check_length(shape[:axis] + shape[axis + 1 :], target)
+    check_targets(target, start, sum(block.shape[axis] for block in blocks), check)
+    return target

@@ -1,8 +1,9 @@
 // The multi-margin loss and its gradient on NVIDIA GPUs: one source for CuPy and PyTorch.
 //
-// Compiled at run time by NVRTC without any header, once per element type and power:
+// Compiled at run time by NVRTC without any header, once per element type, power and layout:
 //   SCALAR  64, 32, 16 (float16) or 17 (bfloat16)
 //   POWER   1, 2, or 0 for any other p
+//   LAYOUT  1 tiles, 2 rows, 3 wide; undefined: all of them
 // docs/gpu.md explains the design. The tests compile the same file with g++ under a small
 // emulator, tests/gpu/simt.h, which is included first and then supplies what follows #ifndef SIMT.
 
@@ -38,7 +39,7 @@ enum Operation { LOSS, LOSS_MASK, LOSS_GRAD, GRAD_MASK };
 const u32 NO_VALUE = 0xffffffffu;     // a count that says: this row's loss is NaN
 const u32 TILE_NO_VALUE = 1u << 31;   // the same in a tile's mask word, C is at most 31 there
 
-// Every field has 8 bytes: the host packs them without knowing more.
+// Every field begins a new 8 bytes: so the host packs them.
 #define FIELDS(F) \
     F(const Scalar*, scores)   /* (rows, classes), the classes contiguous */ \
     F(const void*, target)     /* (rows,) */ \
@@ -59,15 +60,15 @@ const u32 TILE_NO_VALUE = 1u << 31;   // the same in a tile's mask word, C is at
     F(i64, vector)             /* whether scores lie like grad for accesses of 16 bytes */ \
     F(i64, mask_row)           /* bytes of mask per row */ \
     F(i64, blocks)             /* of the launch whose partials are summed */ \
-    F(double, margin) F(double, power) \
     F(double, loss_factor)     /* 1 / classes */ \
-    F(double, divisor)         /* rows for the mean, else 1 */
-// and, after the last comma: double grad_factor, p / classes, over rows for the mean
+    F(double, divisor)         /* rows for the mean, else 1 */ \
+    F(Real, margin) F(Real, exponent)  /* p - 1 */
+// and, after the last comma: Real grad_factor, p / classes, over rows for the mean
 
-#define MEMBER(type, name) type name;
+#define MEMBER(type, name) alignas(8) type name;
 struct Arguments {
     FIELDS(MEMBER)
-    double grad_factor;
+    alignas(8) Real grad_factor;
 };
 
 #ifndef SIMT
@@ -78,7 +79,7 @@ struct Arguments {
 #define VALUE(type, name) name,
 #define KERNEL(name, threads, call) \
     extern "C" __global__ void __launch_bounds__(threads, threads == BLOCK ? ROWS_RESIDENT : TILES_RESIDENT) \
-        name(FIELDS(PARAMETER) double grad_factor) { \
+        name(FIELDS(PARAMETER) Real grad_factor) { \
         const Arguments a = {FIELDS(VALUE) grad_factor}; \
         call; \
     }
@@ -181,15 +182,24 @@ struct Sums {
 // "not z <= 0" keeps NaN, which thus reaches the row's sum without another test.
 DEVICE bool is_active(Real z) { return !(z <= 0); }
 
+DEVICE Real positive_part(Real z) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && SCALAR != 64
+    asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(z));  // one instruction instead of two
+    return z;
+#else
+    return is_active(z) ? z : (Real)0;
+#endif
+}
+
 DEVICE void hinge(Real z, Real exponent, Real& term, Real& slope) {
-    const bool active = is_active(z);
 #if POWER == 1
-    slope = active ? (Real)1 : (Real)0;
-    term = active ? z : (Real)0;
+    slope = is_active(z) ? (Real)1 : (Real)0;
+    term = positive_part(z);
 #elif POWER == 2
-    slope = active ? z : (Real)0;
+    slope = positive_part(z);
     term = slope * slope;
 #else
+    const bool active = is_active(z);
 #if SCALAR == 64
     slope = active ? pow(z, exponent) : 0;
 #else
@@ -209,17 +219,15 @@ DEVICE Real load_real(const void* data, i64 i, i64 wide) {
 // The target class, or NONE where it is out of range: compared before any narrowing.
 DEVICE int load_target(const Arguments& a, i64 row) {
     const i64 i = row * a.target_stride;
+    const int bits = (int)(a.target_kind < 0 ? -a.target_kind : a.target_kind) * 8;
     i64 y;
-    switch (a.target_kind) {
-        case 8: y = ((const i64*)a.target)[i]; break;
-        case 4: y = ((const int*)a.target)[i]; break;
-        case 2: y = ((const short*)a.target)[i]; break;
-        case 1: y = ((const signed char*)a.target)[i]; break;
-        case -4: y = ((const u32*)a.target)[i]; break;
-        case -2: y = ((const unsigned short*)a.target)[i]; break;
-        case -1: y = ((const unsigned char*)a.target)[i]; break;
-        default: y = ((const i64*)a.target)[i]; break;  // unsigned: what is too large is negative
+    switch (bits) {
+        case 64: y = ((const i64*)a.target)[i]; break;  // unsigned: what is too large is negative
+        case 32: y = ((const u32*)a.target)[i]; break;
+        case 16: y = ((const unsigned short*)a.target)[i]; break;
+        default: y = ((const unsigned char*)a.target)[i]; break;
     }
+    if (a.target_kind > 0) y = (i64)((unsigned long long)y << (64 - bits)) >> (64 - bits);
     return y < 0 || y >= a.classes ? (int)NONE : (int)y;
 }
 
@@ -229,7 +237,7 @@ DEVICE Real load_weight(const Arguments& a, int y) {
 
 // Formed in Real: in half precision 1 / (rows * classes) is 0 from 2**25 elements on.
 DEVICE Real load_scale(const Arguments& a, i64 row, int y) {
-    Real scale = load_weight(a, y) * (Real)a.grad_factor;
+    Real scale = load_weight(a, y) * a.grad_factor;
     if (a.upstream) scale *= load_real(a.upstream, row * a.upstream_stride, a.upstream_wide);
     return scale;
 }
@@ -281,7 +289,9 @@ DEVICE void fill_row(const Arguments& a, const Span& s, Scalar* grad, u32 lane, 
     for (int e = 0; e < V; e++) same[e] = value;
     const uint4 q = pack(same);
     uint4* body = (uint4*)(grad + s.head);
+#pragma unroll 1
     for (u32 k = lane; k < s.body; k += lanes) body[k] = q;
+#pragma unroll 1
     for (u32 e = lane; e < edges(a, s); e += lanes) grad[edge_column(s, e)] = value;
 }
 
@@ -325,29 +335,40 @@ DEVICE void sum_partials(const Arguments& a) {
 // ---------------------------------------------------------------------------------------------
 // Rows shared by a group of lanes: 4 to 32 of a warp, or (WIDE) a whole block.
 
+// Fetches vectors first, first + lanes, ...; those from s.body on are left as they are.
 template <int OP>
-DEVICE uint4 load_vector(const Arguments& a, const Scalar* from, u32 k) {
-    if (OP == LOSS || a.vector) return __ldg((const uint4*)from + k);
-    Scalar s[V];
+DEVICE void load_vectors(const Arguments& a, const Span& s, const Scalar* scores, u32 first,
+                         u32 lanes, uint4 (&raw)[VECTORS]) {
+    const Scalar* from = scores + s.head;
+    if (OP == LOSS || a.vector) {
 #pragma unroll
-    for (int e = 0; e < V; e++) s[e] = from[k * V + e];
-    return pack(s);
+        for (u32 v = 0; v < VECTORS; v++) {
+            const u32 k = first + v * lanes;
+            if (k < s.body) raw[v] = __ldg((const uint4*)from + k);
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 v = 0; v < VECTORS; v++) {
+        const u32 k = first + v * lanes;
+        if (k >= s.body) continue;
+        Scalar one[V];
+#pragma unroll
+        for (int e = 0; e < V; e++) one[e] = from[k * V + e];
+        raw[v] = pack(one);
+    }
 }
 
 template <int OP>
 DEVICE void row_body(const Arguments& a, const Span& s, i64 row, int y, u32 lane, u32 lanes,
                      Real pivot, Real scale, const Scalar* scores, Scalar* grad, Sums& sums) {
-    const Real margin = (Real)a.margin, exponent = (Real)(a.power - 1);
+    const Real margin = a.margin, exponent = a.exponent;
     uint4* to = (uint4*)(grad + s.head);
     const u32 own = own_vector(s, y);
     u32 unit = 0;
     for (u32 start = 0; start < s.body; start += lanes * VECTORS, unit += UNITS) {
         uint4 raw[VECTORS];
-#pragma unroll
-        for (u32 v = 0; v < VECTORS; v++) {
-            const u32 k = start + v * lanes + lane;
-            if (k < s.body) raw[v] = load_vector<OP>(a, scores + s.head, k);
-        }
+        load_vectors<OP>(a, s, scores, start + lane, lanes, raw);
         Real loss = 0, slopes = 0;
 #pragma unroll
         for (u32 u = 0; u < UNITS; u++) {
@@ -414,10 +435,10 @@ DEVICE void row_edges(const Arguments& a, const Span& s, i64 row, int y, u32 lan
     u32 turn = 0, bits = 0;
     for (u32 edge = lane; edge < edges(a, s); edge += lanes, turn++) {
         const u32 j = edge_column(s, edge);
-        Real z = (to_real(scores[j]) - pivot) + (Real)a.margin;
+        Real z = (to_real(scores[j]) - pivot) + a.margin;
         if ((int)j == y) z = -1;
         Real term, slope;
-        hinge(z, (Real)(a.power - 1), term, slope);
+        hinge(z, a.exponent, term, slope);
         sums.loss += (double)term;
         sums.slope += (Slopes)slope;
         if (OP == LOSS_GRAD) grad[j] = to_scalar(is_active(z) ? slope * scale : (Real)0);
@@ -573,7 +594,7 @@ DEVICE double tile_row(const Arguments& a, i64 row, Real* tile, u32 start) {
     const int column = y < 0 ? 0 : y;
     const int classes = (int)a.classes;
     const Real pivot = tile[padded(start + column)];
-    const Real margin = (Real)a.margin, exponent = (Real)(a.power - 1);
+    const Real margin = a.margin, exponent = a.exponent;
     const Real scale = OP == LOSS_GRAD ? load_scale(a, row, column) : (Real)0;
     Real losses[4] = {0, 0, 0, 0}, slopes[4] = {0, 0, 0, 0};  // four, for the rounding error
     u32 bits = 0;
@@ -653,18 +674,31 @@ DEVICE void tiles(const Arguments& a) {
 
 // ---------------------------------------------------------------------------------------------
 
-KERNEL(rows_loss, BLOCK, (rows_of_scores<LOSS, false>(a)))
-KERNEL(rows_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, false>(a)))
-KERNEL(wide_loss, BLOCK, (rows_of_scores<LOSS, true>(a)))
-KERNEL(wide_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, true>(a)))
+#if !defined(LAYOUT) || LAYOUT == 1
 KERNEL(tiles_loss, TILE_BLOCK, (tiles<LOSS>(a)))
 KERNEL(tiles_loss_grad, TILE_BLOCK, (tiles<LOSS_GRAD>(a)))
 #if POWER == 1
-KERNEL(rows_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, false>(a)))
-KERNEL(rows_grad_mask, BLOCK, (rows_of_mask<false>(a)))
-KERNEL(wide_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, true>(a)))
-KERNEL(wide_grad_mask, BLOCK, (rows_of_mask<true>(a)))
 KERNEL(tiles_loss_mask, TILE_BLOCK, (tiles<LOSS_MASK>(a)))
 KERNEL(tiles_grad_mask, TILE_BLOCK, (tiles<GRAD_MASK>(a)))
 #endif
+#endif
+
+#if !defined(LAYOUT) || LAYOUT == 2
+KERNEL(rows_loss, BLOCK, (rows_of_scores<LOSS, false>(a)))
+KERNEL(rows_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, false>(a)))
+#if POWER == 1
+KERNEL(rows_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, false>(a)))
+KERNEL(rows_grad_mask, BLOCK, (rows_of_mask<false>(a)))
+#endif
+#endif
+
+#if !defined(LAYOUT) || LAYOUT == 3
+KERNEL(wide_loss, BLOCK, (rows_of_scores<LOSS, true>(a)))
+KERNEL(wide_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, true>(a)))
+#if POWER == 1
+KERNEL(wide_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, true>(a)))
+KERNEL(wide_grad_mask, BLOCK, (rows_of_mask<true>(a)))
+#endif
+#endif
+
 KERNEL(finish, BLOCK, (sum_partials(a)))

@@ -13,7 +13,7 @@ What keeps the numbers right:
   ``(x_j - x_y) + margin`` into ``x_j + (margin - x_y)``, which loses the margin of large scores.
   Only the additions of ``_plus`` may be reordered, which is what lets LLVM use vectors; NaN and
   infinities go through.
-- float32 sums hold at most ``COLUMNS`` terms, then go to float64.
+- float32 sums hold at most ``COLUMNS`` or ``APART`` terms, then go to float64.
 - A block of rows is always the same rows summed in the same order, so results do not depend on
   who runs it.
 
@@ -34,8 +34,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-COLUMNS = 512  # classes summed in float32 before the sum goes to float64
+COLUMNS = 256  # neighbouring classes summed in float32 (by 8 lanes) before the sum goes to float64
+APART = 32  # the same where they are not neighbours: one lane. 512 for both was off by 1e-6 and 8e-6
 TILE = 256  # rows walked together where the classes lie further apart than the rows
+LONG = 4096  # classes from which on a row is read in quarters rather than beside three others
 RUN = 32  # classes of a tile summed in float32 before the sums go to float64
 SHORT = 16  # classes of rows that are turned into tiles; at most RUN
 LOT = 64  # rows turned into a tile at once: 4 kB of float32
@@ -347,13 +349,14 @@ def _hinge(score, same, x_y, margin):
 def _sums(x, y, x_y, n, step, margin, p):
     """Sum the terms of four rows of n classes at once."""
     total = (0.0, 0.0, 0.0, 0.0)
-    for first in range(0, n, COLUMNS):
+    columns = COLUMNS if step == 1 else APART
+    for first in range(0, n, columns):
         zero = _like(margin, 0.0)
         s0, s1, s2, s3 = zero, zero, zero, zero
         shift = first * step
         x0, x1, x2, x3 = _at(x[0], shift), _at(x[1], shift), _at(x[2], shift), _at(x[3], shift)
         y0, y1, y2, y3 = y[0] - first, y[1] - first, y[2] - first, y[3] - first
-        for j in range(min(COLUMNS, n - first)):
+        for j in range(min(columns, n - first)):
             k = j * step
             s0 = _plus(s0, _term(_hinge(_load(x0, k), _same(j, y0), x_y[0], margin), p))
             s1 = _plus(s1, _term(_hinge(_load(x1, k), _same(j, y1), x_y[1], margin), p))
@@ -368,7 +371,8 @@ def _slopes(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
     """Sum the terms and the slopes of four rows of n classes at once, and write the gradient."""
     total = (0.0, 0.0, 0.0, 0.0)
     slope = (0.0, 0.0, 0.0, 0.0)
-    for first in range(0, n, COLUMNS):
+    columns = COLUMNS if step == 1 else APART
+    for first in range(0, n, columns):
         zero = _like(margin, 0.0)
         s0, s1, s2, s3 = zero, zero, zero, zero
         d0, d1, d2, d3 = zero, zero, zero, zero
@@ -376,7 +380,7 @@ def _slopes(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
         x0, x1, x2, x3 = _at(x[0], shift), _at(x[1], shift), _at(x[2], shift), _at(x[3], shift)
         g0, g1, g2, g3 = _at(grad[0], to), _at(grad[1], to), _at(grad[2], to), _at(grad[3], to)
         y0, y1, y2, y3 = y[0] - first, y[1] - first, y[2] - first, y[3] - first
-        for j in range(min(COLUMNS, n - first)):
+        for j in range(min(columns, n - first)):
             k, m = j * step, j * grad_step
             h0 = _hinge(_load_apart(x0, k, 9), _same(j, y0), x_y[0], margin)
             h1 = _hinge(_load_apart(x1, k, 9), _same(j, y1), x_y[1], margin)
@@ -494,7 +498,7 @@ def loss_rows(
     Returns the sum, and the first row whose target is out of range, or stop.
     """
     m = _like(kind, margin)
-    q = (stop - start) // 4
+    q = (stop - start) // 4 if n_classes < LONG else 0
     total, bad = 0.0, stop
     for i in range(start, start + q):
         i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
@@ -519,7 +523,12 @@ def loss_rows(
     for i in range(start + 4 * q, stop):
         row = _row(kind, x, offsets, row_stride, i)
         y0 = _target(y, n_classes, i)
-        s0 = _one_sum(row, y0, _own_score(row, y0, step, m), n_classes, step, m, p)
+        v0 = _own_score(row, y0, step, m)
+        if n_classes < LONG:  # as above, so that a loss doesn't depend on where its row stands
+            s = _sums((row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p)
+            s0 = _sum_start(v0, n_classes) + s[0]
+        else:
+            s0 = _one_sum(row, y0, v0, n_classes, step, m, p)
         total += _end_loss(kind, losses, i, n_classes, s0 * _weight(m, weight, y0))
         if y0 < 0:
             bad = min(bad, i)
@@ -560,7 +569,7 @@ def grad_rows(
     float64) where upstream isn't 0.
     """
     m = _like(kind, margin)
-    q = (stop - start) // 4
+    q = (stop - start) // 4 if n_classes < LONG else 0
     total, bad = 0.0, stop
     for i in range(start, start + q):
         i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
@@ -605,9 +614,15 @@ def grad_rows(
         w0 = _weight(m, weight, y0)
         c0 = _row_scale(upstream, scale, w0, i)
         v0 = _own_score(row, y0, step, m)
-        s0, d0 = _one_slope(
-            row, y0, v0, n_classes, step, m, p, g0, grad_step, _like(m, c0)
-        )
+        scale0 = _like(m, c0)
+        if n_classes < LONG:
+            s, d = _slopes(
+                (row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p,
+                (g0, g0, g0, g0), grad_step, (scale0, scale0, scale0, scale0),
+            )
+            s0, d0 = _sum_start(v0, n_classes) + s[0], d[0]
+        else:
+            s0, d0 = _one_slope(row, y0, v0, n_classes, step, m, p, g0, grad_step, scale0)
         _end_grad(g0, grad_step, y0, n_classes, s0, d0, c0)
         total += _end_loss(kind, losses, i, n_classes, s0 * w0)
         if y0 < 0:
@@ -745,6 +760,50 @@ def grad_tiles(
             w = _weight(m, weight, target)
             result += _end_loss(kind, losses, first + t, n_classes, total[t] * w)
     return result, bad
+
+
+@_kernel
+def own_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, own):
+    """Write the targets' scores where these are among the classes from ``first`` on, else 0.
+
+    Addresses: y (int64), own (computing type).
+    """
+    zero = _like(kind, 0.0)
+    targets, out = _integers(y), _reals(own, zero)
+    for i in range(count):
+        place = targets[i] - first
+        row = _row(kind, x, offsets, row_stride, i)
+        out[i] = _load(row, place * step) if 0 <= place < n_classes else zero
+
+
+@_kernel
+def part_rows(
+    kind, x, offsets, row_stride, step, y, first, n_classes, count, own, margin, p, sums
+):
+    """Sum the rows' terms over the classes from ``first`` on, the targets' scores given.
+
+    Addresses: y (int64; may be out of range where own is NaN), own (computing type), sums
+    (float64).
+    """
+    m = _like(kind, margin)
+    targets, scores = _integers(y), _reals(own, m)
+    out = _reals(sums, 0.0)
+    q = count // 4
+    for i in range(q):
+        i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
+        x0 = _row(kind, x, offsets, row_stride, i)
+        x1 = _row(kind, x, offsets, row_stride, i1)
+        x2 = _row(kind, x, offsets, row_stride, i2)
+        x3 = _row(kind, x, offsets, row_stride, i3)
+        places = (targets[i] - first, targets[i1] - first, targets[i2] - first, targets[i3] - first)
+        v = (scores[i], scores[i1], scores[i2], scores[i3])
+        s = _sums((x0, x1, x2, x3), places, v, n_classes, step, m, p)
+        out[i], out[i1], out[i2], out[i3] = s
+    for i in range(4 * q, count):
+        row = _row(kind, x, offsets, row_stride, i)
+        y0, v0 = targets[i] - first, scores[i]
+        s = _sums((row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p)
+        out[i] = s[0]
 
 
 @_kernel

@@ -26,7 +26,8 @@ def on_host(tensor: torch.Tensor) -> np.ndarray:
     """Return the values as a NumPy array: PyTorch can't compare its wide unsigned integers."""
     # Within torch.func.grad and the like, what an operation returns has no values to read.
     with torch._C._DisableFuncTorch():
-        return _within_grad(tensor).detach().cpu().numpy()
+        values: np.ndarray = _within_grad(tensor).detach().cpu().numpy()
+    return values
 
 
 def arange(n: int, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Conformance checks: does the loss do, with the arrays of some library, what the contract says?
+"""Conformance checks: whether the loss keeps the contract with the arrays of some library.
 
 ``python -m mml_arrayapi.conformance --xp my_library`` runs all of them; a test suite takes them
 from :func:`all_checks`. Needs neither pytest nor NumPy.

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from mml_arrayapi.conformance import (  # noqa: F401 (importing a file registers its checks)
-    checks_values,
-    checks_shapes,  # isort: skip
-    checks_types,
-    checks_gradient,  # isort: skip
+from mml_arrayapi.conformance import (
+    checks_arguments,
+    checks_arrays,
+    checks_gradient,
+    checks_shapes,
     checks_targets,
-    checks_arguments,  # isort: skip
-    checks_arrays,  # isort: skip
+    checks_types,
+    checks_values,
 )
 from mml_arrayapi.conformance.suite import Check, registered
+
+_TOPICS = (
+    checks_values.TOPIC,
+    checks_gradient.TOPIC,
+    checks_types.TOPIC,
+    checks_shapes.TOPIC,
+    checks_targets.TOPIC,
+    checks_arguments.TOPIC,
+    checks_arrays.TOPIC,
+    checks_arrays.AGREEMENT,
+)
 
 
 def all_checks() -> tuple[Check, ...]:
@@ -29,4 +40,4 @@ def all_checks() -> tuple[Check, ...]:
     >>> check(Context("numpy")).state
     'pass'
     """
-    return registered()
+    return tuple(sorted(registered(), key=lambda check: _TOPICS.index(check.topic)))

@@ -56,9 +56,7 @@ def grad_output_multiplies_the_gradient(ctx: Context) -> None:
         wanted = base.scaled(upstream)
         ctx.same(grad, wanted.grad, wanted.grad_scales, f"p={p}, none")
         for reduction, factor in (("sum", -1.5), ("mean", -1.5 / 4)):
-            _, grad = ctx.loss_and_grad(
-                x, y, p=p, reduction=reduction, grad_output=ctx.array(-1.5)
-            )
+            _, grad = ctx.loss_and_grad(x, y, p=p, reduction=reduction, grad_output=ctx.array(-1.5))
             wanted = base.scaled([factor] * 4)
             ctx.same(grad, wanted.grad, wanted.grad_scales, f"p={p}, {reduction}")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isnan
+from typing import Any, cast
 
-from mml_arrayapi import InvalidTargetError
 from mml_arrayapi.conformance.context import C, Context, Fail, N, NotRun
 from mml_arrayapi.conformance.suite import check
+
+from mml_arrayapi import InvalidTargetError
 from mml_arrayapi.namespaces import HOST, LAZY, TRACED
 
 TOPIC = "targets out of range"
@@ -29,7 +32,7 @@ _WRONG = (  # dtype, a value that is no class of 5, one that wraps to a class wh
 )
 
 
-def _scores(ctx: Context) -> object:
+def _scores(ctx: Context) -> Any:
     return ctx.array([[0.0, 1.0, 0.5, 2.0, -1.0]] * N)
 
 
@@ -46,17 +49,14 @@ def check_target_raise_raises(ctx: Context) -> None:
         if ctx.has_dtype(dtype):
             y = ctx.integers([0, value, 2, 4], dtype)
             for function in (ctx.loss, ctx.loss_and_grad):
-                _invalid(ctx, lambda f=function, y=y: f(_scores(ctx), y, check_target="raise"))
+                _invalid(ctx, function, _scores(ctx), y, check_target="raise")
 
 
-def _invalid(ctx: Context, call: object) -> InvalidTargetError:
-    def first() -> object:
-        result = call()  # type: ignore[operator]
-        return result[0] if isinstance(result, tuple) else result
-
-    error = ctx.raised(InvalidTargetError, first, at_once=False)
-    assert isinstance(error, InvalidTargetError)  # noqa: S101
-    return error
+def _invalid(
+    ctx: Context, function: Callable[..., Any], *args: Any, **keywords: Any
+) -> InvalidTargetError:
+    error = ctx.raised_when_read(InvalidTargetError, function, *args, **keywords)
+    return cast(InvalidTargetError, error)
 
 
 @check(TOPIC)
@@ -69,7 +69,7 @@ def error_names_the_first_position_value_and_number_of_classes(ctx: Context) -> 
         ([[0, 1, -2], [3, 9, -1]], (0, 2), -2),
     ):
         y = ctx.integers(target)
-        error = _invalid(ctx, lambda y=y: ctx.loss(x, y, check_target="raise"))
+        error = _invalid(ctx, ctx.loss, x, y, check_target="raise")
         found = (error.position, error.value, error.n_classes)
         if found != (position, value, 4):
             raise Fail(f"the error names {found}, expected {(position, value, 4)}")
@@ -93,7 +93,11 @@ def check_target_nan_makes_nan_of_that_sample(ctx: Context) -> None:
             if [isnan(v) for v in values] != [False, True, False, False]:
                 raise Fail(f"{dtype} target {value}: losses are {values}, expected NaN for it only")
         rows = ctx.read(grad)
-        if [[isnan(v) for v in row] for row in rows] != [[False] * C, [True] * C, *[[False] * C] * 2]:
+        if [[isnan(v) for v in row] for row in rows] != [
+            [False] * C,
+            [True] * C,
+            *[[False] * C] * 2,
+        ]:
             raise Fail(f"{dtype} target {value}: gradient is {rows}, expected NaN in its row only")
         for reduction in ("sum", "mean"):
             total = ctx.read(ctx.loss(_scores(ctx), y, check_target="nan", reduction=reduction))
@@ -109,7 +113,7 @@ def check_target_auto_raises_or_gives_nan(ctx: Context) -> None:
             continue
         y = ctx.integers([0, value, 2, 4], dtype)
         if ctx.sight in (HOST, LAZY):
-            _invalid(ctx, lambda y=y: ctx.loss(_scores(ctx), y))
+            _invalid(ctx, ctx.loss, _scores(ctx), y)
         else:
             loss = ctx.read(ctx.loss(_scores(ctx), y))
             if not isnan(loss):

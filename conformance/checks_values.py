@@ -96,8 +96,9 @@ def nan_score_makes_its_loss_and_gradient_row_nan(ctx: Context) -> None:
 @check(TOPIC)
 def nan_weight_makes_its_class_nan(ctx: Context) -> None:
     """IEEE arithmetic on the formula: NaN times anything."""
-    weight, rows = ctx.array([nan, 1.0, 1.0]), [[0.0, 1.0, 0.5], [0.0, 1.0, 0.5]]
-    loss = ctx.read(ctx.loss(ctx.array(rows), ctx.integers([0, 1]), weight=weight, reduction="none"))
+    weight, rows = ctx.array([nan, 1.0, 1.0]), [[0.0, 1.0, 0.5]] * 2
+    x, y = ctx.array(rows), ctx.integers([0, 1])
+    loss = ctx.read(ctx.loss(x, y, weight=weight, reduction="none"))
     if loss[0] == loss[0] or loss[1] != loss[1]:
         raise Fail(f"losses are {loss}, expected NaN for the first sample only")
 

@@ -78,9 +78,10 @@ def exact(
             scale += abs(factor) * slope * size
             if z > 0:
                 slopes[j] = factor * slope
-                bend = exponent * (exponent - 1) * _power(z, exponent - 2) if p != 1 else 0
+                bend = exponent * (exponent - 1)
+                bend = bend * _power(z, exponent - 2) if bend else bend
                 slope_scales[j] = abs(factor) * bend * size + abs(slopes[j])
-        slopes[y], slope_scales[y] = -sum(slopes), sum(slope_scales, Fraction(0))
+        slopes[y], slope_scales[y] = -sum(slopes, Fraction(0)), sum(slope_scales, Fraction(0))
         losses.append(loss)
         loss_scales.append(scale + abs(loss))
         grad.append(slopes)
@@ -130,8 +131,10 @@ def cases() -> list[dict[str, Any]]:
 
     case("one class costs nothing", [[3.5], [-2.0]], [0, 0])
     case("two classes", [[0.25, -0.5], [1.0, 4.0]], [0, 0])
-    case("all scores equal", [[2.0] * 5, [-7.0] * 5, [0.0] * 5, [0.25] * 5], [1, 3, 0, 4], margin=0.75)
-    kink = [[0.5, 1.5, -0.5, 0.5, 2.5], [2.0, 1.0, 2.0, 1.0, 0.0], [1.0] * 5, [4.0, 3.0, 2.0, 1.0, 0.0]]
+    equal = [[2.0] * 5, [-7.0] * 5, [0.0] * 5, [0.25] * 5]
+    case("all scores equal", equal, [1, 3, 0, 4], margin=0.75)
+    kink = [[0.5, 1.5, -0.5, 0.5, 2.5], [2.0, 1.0, 2.0, 1.0, 0.0]]
+    kink += [[1.0] * 5, [4.0, 3.0, 2.0, 1.0, 0.0]]
     case("kink, p = 1", kink, [1, 2, 0, 0])
     case("kink, p = 2", kink, [1, 2, 0, 0], p=2)
     case("kink, p = 1.5", kink, [1, 2, 0, 0], p=1.5)

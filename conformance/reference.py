@@ -101,7 +101,7 @@ def reference(
 
 def _power(value: float, exponent: float) -> float:
     try:
-        return value**exponent
+        return math.pow(value, exponent)
     except OverflowError:
         return math.inf
 

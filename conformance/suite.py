@@ -87,6 +87,11 @@ class Check:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def clause(self) -> str:
+        """What holds, in a sentence or two."""
+        return " ".join((self.function.__doc__ or "").split())
+
     def __call__(self, context: Context, expected: Mapping[str, str] | None = None) -> Result:
         """Run the check; never raises for what the library does.
 

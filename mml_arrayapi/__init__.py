@@ -11,7 +11,7 @@ from mml_arrayapi.evaluate import evaluate
 from mml_arrayapi.kernel import Kernel
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 from mml_arrayapi.registry import backends, register_kernel, use_backend
-from mml_arrayapi.sources import InputError
+from mml_arrayapi.sources import InputError, WorkerError
 from mml_arrayapi.tally import Evaluation
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "InvalidTargetError",
     "Kernel",
     "LossAccumulator",
+    "WorkerError",
     "__version__",
     "backends",
     "evaluate",

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from mml_arrayapi.arguments import check_parameters
+from mml_arrayapi.arguments import check, check_parameters
 from mml_arrayapi.namespaces import library_of
+from mml_arrayapi.registry import choose_for_job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -224,22 +225,12 @@ class LossAccumulator:
         """
         import numpy as np
 
-        from mml_arrayapi.loss import multi_margin_loss
-
         library = library_of("input", input)
-        xp = library.namespace
         weight = self._weight
         if weight is not None:
-            weight = xp.asarray(weight, device=getattr(input, "device", None))
-        losses = multi_margin_loss(
-            _at_least_float32(xp, input),
-            target,
-            p=self.p,
-            margin=self.margin,
-            weight=weight,
-            reduction="none",
-            check_target="raise",
-        )
+            weight = library.namespace.asarray(weight, device=getattr(input, "device", None))
+        loss = {"p": self.p, "margin": self.margin, "weight": weight, "check_target": "raise"}
+        losses = sample_losses(input, target, **loss)
         self._sum.add(np.asarray(library.on_host(losses)))
 
     def merge(self, other: LossAccumulator) -> None:
@@ -327,6 +318,47 @@ class LossAccumulator:
         made = cls(p=state["p"], margin=state["margin"], weight=weight)
         made._sum = ExactSum.from_state(state["sum"])
         return made
+
+
+def sample_losses(
+    input: Array,
+    target: Array,
+    *,
+    p: float,
+    margin: float,
+    weight: Array | None,
+    check_target: str,
+    axis: int = -1,
+    backend: str | None = None,
+    elements: float = math.inf,
+) -> Array:
+    """Compute the losses of a part of a job.
+
+    Parameters
+    ----------
+    input, target, p, margin, weight, check_target, axis, backend
+        As in :func:`mml_arrayapi.multi_margin_loss`.
+    elements : float
+        The size of the whole job's input; the kernel depends on it, but on nothing that this
+        process has done before.
+
+    Returns
+    -------
+    array
+        One loss per sample, in float32 for 16-bit scores.
+    """
+    input = _at_least_float32(library_of("input", input).namespace, input)
+    problem = check(
+        input,
+        target,
+        p=p,
+        margin=margin,
+        weight=weight,
+        reduction="none",
+        axis=axis,
+        check_target=check_target,
+    )
+    return choose_for_job(problem, backend, elements).loss(problem)
 
 
 def _at_least_float32(xp: Any, input: Array) -> Array:

@@ -26,7 +26,7 @@ from mml_arrayapi.namespaces import arange, widest
 
 Array = Any
 
-BLOCK = 128  # classes or samples summed at a time where there is no float64
+FEW = 8  # so many are left to the library's own sum where there is no float64
 
 
 class _Hinge(NamedTuple):
@@ -119,9 +119,9 @@ def _hinge(problem: Problem) -> _Hinge:
     trust = xp.where(no_value, one * math.nan, one)
     # Multiplied, not selected: this takes NaN into every element of the row's derivatives as well.
     z = z * trust
-    # "not z <= 0" rather than "z > 0" keeps NaN, and where() gives the slope 0 at the kink, which
-    # the derivatives of maximum() and clip() do not in every library.
-    active = ~(own | (z <= 0))
+    # Selected by where(), whose slope at the kink is 0; those of maximum() and clip() differ
+    # between libraries.
+    active = (z > 0) & ~own
 
     factor = trust / n_classes
     if problem.weight is not None:
@@ -181,14 +181,15 @@ def _sum(xp: Any, x: Array, axis: int, wide: Any) -> Array:
     """Sum along an axis, which is kept, with an error that doesn't grow with its length."""
     if wide != xp.float32:
         return xp.sum(x, axis=axis, keepdims=True, dtype=wide)
-    n = x.shape[axis]
-    if n <= BLOCK:
-        return xp.sum(x, axis=axis, keepdims=True, dtype=wide)
-    # Libraries without float64 need not sum pairwise (NumPy doesn't along its outer axes).
-    before, after = x.shape[:axis], x.shape[axis + 1 :]
-    whole = n - n % BLOCK
-    head = (slice(None),) * axis
-    blocks = xp.reshape(x[(*head, slice(whole))], (*before, n // BLOCK, BLOCK, *after))
-    total = _sum(xp, xp.sum(blocks, axis=axis + 1, dtype=wide), axis, wide)
-    rest = x[(*head, slice(whole, None))]
-    return total + xp.sum(rest, axis=axis, keepdims=True, dtype=wide)
+    # Libraries without float64 need not sum pairwise (NumPy doesn't along its outer axes): add the
+    # second half to the first until few are left. An odd one out is added at the end.
+    n, before = x.shape[axis], (slice(None),) * axis
+    after = (slice(None),) * (x.ndim - axis - 1)
+    rest = []
+    while n > FEW:
+        half = n // 2
+        if n % 2:
+            rest.append(x[(*before, slice(n - 1, n), *after)])
+        x = x[(*before, slice(half), *after)] + x[(*before, slice(half, 2 * half), *after)]
+        n = half
+    return sum(rest, xp.sum(x, axis=axis, keepdims=True, dtype=wide))

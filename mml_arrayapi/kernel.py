@@ -78,6 +78,10 @@ class Kernel:
         a plain small call whose arguments haven't been checked, or None for any call that isn't
         plainly right. It is tried, once the kernel has been chosen without being asked for by
         name, on later inputs of the same type, since the checks cost more than a small loss.
+    on_chunks : callable, optional
+        For a library whose arrays are made of another's (Dask): ``on_chunks(problem, name,
+        library)`` is this kernel, made to run the kernel ``name`` of ``library`` on every chunk;
+        None where the chunks are not of that library.
     """
 
     name: str
@@ -87,3 +91,4 @@ class Kernel:
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]]
     waits: Callable[[Problem], str | None] = _never_waits
     shortcut: Callable[..., Array | None] | None = None
+    on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None

@@ -181,6 +181,8 @@ def _stranger_sight(array: Array) -> str:
     """Read values only where that is plainly free: an eager array that says it is on the CPU."""
     from array_api_compat import is_lazy_array
 
+    if hasattr(array, "compute"):  # is_lazy_array() would call bool(), which computes (Cubed)
+        return DEVICE
     if "cpu" not in str(device_of(array)).lower():
         return DEVICE
     return TRACED if is_lazy_array(array) else HOST
@@ -194,7 +196,8 @@ def arange(n: int, dtype: Any, like: Array) -> Array:
 def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:
     """Return the widest signed integer and the widest real dtype of the array's device."""
     try:
-        dtypes = xp.__array_namespace_info__().dtypes(device=device_of(array))
+        # ndonnx wants the kind to be said, though the standard doesn't.
+        dtypes = xp.__array_namespace_info__().dtypes(device=device_of(array), kind=None)
     except (AttributeError, RuntimeError):  # older than the standard's version 2023.12
         return xp.int64, xp.float64
     return dtypes.get("int64", dtypes.get("int32")), dtypes.get("float64", xp.float32)

@@ -24,10 +24,11 @@ from typing import Any
 from mml_arrayapi import backends as built_in
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import settle_targets
-from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.kernel import Array, Kernel, Problem, _never_waits
 
 ENTRY_POINTS = "mml_arrayapi.backends"
 ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
+LARGE = 2**22  # elements of a job from which on compiling a kernel for it pays
 
 
 def _generic_loss(problem: Problem) -> Array:
@@ -156,6 +157,41 @@ def choose(problem: Problem, backend: str | None) -> Kernel:
     return GENERIC
 
 
+def choose_for_job(problem: Problem, backend: str | None, elements: float) -> Kernel:
+    """Choose the kernel for a job that is cut into many problems.
+
+    The choice depends on nothing that this process has done before (unlike :func:`choose`, which
+    waits until compiling pays), so the same job gives the same bits again, wherever its parts run.
+
+    Parameters
+    ----------
+    problem : Problem
+        One of them.
+    backend : str or None
+        The caller's ``backend=``.
+    elements : float
+        The size of the input of all of them together.
+
+    Returns
+    -------
+    Kernel
+
+    Raises
+    ------
+    ValueError
+        The kernel asked for is unknown or refuses.
+    """
+    forced = backend or _state.forced or _environment
+    if forced is not None:
+        kernel = _forced(problem, backend, forced)
+        if kernel is not None:
+            return kernel
+    for kernel in _kernels_of(problem.library):
+        if kernel.refuses(problem) is None:
+            return kernel if elements >= LARGE or kernel.waits is _never_waits else GENERIC
+    return GENERIC
+
+
 def shortcut_for(input: Array) -> Callable[..., Array | None] | None:
     """Return the shortcut of the kernel that last ran an input of this type, if any may be taken.
 
@@ -208,15 +244,18 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
     Explanation
     """
     chosen = choose(problem, backend)
+    asked = bool(backend or _state.forced or _environment)
     considered: list[tuple[str, str | None]] = []
     earlier = True
     for kernel in (*_kernels_of(problem.library), GENERIC):
-        if kernel is chosen:
+        why = None
+        if kernel.name == chosen.name:
             earlier = False
-            considered.append((kernel.name, None))
-        else:
-            unwanted = f"{chosen.name} was asked for" if earlier else f"{chosen.name} comes first"
-            considered.append((kernel.name, kernel.refuses(problem) or kernel.waits(problem) or unwanted))
+        elif (why := kernel.refuses(problem)) is None:
+            why = None if asked else kernel.waits(problem)
+            place = "was asked for" if earlier else "comes first"
+            why = why or f"{chosen.name} {place}"
+        considered.append((kernel.name, why))
     return Explanation(chosen.name, tuple(considered))
 
 
@@ -286,15 +325,15 @@ def _kernels_of(library: str) -> tuple[Kernel, ...]:
 
 
 def _load(library: str) -> tuple[Kernel, ...]:
-    with _lock:
-        kernels = [
-            _attempt(o.name, library, o.load) for o in built_in.OFFERS if o.library == library
-        ]
-        kernels += [kernel for kernel in _registered if kernel.library == library]
-        for plugin in _plugins:
-            if _library(plugin) == library:
-                kernels.append(_attempt(plugin.name, library, plugin.load))
-        _loaded[library] = tuple(kernels)
+    # No lock: torch.compile(fullgraph=True) can't enter one, and the first call may be compiled.
+    # Two threads that load at once do the same work twice.
+    offers = [offer for offer in built_in.OFFERS if offer.library == library]
+    kernels = [_attempt(offer.name, library, offer.load) for offer in offers]
+    kernels += [kernel for kernel in _registered if kernel.library == library]
+    for plugin in _plugins:
+        if _library(plugin) == library:
+            kernels.append(_attempt(plugin.name, library, plugin.load))
+    _loaded[library] = tuple(kernels)
     return _loaded[library]
 
 
@@ -333,6 +372,10 @@ def _forced(problem: Problem, backend: str | None, name: str) -> Kernel | None:
                 return kernel
             raise ValueError(f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}")
     library = _library_of_kernel(name, source)
+    for kernel in _kernels_of(problem.library):
+        inner = kernel.on_chunks and kernel.on_chunks(problem, name, library)
+        if inner is not None:
+            return inner
     if backend is None:
         return None
     raise ValueError(

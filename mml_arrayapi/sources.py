@@ -34,6 +34,10 @@ class InputError(ValueError):
     """
 
 
+class WorkerError(RuntimeError):
+    """The workers cannot finish an evaluation; the message says why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One file, or one array.
@@ -51,7 +55,9 @@ class Shard:
     shape, dtype
         As NumPy has them.
     steps : tuple of int
-        Where rows may be cut without reading anything twice, where that is not everywhere.
+        Where rows may be cut, where not everywhere: the starts of Parquet's row groups.
+    chunks : tuple of int
+        The shape of what is stored together (Zarr): its rows are not torn apart.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Shard:
     shape: tuple[int, ...]
     dtype: Any
     steps: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = ()
 
     def read(self, axis: int, start: int, stop: int) -> Any:
         """Return some rows as a NumPy array; ``axis`` is the rows' axis."""
@@ -97,6 +104,11 @@ class Piece(NamedTuple):
     scores: Span
     targets: tuple[Span, ...]
 
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.scores.stop - self.scores.start
+
 
 class Rows(NamedTuple):
     """What is evaluated, cut into pieces.
@@ -107,19 +119,25 @@ class Rows(NamedTuple):
         All rows, in order.
     axis : int
         The classes' axis in the scores, not negative.
-    n_classes : int
-        The number of classes.
+    n_classes, elements : int
+        The number of classes, and of scores in all.
     dtype
         The scores' NumPy dtype.
     identity : list
-        What the shards are, as plain JSON: another list means other data.
+        The size of the pieces, then what each shard is, as plain JSON.
     """
 
     pieces: list[Piece]
     axis: int
     n_classes: int
+    elements: int
     dtype: Any
     identity: list[Any]
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return sum(piece.rows for piece in self.pieces)
 
 
 def tally_piece(piece: Piece, axis: int, loss: Loss) -> Tally:
@@ -185,7 +203,8 @@ def rows_of(logits: Any, targets: Any, axis: int, chunk_size: int | None) -> Row
     step = max(1, PIECE // max(1, per_row)) if chunk_size is None else chunk_size
     pieces = list(_pieces(scores, labels, rows_axis, step))
     identity = [[s.name, list(s.shape), str(s.dtype), *s.stamp] for s in (*scores, *labels)]
-    return Rows(pieces, axis, first.shape[axis], first.dtype, [step, *identity])
+    elements = per_row * sum(s.shape[rows_axis] for s in scores)
+    return Rows(pieces, axis, first.shape[axis], elements, first.dtype, [step, *identity])
 
 
 def read_array(path: str) -> Any:
@@ -252,7 +271,11 @@ def _pieces(
     ends = list(accumulate((t.shape[0] for t in labels), initial=0))
     base = 0
     for shard in scores:
-        for start, stop in pairwise(_cuts(shard.shape[rows_axis], shard.steps, step)):
+        n = shard.shape[rows_axis]
+        steps: Sequence[int] = shard.steps
+        if shard.chunks:
+            steps = range(0, n, shard.chunks[rows_axis])
+        for start, stop in pairwise(_cuts(n, steps, step)):
             spans = []
             for t, low, high in zip(labels, ends, ends[1:], strict=False):
                 a, b = max(base + start, low), min(base + stop, high)
@@ -354,12 +377,13 @@ def _shard(name: str, role: str, array: Array, stamp: tuple[int, ...], source: A
             f"{name}: targets must be integers, but are {dtype}; "
             "convert them, as with array.astype('int64')"
         )
-    chunks = getattr(source, "chunks", None)
-    steps = getattr(source, "steps", ())
     shape = tuple(int(n) for n in source.shape)
-    if chunks and isinstance(chunks[0], int):  # Zarr
-        steps = tuple(range(chunks[0], shape[0], chunks[0]))
-    return Shard(name, role, array, stamp, shape, dtype, steps)
+    chunks = getattr(source, "chunks", None) or ()
+    if array is not None:  # a Dask array's chunks have another form, and need not be respected
+        chunks = ()
+    return Shard(
+        name, role, array, stamp, shape, dtype, getattr(source, "steps", ()), tuple(chunks)
+    )
 
 
 @lru_cache(maxsize=8)  # .npz files are read whole: once a process, not once a piece
@@ -422,7 +446,112 @@ def _choose_item(file: str, item: str, role: str, items: Sequence[str]) -> str:
     )
 
 
-FORMATS: dict[str, Callable[[str, str, str], Array]] = {".npy": _open_npy, ".npz": _open_npz}
+class _Parquet:
+    """Columns of a Parquet file as an array; reading rows reads the row groups that hold them."""
+
+    def __init__(self, file: str, item: str, role: str) -> None:
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        opened = pq.ParquetFile(file, memory_map=True)
+        self._name, self._metadata, schema = file, opened.metadata, opened.schema_arrow
+        self._columns = item.split(",") if item else _columns_for(role, schema, file)
+        missing = [name for name in self._columns if name not in schema.names]
+        if missing:
+            raise InputError(
+                f"{file}: has no column {missing[0]!r}; its columns are {', '.join(schema.names)}"
+            )
+        types = [schema.field(name).type for name in self._columns]
+        metadata = self._metadata
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self.steps = tuple(accumulate(counts, initial=0))
+        self.listed = len(types) == 1 and _is_list(types[0])
+        n_classes: tuple[int, ...] = ()
+        if self.listed:
+            first = self._table(0).column(0)[:1].combine_chunks() if metadata.num_rows else []
+            n_classes = (len(first[0]) if len(first) else 0,)
+            types = [types[0].value_type]
+        elif role == SCORES:
+            n_classes = (len(self._columns),)
+        self.shape = (metadata.num_rows, *n_classes)
+        self.dtype = np.result_type(*(pa.DataType.to_pandas_dtype(t) for t in types))
+
+    def _table(self, group: int) -> Any:
+        import pyarrow.parquet as pq
+
+        # Opened anew: pieces are read by several threads, and an open file is for one.
+        file = pq.ParquetFile(self._name, memory_map=True, metadata=self._metadata)
+        return file.read_row_group(group, columns=self._columns, use_threads=False)
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Any:
+        import numpy as np
+
+        start, stop = where[-1].start, where[-1].stop
+        parts = [np.empty((0, *self.shape[1:]), self.dtype)]
+        for group, (low, high) in enumerate(pairwise(self.steps)):
+            if start < high and low < stop:
+                rows = self._array(self._table(group))
+                parts.append(rows[max(0, start - low) : stop - low])
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+    def _array(self, table: Any) -> Any:
+        import numpy as np
+        import pyarrow.compute as pc
+
+        for name, column in zip(self._columns, table.columns, strict=True):
+            if column.null_count:
+                raise InputError(
+                    f"{self._name}: column {name!r} has empty values; fill or drop them"
+                )
+        if not self.listed:
+            columns = [column.to_numpy() for column in table.columns]
+            return columns[0] if len(self.shape) == 1 else np.stack(columns, axis=1)
+        lists = table.column(0)
+        lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
+        if lengths != [self.shape[1]]:
+            raise InputError(
+                f"{self._name}: lists of column {self._columns[0]!r} have different lengths, such "
+                f"as {sorted({self.shape[1], *lengths})[:3]}; each must hold one score per class"
+            )
+        values = pc.list_flatten(lists)
+        if values.null_count:
+            raise InputError(f"{self._name}: lists hold empty values; fill or drop them")
+        return values.to_numpy().reshape(-1, self.shape[1])
+
+
+def _columns_for(role: str, schema: Any, file: str) -> list[str]:
+    """Choose the columns by their types: one column of lists or all floats; the only integers."""
+    import pyarrow.types as kinds
+
+    lists = [field.name for field in schema if _is_list(field.type)]
+    floats = [field.name for field in schema if kinds.is_floating(field.type)]
+    integers = [field.name for field in schema if kinds.is_integer(field.type)]
+    if role == SCORES and len(lists) == 1:
+        return lists
+    if role == SCORES and not lists and floats:
+        return floats
+    if role == TARGETS and len(integers) == 1:
+        return integers
+    raise InputError(
+        f"{file}: cannot tell which columns hold the {role}; name them, as in {file}#NAME or "
+        f"{file}#NAME,NAME; its columns are {', '.join(f'{f.name} ({f.type})' for f in schema)}"
+    )
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    return bool(
+        kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+    )
+
+
+FORMATS: dict[str, Callable[[str, str, str], Array]] = {
+    ".npy": _open_npy,
+    ".npz": _open_npz,
+    ".parquet": _Parquet,
+}
 
 
 def _line(error: BaseException) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mml_arrayapi.accumulate import ExactSum, exact_sums
+from mml_arrayapi.accumulate import ExactSum, exact_sums, sample_losses
 from mml_arrayapi.arguments import raise_invalid_target
 
 if TYPE_CHECKING:
@@ -29,12 +29,15 @@ class Loss(NamedTuple):
         One factor per class.
     backend : str or None
         The kernel that must run.
+    elements : float
+        The number of scores in all, on which the kernel depends.
     """
 
     p: float = 1.0
     margin: float = 1.0
     weight: Any = None
     backend: str | None = None
+    elements: float = math.inf
 
     @property
     def unit(self) -> float:
@@ -90,8 +93,8 @@ class Tally:
         target = target.astype(np.int64)
         losses, lead, inside = _look_at(scores, target, loss)
         finite = np.isfinite(losses)
-        kept = (losses, target) if finite.all() else (losses[finite], target[finite])
-        for group, total in enumerate(exact_sums(*kept, n_classes)):
+        values, groups = (losses, target) if finite.all() else (losses[finite], target[finite])
+        for group, total in enumerate(exact_sums(values, groups, n_classes)):
             self.sums[group] += total
         chosen = (slice(None), lead > 0, inside, np.isnan(losses), losses == math.inf)
         for row, which in zip(self.counts, (*chosen, losses == -math.inf), strict=True):
@@ -177,8 +180,6 @@ def _look_at(
     """
     import numpy as np
 
-    from mml_arrayapi.loss import multi_margin_loss
-
     n, n_classes = scores.shape
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
     losses, lead = np.empty(n, dtype), np.empty(n, dtype)
@@ -187,9 +188,7 @@ def _look_at(
     for start in range(0, n, step):
         part = slice(start, start + step)
         tile, own_class = np.ascontiguousarray(scores[part], dtype=dtype), target[part]
-        losses[part] = multi_margin_loss(
-            tile, own_class, **loss._asdict(), reduction="none", check_target="nan"
-        )
+        losses[part] = sample_losses(tile, own_class, **loss._asdict(), check_target="nan")
         rows = np.arange(len(tile))
         own = tile[rows, own_class]
         others = tile.copy()
@@ -202,7 +201,8 @@ def _look_at(
     return losses, lead, inside
 
 
-class ClassFigures(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ClassFigures:
     """The figures of the samples whose target is one class.
 
     Attributes
@@ -281,7 +281,7 @@ class Evaluation:
         made: dict[str, Any] = {name: getattr(self, name) for name in (*names, "kernel")}
         made["n_classes"] = len(self.classes)
         made["classes"] = {
-            str(c): {key: _plain(value) for key, value in figures._asdict().items()}
+            str(c): {key: _plain(value) for key, value in asdict(figures).items()}
             for c, figures in enumerate(self.classes)
             if figures.count
         }

@@ -78,3 +78,10 @@ def lib(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20261124)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Forget what torch.compile has compiled: it gives up after 8 versions of one function."""
+    torch = pytest.importorskip("torch")
+    torch.compiler.reset()

@@ -232,6 +232,26 @@ def test_accuracy_for_many_classes_along_the_first_axis(lib):
     assert float(lib.numpy(loss)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_accuracy_on_a_device_without_float64():
+    xp = pytest.importorskip("array_api_strict")
+    device = xp.Device("no_float64")
+    scores = np.full((100_001, 2), 0.1, np.float32)
+    scores[0] = 1.0
+    x = xp.asarray(scores, device=device)
+    t = xp.asarray(np.array([0, 0], np.int32), device=device)
+    expected = ((float(np.float32(0.1)) - 1.0) + 1) * 100_000 / 100_001
+    loss, grad = multi_margin_loss_and_grad(x, t, axis=0)
+    assert loss.dtype == grad.dtype == xp.float32
+    assert loss.device == grad.device == device
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert float(grad[0, 0]) == pytest.approx(-100_000 / 100_001 / 2, rel=1e-6)
+    rows = xp.asarray(np.full((100_001, 2), 0.1, np.float32), device=device)
+    labels = xp.asarray(np.zeros(100_001, np.int32), device=device)
+    assert float(multi_margin_loss(rows, labels, reduction="sum")) == pytest.approx(
+        100_001 / 2, rel=1e-6
+    )
+
+
 def test_accuracy_for_many_samples(lib, rng):
     n = 1_000_000
     scores = rng.normal(size=(n, 2)).astype(np.float32)

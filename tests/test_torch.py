@@ -7,6 +7,7 @@ from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_m
 from tests.reference import loss_and_grad as reference
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 func = torch.func
 P = [1, 2, 1.5, 3]
 
@@ -45,6 +46,19 @@ def test_first_and_second_derivatives_of_scores_and_weight(batch, p):
 
     assert torch.autograd.gradcheck(loss, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, arguments)
+
+
+@pytest.mark.parametrize("p", P)
+def test_rows_without_a_value_have_a_gradient_of_nan(p):
+    inf, nan = float("inf"), float("nan")
+    scores = [[0.0, 1, 2], [0, nan, -9], [nan, 0, 0], [inf, inf, 0], [0, 1, 2]]
+    x = torch.tensor(scores, dtype=torch.float32, requires_grad=True)
+    target = torch.tensor([0, 0, 0, 0, 3])
+    loss = multi_margin_loss(x, target, p=p, reduction="none", check_target="nan")
+    loss.sum().backward()
+    expected = [False, True, True, True, True]
+    assert loss.isnan().tolist() == expected
+    assert x.grad.isnan().all(dim=1).tolist() == x.grad.isnan().any(dim=1).tolist() == expected
 
 
 def test_a_weight_alone_gets_its_gradient(batch):

@@ -1,9 +1,9 @@
 // A small SIMT machine: enough of CUDA C++ to run backends/margin_loss.cu on a CPU.
 //
-// A block's threads are fibers (ucontext), run one at a time until each waits at a barrier or a
-// shuffle; blocks run one after the other. It is stricter than a GPU: all 32 lanes must meet at
-// the same kind of point, a thread that has left may not be waited for, and shared memory starts
-// out as NaN. A missing barrier shows because the threads run one by one, in the order asked for.
+// A block's threads are fibers (ucontext). Each runs alone until it waits at a barrier or a shuffle,
+// a warp runs as far ahead of the others as it can, and blocks run one after the other: so a
+// missing barrier shows. It is stricter than a GPU: all 32 lanes must meet at the same kind of
+// point, a thread that has left may not be waited for, and shared memory starts out as NaN.
 #pragma once
 
 #include <cmath>
@@ -30,12 +30,13 @@ struct Fiber {
     std::vector<char> stack;
     Wait wait = RUNNING;
     void* fake_stack = nullptr;
+    unsigned shuffles = 0;
 };
 
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<double> shared;
-    char shuffle[1024][8];
+    char shuffle[1024][2][8];
 };
 
 static Block block;
@@ -94,19 +95,27 @@ inline bool release(unsigned begin, unsigned end, bool whole_block) {
     return true;
 }
 
-inline bool run_block(bool backwards) {
-    for (unsigned left = block_size; left > 0;) {
-        for (unsigned i = 0; i < block_size; i++) {
-            const unsigned t = backwards ? block_size - 1 - i : i;
+// Runs a warp until all its threads are done or wait for the block; returns how many ended.
+inline unsigned run_warp(unsigned warp, bool backwards) {
+    unsigned ended = 0;
+    do {
+        for (unsigned i = 0; i < 32; i++) {
+            const unsigned t = warp + (backwards ? 31 - i : i);
             if (block.fibers[t].wait != RUNNING) continue;
             resume(t);
-            if (block.fibers[t].wait == DONE) left--;
+            if (block.fibers[t].wait == DONE) ended++;
         }
-        bool moved = release(0, block_size, true);
-        for (unsigned w = 0; w < block_size; w += 32) moved |= release(w, w + 32, false);
-        if (left > 0 && !moved) return false;
-    }
-    return true;
+    } while (release(warp, warp + 32, false));
+    return ended;
+}
+
+inline bool run_block(bool backwards) {
+    unsigned left = block_size;
+    do {
+        for (unsigned w = 0; w < block_size; w += 32)
+            left -= run_warp(backwards ? block_size - 32 - w : w, backwards);
+    } while (release(0, block_size, true));
+    return left == 0;
 }
 
 // Returns 0, or 1 where threads wait for others that never come.
@@ -124,6 +133,7 @@ inline int launch(void (*kernel)(const void*), unsigned grid, unsigned threads, 
             fiber.stack.resize(64 * 1024);
             fiber.wait = RUNNING;
             fiber.fake_stack = nullptr;
+            fiber.shuffles = 0;
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data();
             fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -169,10 +179,11 @@ inline void __syncwarp() { simt::wait(simt::AT_WARP); }
 
 template <class T>
 inline T __shfl_xor_sync(unsigned, T value, unsigned step) {
-    memcpy(simt::block.shuffle[simt::thread], &value, sizeof value);
+    // Two slots in turn: no lane can be two shuffles ahead of another.
+    const unsigned turn = simt::block.fibers[simt::thread].shuffles++ % 2;
+    memcpy(simt::block.shuffle[simt::thread][turn], &value, sizeof value);
     simt::wait(simt::AT_SHUFFLE);
-    memcpy(&value, simt::block.shuffle[simt::thread ^ step], sizeof value);
-    simt::wait(simt::AT_SHUFFLE);
+    memcpy(&value, simt::block.shuffle[simt::thread ^ step][turn], sizeof value);
     return value;
 }
 

@@ -1,0 +1,203 @@
+"""The command ``mml-arrayapi conformance``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mml_arrayapi.conformance.capabilities import capabilities
+from mml_arrayapi.conformance.checks import all_checks
+from mml_arrayapi.conformance.context import DTYPES, Context
+from mml_arrayapi.conformance.page import as_html
+from mml_arrayapi.conformance.report import Run, as_json, as_markdown, header, summary
+from mml_arrayapi.conformance.suite import PASS, STATES, UNSUPPORTED, Check, Result
+
+OK, FAILED, BAD_INPUT = 0, 1, 2
+
+_DESCRIPTION = """\
+Check that the loss keeps its contract with the arrays of a library.
+
+The exit code is 0 where nothing failed, 1 where something did, 2 for bad input."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command ``conformance``.
+
+    Parameters
+    ----------
+    commands : argparse sub-parsers
+        Of ``mml-arrayapi``.
+    """
+    add_arguments(
+        commands.add_parser(
+            "conformance",
+            help="check the contract with the arrays of any library",
+            description=_DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options, and the function that runs the command.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        Of the command.
+    """
+    add = parser.add_argument
+    add("--xp", action="append", required=True, metavar="NAMESPACE",
+        help="module of an array API namespace, or numpy, torch, cupy, dask, jax, "
+             "array_api_strict; may be given again, to compare")  # fmt: skip
+    add("--device", help="where arrays are made, as the library prints it")
+    add("--dtype", action="append", choices=DTYPES, help="may be given again; default all")
+    add("--backend", metavar="KERNEL", help="the kernel that must run; generic for none")
+    add("--seed", type=int, default=0, help="of the random numbers; default 0")
+    add("--check", action="append", metavar="NAME", help="this check only; may be given again")
+    add("--expect", action="append", default=[], metavar="CHECK=REASON",
+        help="a check that is known to fail, and why")  # fmt: skip
+    add("--report", type=Path, metavar="FILE", help="write an HTML page")
+    add("--json", type=Path, metavar="FILE", help="write JSON")
+    add("--markdown", type=Path, metavar="FILE", help="write Markdown")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    arguments : argparse.Namespace
+        The parsed options.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    try:
+        checks = _checks(arguments.check)
+        expected = _expected(arguments.expect)
+        _writable(arguments)
+        libraries = _contexts(arguments)
+    except ValueError as error:
+        print(f"mml-arrayapi conformance: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    runs = [_run(contexts, checks, expected) for contexts in libraries]
+    _write(arguments, runs)
+    results = [result for one in runs for result in one.results]
+    failed = any(result.failed for result in results)
+    nothing = not any(result.state == PASS for result in results)
+    return FAILED if failed or nothing else OK
+
+
+def _write(arguments: argparse.Namespace, runs: list[Run]) -> None:
+    head = header()
+    for path, text in (
+        (arguments.report, as_html(head, runs)),
+        (arguments.json, json.dumps(as_json(head, runs), indent=1) + "\n"),
+        (arguments.markdown, as_markdown(head, runs)),
+    ):
+        if path is not None:
+            path.write_text(text, "utf-8")
+            print(f"written: {path}")
+
+
+def _checks(names: Sequence[str] | None) -> list[Check]:
+    known = {check.name: check for check in all_checks()}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--check: no check is named {name!r}; known are: {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def _expected(given: Sequence[str]) -> dict[str, str]:
+    expected = {}
+    for text in given:
+        name, equals, reason = text.partition("=")
+        if not (equals and reason.strip()):
+            raise ValueError(f"--expect: {text!r} is not CHECK=REASON")
+        expected[_checks([name])[0].name] = reason.strip()
+    return expected
+
+
+def _writable(arguments: argparse.Namespace) -> None:
+    """Look before a long run whether there is a place for what it is to write."""
+    for path in (arguments.report, arguments.json, arguments.markdown):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"cannot write {path}: not a file in a folder that exists")
+
+
+def _contexts(arguments: argparse.Namespace) -> list[list[Context]]:
+    """Make the contexts of each library, one per dtype; each knows another to agree with."""
+    names = list(dict.fromkeys(arguments.xp))
+    dtypes = list(dict.fromkeys(arguments.dtype or DTYPES))
+    found = []
+    for name in names:
+        # A kernel takes the arrays of one library: the other computes by its own choice.
+        other = next((n for n in names if n != name), None)
+        try:
+            found.append([_context(name, dtype, arguments, other) for dtype in dtypes])
+        except ImportError as error:
+            raise ValueError(f"--xp {name}: cannot be imported: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"--xp {name}: {error}") from None
+    return found
+
+
+def _context(name: str, dtype: str, arguments: argparse.Namespace, other: str | None) -> Context:
+    beside = None if other is None else Context(other, device=arguments.device, dtype=dtype)
+    return Context(
+        name,
+        device=arguments.device,
+        dtype=dtype,
+        seed=arguments.seed,
+        backend=arguments.backend,
+        other=beside,
+    )
+
+
+def _run(contexts: list[Context], checks: list[Check], expected: dict[str, str]) -> Run:
+    """Run the checks on one library, and print a line for each."""
+    first = contexts[0]
+    one = Run(
+        library=first.library,
+        version=first.version(),
+        device=None if first.device is None else str(first.device),
+        backend=first.backend,
+        dtypes=[context.dtype for context in contexts],
+        seed=first.seed,
+        capabilities=capabilities(contexts),
+        results=[],
+    )
+    print(f"{one.title}: {len(checks)} checks", flush=True)
+    topic = ""
+    for check in checks:
+        if check.topic != topic:
+            topic = check.topic
+            print(f"  {topic}")
+        chosen = contexts if check.every_dtype else contexts[:1]
+        results = [check(context, expected) for context in chosen]
+        one.results.extend(results)
+        print("\n".join(_lines(results)), flush=True)
+    for result in filter(lambda result: result.failed, one.results):
+        print(f"\n{result}")
+    print(f"{one.title}: {summary(one.counts())}, in {one.seconds:.1f} s\n")
+    return one
+
+
+def _lines(results: list[Result]) -> list[str]:
+    """Write one line per state, with the dtypes; what the library lacks only if that is all."""
+    lines = []
+    for state in STATES:
+        found = [result for result in results if result.state == state]
+        if found and (state != UNSUPPORTED or len(found) == len(results)):
+            dtypes = " ".join(result.dtype for result in found)
+            reason = found[0].reason.split("\n")[0]
+            lines.append(f"    {state:<11}  {found[0].check}  [{dtypes}]  {reason}".rstrip())
+    return lines

@@ -1,0 +1,1 @@
+"""Array libraries and kernels that are wrong on purpose: tests of the conformance checks."""

@@ -1,0 +1,212 @@
+"""Tests of the conformance checks: what is broken on purpose is found by the check that claims it."""
+
+import pytest
+from mml_arrayapi.conformance import Context, all_checks
+from mml_arrayapi.conformance.suite import FAIL, MISSING, NOT_RUN, PASS, UNSUPPORTED
+
+from mml_arrayapi import Kernel, registry
+from tests.broken import kernels, libraries
+
+CHECKS = {check.name: check for check in all_checks()}
+LIBRARY = libraries.SOUND.__name__
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Register kernels for one test only."""
+    monkeypatch.setattr(registry, "_registered", list(registry._registered))
+    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
+    return registry.register_kernel
+
+
+def outcome(name, xp, dtype="float32", **keywords):
+    return CHECKS[name](Context(xp, dtype=dtype, **keywords))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("kernel", ["generic", "plain"])
+def test_nothing_is_found_where_nothing_is_wrong(name, kernel, registered):
+    if kernel == "plain":
+        registered(kernels.kernel("", LIBRARY))
+    backend = kernels.name_of("") if kernel == "plain" else "generic"
+    for dtype in ("float32", "float64", "float16") if CHECKS[name].every_dtype else ("float32",):
+        result = outcome(name, libraries.SOUND, dtype, backend=backend)
+        assert result.state in (PASS, NOT_RUN), result
+
+
+@pytest.mark.parametrize(("fault", "claim"), kernels.FAULTS.items(), ids=list(kernels.FAULTS))
+def test_broken_kernels_are_found(fault, claim, registered):
+    registered(kernels.kernel(fault, LIBRARY))
+    name, dtype = claim
+    result = outcome(name, libraries.SOUND, dtype, backend=kernels.name_of(fault))
+    assert result.state == FAIL, f"{fault}: {result}"
+    assert result.reason
+    assert "mml.multi_margin_loss" in result.snippet
+    assert f"--check '{name}'" in result.command
+
+
+@pytest.mark.parametrize(
+    ("xp", "claim"),
+    libraries.LIBRARIES.items(),
+    ids=[xp.__name__ for xp in libraries.LIBRARIES],
+)
+def test_broken_libraries_are_found(xp, claim):
+    name, dtype = claim
+    result = outcome(name, xp, dtype)
+    assert result.state == FAIL, result
+
+
+def test_every_check_that_judges_numbers_finds_something():
+    """Only checks of our own argument checking, and of two libraries, have no broken partner."""
+    claimed = {name for name, _ in (*kernels.FAULTS.values(), *libraries.LIBRARIES.values())}
+    left = {name for name in CHECKS if name not in claimed}
+    assert left == {
+        # argument checks run before any kernel
+        "no classes is an error",
+        "lengths that differ are an error",
+        "faults raise and name what is accepted",
+        "faults are found in the documented order",
+        "numbers of other kinds are refused",
+        "scores must be real floating",
+        "targets must be integers",
+        "libraries are not mixed",
+        "grad output is checked",
+        # a kernel gets these in the usual shape already
+        "one sample may be spelled in several ways",
+        "input without axes is one class",
+        # each has a test below
+        "valid targets pass in every mode",
+        "nothing is computed before it is asked for",
+        "libraries agree with each other",
+    }
+
+
+def test_a_lazy_library_is_not_looked_at(registered):
+    name = "nothing is computed before it is asked for"
+    assert outcome(name, libraries.LAZY).state == PASS
+
+    def peek(problem):
+        return registry.GENERIC.loss(problem._replace(input=_same(problem.input)))
+
+    def _same(array):
+        array.compute()
+        return array
+
+    registered(Kernel("peeks", "lazy", lambda _: None, peek, registry.GENERIC.loss_and_grad))
+    result = outcome(name, libraries.LAZY, backend="peeks")
+    assert result.state == FAIL
+    assert "compute" in result.reason
+
+
+def test_libraries_that_disagree(registered):
+    fault = "differs from the generic code"
+    registered(kernels.kernel(fault, LIBRARY))
+    other = Context("numpy")
+    name = "libraries agree with each other"
+    good = outcome(name, libraries.SOUND, backend="generic", other=other)
+    bad = outcome(name, libraries.SOUND, backend=kernels.name_of(fault), other=other)
+    assert (good.state, bad.state) == (PASS, FAIL)
+    assert outcome(name, libraries.SOUND).reason == "give a second --xp to compare with"
+
+
+def test_modes_that_give_different_losses(registered):
+    def loss(problem):
+        value = registry.GENERIC.loss(problem)
+        return value + 1 if problem.check_target == "nan" else value
+
+    registered(Kernel("moody", LIBRARY, lambda _: None, loss, registry.GENERIC.loss_and_grad))
+    assert outcome("valid targets pass in every mode", libraries.SOUND, backend="moody").failed
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("one sample may be spelled in several ways", lambda shape: (*shape, 1)),
+        ("input without axes is one class", lambda shape: (*shape, 1)),
+    ],
+)
+def test_spellings_with_another_shape(name, change, monkeypatch):
+    original = Context.loss_and_grad
+
+    def reshaped(self, input, target, **keywords):
+        loss, grad = original(self, input, target, **keywords)
+        return self.xp.reshape(loss, change(loss.shape)), grad
+
+    monkeypatch.setattr(Context, "loss_and_grad", reshaped)
+    assert outcome(name, "numpy").failed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no classes is an error",
+        "lengths that differ are an error",
+        "faults raise and name what is accepted",
+        "faults are found in the documented order",
+        "numbers of other kinds are refused",
+        "scores must be real floating",
+        "targets must be integers",
+        "libraries are not mixed",
+        "grad output is checked",
+    ],
+)
+def test_arguments_that_are_not_checked(name, monkeypatch):
+    def accepts_everything(self, *args, **keywords):
+        one = self.xp.asarray(1.0)
+        return one, one
+
+    monkeypatch.setattr(Context, "loss", accepts_everything)
+    monkeypatch.setattr(Context, "loss_and_grad", accepts_everything)
+    result = outcome(name, "numpy")
+    assert result.state == FAIL
+    assert "expected" in result.reason
+
+
+def test_checks_in_another_order(monkeypatch):
+    from mml_arrayapi import arguments
+
+    original = arguments.check
+
+    def p_first(input, target, **keywords):
+        if keywords["p"] < 1:
+            raise ValueError("p must be >= 1, but is 0.5")
+        return original(input, target, **keywords)
+
+    monkeypatch.setattr(arguments, "check", p_first)
+    result = outcome("faults are found in the documented order", "numpy")
+    assert result.failed
+    assert "reduction comes first" in result.reason
+
+
+def test_a_missing_function_is_named_and_not_passed():
+    result = outcome("golden vectors agree", libraries.WITHOUT_ISNAN)
+    assert result.state == MISSING
+    assert result.reason == "without_isnan has no function isnan"
+
+
+def test_a_missing_dtype_is_not_passed():
+    result = outcome("golden vectors agree", libraries.SOUND, "bfloat16")
+    assert (result.state, result.reason) == (UNSUPPORTED, "sound has no bfloat16 here")
+
+
+def test_a_kernel_that_refuses_is_not_run(registered):
+    plain = kernels.kernel("", LIBRARY)
+    refusing = Kernel(
+        "refuses", LIBRARY, lambda _: "only on Sundays", plain.loss, plain.loss_and_grad
+    )
+    registered(refusing)
+    result = outcome("golden vectors agree", libraries.SOUND, backend="refuses")
+    assert result.state == NOT_RUN
+    assert "only on Sundays" in result.reason
+
+
+def test_a_missing_function_is_no_wrong_error():
+    result = outcome("check target raise raises", libraries.WITHOUT_ANY)
+    assert (result.state, result.reason) == (MISSING, "without_any has no function any")
+
+
+def test_a_lazy_library_whose_arrays_compute_in_bool_is_not_computed():
+    assert (
+        outcome("nothing is computed before it is asked for", libraries.EAGER_TO_COMPUTE).state
+        == PASS
+    )
