@@ -401,13 +401,17 @@ def test_a_missing_reader_is_named(files, capsys, monkeypatch):
     assert "pip install 'mml_arrayapi[evaluate]'" in fails(capsys, "x.parquet", "y.npy")
 
 
-def test_a_full_disk(files, capsys):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    os.mkdir("ck")
-    os.symlink("/dev/full", f"ck/{NAME}")
-    line = fails(capsys, "x.npy", "y.npy", "--checkpoint", "ck")
-    assert f"ck/{NAME}: cannot be written (" in line
+@pytest.mark.parametrize("what", ["--checkpoint", "--report"])
+def test_a_full_disk(files, capsys, what):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        line = fails(capsys, "x.npy", "y.npy", what, "made")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"made(/journal.jsonl)?: cannot be written \(File too large\); free some", line)
+    assert what == "--checkpoint" or sorted(os.listdir()) == ["x.npy", "y.npy"]
 
 
 def test_the_functions_own_errors(arrays):
