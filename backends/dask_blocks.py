@@ -325,8 +325,12 @@ def _part_pair(
         tile = _with_target(xp, block[where], own[rows], inside[rows], axis)
         sums[rows], slope = _loss_and_grad(tile, place[rows], scale[rows], how)
         column = xp.expand_dims(place[rows], axis=axis)
-        slopes[rows] = xp.squeeze(xp.take_along_axis(slope, column, axis=axis), axis=axis)
-        grad[where] = slope[(*(slice(None),) * axis, slice(n))]
+        by_own = xp.squeeze(xp.take_along_axis(slope, column, axis=axis), axis=axis)
+        head = (slice(None),) * axis
+        # What stands beside a target's score of minus infinity costs something, and isn't there.
+        extra = slope[(*head, n)]
+        slopes[rows] = by_own + xp.where(inside[rows] & xp.isfinite(extra), extra, 0)
+        grad[where] = slope[(*head, slice(n))]
     return sums * (n + 1), slopes, grad
 
 

@@ -224,7 +224,7 @@ def read_array(path: str) -> Any:
     InputError
         It cannot be read.
     """
-    shard = _file_shard(path, SCORES)
+    shard = _file_shard(_names(path)[0], SCORES)
     return shard.read(0, 0, shard.shape[0] if shard.shape else 1)
 
 
@@ -416,7 +416,8 @@ def _open_npz(file: str, item: str, role: str) -> Array:
     import numpy as np
 
     _refuse_empty(file)
-    with np.load(file, allow_pickle=False) as archive:
+    # np.load leaves a file open that it fails on.
+    with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
         return archive[_choose_item(file, item, role, archive.files)]
 
 
