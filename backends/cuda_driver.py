@@ -65,6 +65,7 @@ class _Block(threading.local):
         first = ctypes.addressof(self.bytes)
         self.pointers = (ctypes.c_void_p * cuda_launch.FIELDS)(*range(first, first + size, 8))
         self.address = ctypes.addressof(self.pointers)
+        self.view = memoryview(self.bytes).cast("B")
         self.has_context = False
 
 
@@ -107,7 +108,8 @@ def launch(
     functions = _functions.get(variant)
     if functions is None:
         functions = _load(variant, architecture(device))
-    ctypes.memmove(_block.bytes, cuda_launch.pack(addresses, plan), len(_block.bytes))
+    cuda_launch.pack_into(_block.view, addresses, plan)
+    parameters = _block.address
     for step in plan.launches:
         status = driver.cuLaunchKernel(
             functions[step.name],
@@ -115,7 +117,7 @@ def launch(
             *(step.block, 1, 1),
             step.shared,
             stream,
-            _block.address,
+            parameters,
             0,
         )
         _done(status)

@@ -320,3 +320,9 @@ def _vector(call: Call) -> bool:
 def pack(addresses: tuple[int, ...], plan: Plan) -> bytes:
     """Return the arguments as the kernels read them; the addresses as in :data:`ADDRESSES`."""
     return PACKED_ADDRESSES.pack(*addresses) + plan.packed
+
+
+def pack_into(memory: memoryview, addresses: tuple[int, ...], plan: Plan) -> None:
+    """Write what :func:`pack` returns into memory of that size."""
+    PACKED_ADDRESSES.pack_into(memory, 0, *addresses)
+    memory[PACKED_ADDRESSES.size :] = plan.packed

@@ -7,8 +7,9 @@ Python takes longer than a small loss.
 
 from __future__ import annotations
 
+import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mml_arrayapi.backends import cuda_driver, cuda_launch, torch_values
@@ -17,6 +18,9 @@ from torch.autograd import forward_ad
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target
 from mml_arrayapi.kernel import Kernel, Problem
+
+is_compiling = torch.compiler.is_compiling
+is_grad_enabled = torch.is_grad_enabled
 
 DEVICE = "cuda"
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -67,6 +71,8 @@ def loss(problem: Problem) -> torch.Tensor:
     """Compute the loss, followed by autograd where the input requires a gradient."""
     x, target, weight = problem.input, problem.target, problem.weight
     options = (problem.p, problem.margin, problem.reduction, problem.check_target == "raise")
+    if not is_compiling():
+        _remember(problem)
     if x.requires_grad and torch.is_grad_enabled():
         return _Loss.apply(x, target, weight, *options)  # type: ignore[no-any-return]
     return _run("loss", x, target, weight, *options)
@@ -290,6 +296,179 @@ def _run(name: str, *arguments: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
+# Calls that come again. At 512 x 512 the checks and the planning take longer than the device does.
+
+NUMBERS = (int, float)
+MOST = 1024  # calls remembered
+
+
+class _Known(NamedTuple):
+    """What to launch for a plain call that has come before."""
+
+    index: int  # of the device
+    loss: cuda_launch.Plan
+    train: cuda_launch.Plan  # the loss, and what the backward pass reads
+    backward: cuda_launch.Plan
+    counts: int  # where in its scratch memory these begin, in bytes
+    mask: int
+    scratch: int  # bytes for training; the loss alone needs the first ``counts`` bytes
+    p: float
+    margin: float
+    reduction: str
+
+
+_known: dict[tuple[Any, ...], _Known] = {}
+
+
+def _remember(problem: Problem) -> None:
+    """Let the shortcut take calls like this one, if it is plain: contiguous, without a weight."""
+    x, target, p, margin = problem.input, problem.target, problem.p, problem.margin
+    if (
+        problem.weight is not None
+        or problem.reduction == "none"
+        or problem.check_target != "nan"
+        or x.ndim != 2
+        or x.numel() == 0
+        or not _plainly_laid(x, target)
+    ):
+        return
+    key = (x.dtype, x.shape, x.device, target.dtype, target.shape, p, margin, problem.reduction)
+    if key in _known:
+        return
+    rows, classes = x.shape
+    scalar, index = SCALARS[x.dtype], x.device.index
+    wide = x.dtype in (torch.float32, torch.float64)
+    kind, processors = KINDS[target.dtype], _properties(index)[0]
+    call = cuda_launch.Call(
+        scalar, rows, classes, classes, 1, kind, False, 0, False, True, p, margin,
+        problem.reduction, processors,
+    )  # fmt: skip
+    forward, backward = ("loss_mask", "grad_mask") if p == 1 else ("loss", "grad")
+    train = cuda_launch.plan(call, forward)
+    counts = 8 * train.partials
+    mask = counts + (4 * train.counts if p == 1 else 0)
+    if len(_known) >= MOST:
+        _known.clear()
+    _known[key] = _Known(
+        index,
+        cuda_launch.plan(call, "loss"),
+        train,
+        cuda_launch.plan(call._replace(upstream_wide=wide), backward),
+        counts,
+        mask,
+        mask + (math.prod(train.mask) if p == 1 else 0),
+        p,
+        margin,
+        problem.reduction,
+    )
+
+
+def _plainly_laid(input: torch.Tensor, target: torch.Tensor) -> bool:
+    return (
+        input.layout is torch.strided
+        and input.is_contiguous()
+        and target.is_contiguous()
+        and not input.is_neg()
+        and input.data_ptr() % 16 == 0
+    )
+
+
+def shortcut(
+    input: torch.Tensor,
+    target: Any,
+    p: Any,
+    margin: Any,
+    weight: Any,
+    reduction: Any,
+    axis: Any,
+    check_target: Any,
+) -> torch.Tensor | None:
+    """Repeat a plain call that has come before, with other values and addresses."""
+    if is_compiling():
+        return None
+    if (
+        type(input) not in PLAIN
+        or type(target) is not torch.Tensor
+        or weight is not None
+        or type(p) not in NUMBERS
+        or type(margin) not in NUMBERS
+        or type(reduction) is not str
+        or axis != -1
+        or (check_target != "auto" and check_target != "nan")
+    ):
+        return None
+    device = input.device
+    key = (input.dtype, input.shape, device, target.dtype, target.shape, p, margin, reduction)
+    known = _known.get(key)
+    if (
+        known is None
+        or target.device != device
+        or target.layout is not torch.strided
+        or _transformed()
+        or not _plainly_laid(input, target)
+    ):
+        return None
+    if input.requires_grad and is_grad_enabled():
+        return _KnownLoss.apply(input, target, known)  # type: ignore[no-any-return]
+    loss = input.new_empty(())
+    partials = _scratch(known.counts, device)
+    _on_device(
+        known.loss,
+        (
+            *(input.data_ptr(), target.data_ptr(), 0, 0, 0),
+            *(0 if partials is None else partials.data_ptr(), loss.data_ptr(), 0, 0, 0, 0),
+        ),
+        known.index,
+    )
+    return loss
+
+
+def _scratch(size: int, device: torch.device) -> torch.Tensor | None:
+    return torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+
+class _KnownLoss(torch.autograd.Function):
+    """What :class:`_Loss` is to a call in general. One piece of memory holds all it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Any, target: Any, known: _Known) -> torch.Tensor:
+        loss = input.new_empty(())
+        scratch = _scratch(known.scratch, input.device)
+        ctx.save_for_backward(input, target, scratch)
+        ctx.known = known
+        first = 0 if scratch is None else scratch.data_ptr()
+        _on_device(
+            known.train,
+            (
+                *(input.data_ptr(), target.data_ptr(), 0, 0, 0, first, loss.data_ptr(), 0),
+                *(first + known.mask, first + known.counts, 0),
+            ),
+            known.index,
+        )
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
+        input, target, scratch = ctx.saved_tensors
+        known = ctx.known
+        if is_grad_enabled() or type(grad_output) is not torch.Tensor or _transformed():
+            options = known.p, known.margin, known.reduction
+            return _generic_gradient(input, target, None, grad_output, *options), None, None
+        grad_output = grad_output.resolve_neg()
+        grad = torch.empty_like(input)
+        first = 0 if scratch is None else scratch.data_ptr()
+        _on_device(
+            known.backward,
+            (
+                *(input.data_ptr(), target.data_ptr(), 0, grad_output.data_ptr(), 0, 0, 0, 0),
+                *(first + known.mask, first + known.counts, grad.data_ptr()),
+            ),
+            known.index,
+        )
+        return grad, None, None
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def _launch(
@@ -317,7 +496,7 @@ def _launch(
         weight = _readable(weight, dtype, real).contiguous()
         addresses["weight"] = weight.data_ptr()
     if upstream is not None:
-        upstream = _readable(upstream, dtype, real).reshape(-1)
+        upstream = _readable(upstream, dtype, real).resolve_neg().reshape(-1)
         addresses["upstream"] = upstream.data_ptr()
     call = cuda_launch.Call(
         SCALARS[dtype],
@@ -387,4 +566,4 @@ def _architecture(index: int) -> str:
     return _properties(index)[1]
 
 
-KERNEL = Kernel("torch-cuda", "torch", refuses, loss, loss_and_grad)
+KERNEL = Kernel("torch-cuda", "torch", refuses, loss, loss_and_grad, shortcut=shortcut)

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
+from mml_arrayapi import (
+    InvalidTargetError,
+    arguments,
+    explain,
+    multi_margin_loss,
+    multi_margin_loss_and_grad,
+    registry,
+    use_backend,
+)
 
 torch = pytest.importorskip("torch")
 torch_cuda = pytest.importorskip(
@@ -334,3 +342,145 @@ def test_the_first_call_of_a_process_may_be_compiled():
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Shortcuts, as in a process that begins."""
+    monkeypatch.setattr(torch_cuda, "_known", {})
+    monkeypatch.setattr(registry, "_shortcuts", {})
+    return torch_cuda._known
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("dtype", "p"), CASES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize(("rows", "classes"), [(9, 40), (70, 300), (5, 7), (3, 4097)])
+def test_a_call_that_comes_again(launched, known, rng, rows, classes, dtype, p, reduction):
+    options = {"p": p, "reduction": reduction, "margin": 0.75, "check_target": "nan"}
+    seen = []
+    for _ in range(2):
+        x = torch.tensor(rng.normal(size=(rows, classes))).to(dtype).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        target = torch.tensor(rng.integers(0, classes, rows))
+        call = multi_margin_loss if not seen else shortcut_only
+        with torch.no_grad():
+            value = call(x, target, backend=NAME, **options)
+        loss = call(x, target, backend=NAME, **options)
+        expected = multi_margin_loss(y, target, backend="generic", **options)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(loss, expected)
+        (loss * 3).backward()
+        (expected * 3).backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        seen.append(launched.copy())
+        launched.clear()
+    assert len(known) == 1
+    assert seen[0] == seen[1]
+
+
+def shortcut_only(x, target, *, backend, p, reduction, margin, check_target):
+    loss = torch_cuda.shortcut(x, target, p, margin, None, reduction, -1, check_target)
+    assert loss is not None
+    return loss
+
+
+def test_the_shortcut_serves_what_was_chosen_unasked(launched, known, batch, monkeypatch):
+    scores, target, _ = batch
+    kernels = tuple(k for k in registry._kernels_of("torch") if k.name in (NAME, "generic"))
+    monkeypatch.setitem(registry._loaded, "torch", kernels)
+    taken = []
+    monkeypatch.setattr(arguments, "check", spy(arguments.check, taken))
+    for _ in range(3):
+        multi_margin_loss(scores, target, check_target="nan")
+    assert len(taken) == 1
+    assert launched == ["rows_loss"] * 3
+    with use_backend("generic"):
+        multi_margin_loss(scores, target, check_target="nan")
+    assert len(taken) == 2
+    assert launched == ["rows_loss"] * 3
+
+
+def spy(function, calls):
+    def spied(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return spied
+
+
+def test_the_shortcut_leaves_what_is_not_plainly_right(launched, known, batch):
+    scores, target, weight = batch
+    plain = {
+        "p": 1, "margin": 1.0, "weight": None, "reduction": "mean", "axis": -1,
+        "check_target": "nan",
+    }  # fmt: skip
+
+    def taken(x=scores, y=target, **changes):
+        return torch_cuda.shortcut(x, y, *{**plain, **changes}.values()) is not None
+
+    assert not taken()
+    multi_margin_loss(scores, target, check_target="nan", backend=NAME)
+    assert taken()
+    assert taken(p=1.0, margin=1, check_target="auto")
+    assert taken(torch.nn.Parameter(scores))
+    for changes in (
+        {"p": True}, {"p": 2}, {"p": float("nan")}, {"p": "1"}, {"margin": 2.0}, {"margin": True},
+        {"margin": float("inf")}, {"weight": weight}, {"reduction": "none"}, {"reduction": []},
+        {"axis": 0}, {"check_target": "raise"}, {"check_target": "perhaps"}, {"check_target": None},
+    ):  # fmt: skip
+        assert not taken(**changes)
+    wide = torch.zeros(9, 41)
+    for x in (
+        scores.double(), scores[:8], scores[:, :39], scores.T.contiguous().T, wide[:, :40],
+        wide.reshape(-1)[1:361].reshape(9, 40), torch._neg_view(scores), scores.to("meta"),
+        scores.to_sparse(), scores.numpy(), Mine(scores),
+    ):  # fmt: skip
+        assert not taken(x)
+    for y in (
+        target.int(), target[:8], target.reshape(9, 1), target.to("meta"), target.tolist(),
+        torch.zeros(18, dtype=torch.int64)[::2], target.to_sparse(),
+    ):  # fmt: skip
+        assert not taken(y=y)
+    inside = []
+    torch.func.grad(lambda x: inside.append(taken(x)) or x.sum())(scores)
+    torch.func.vmap(lambda x: inside.append(taken(x)) or x.sum())(scores.expand(2, 9, 40))
+    with torch.autograd.forward_ad.dual_level():
+        inside.append(taken())
+    with torch._subclasses.FakeTensorMode():
+        inside.append(taken())
+    assert inside == [False] * 4
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+def test_few_calls_are_remembered(launched, known, batch, monkeypatch):
+    monkeypatch.setattr(torch_cuda, "MOST", 2)
+    for rows in (1, 2, 3):
+        multi_margin_loss(batch[0][:rows], batch[1][:rows], check_target="nan", backend=NAME)
+    assert len(known) == 1
+
+
+def test_derivatives_of_the_second_order_of_a_call_that_comes_again(launched, known, batch):
+    x, target = batch[0][:3, :6].double().contiguous().requires_grad_(), torch.tensor([0, 5, 2])
+    options = {"p": 3, "reduction": "mean", "margin": 1.0, "check_target": "nan"}
+    multi_margin_loss(x, target, backend=NAME, **options)
+
+    def loss(scores):
+        return shortcut_only(scores, target, backend=NAME, **options)
+
+    assert torch.autograd.gradcheck(loss, x)
+    assert torch.autograd.gradgradcheck(loss, x)
+
+
+def test_an_upstream_gradient_that_is_negated_memory(launched, known, batch):
+    scores, target, _ = batch
+    _, expected = multi_margin_loss_and_grad(scores, target, backend="generic")
+    for _ in range(2):
+        for call in (multi_margin_loss, shortcut_only):
+            x = scores.clone().requires_grad_()
+            options = {"p": 1, "reduction": "mean", "margin": 1.0, "check_target": "nan"}
+            loss = call(x, target, backend=NAME, **options)
+            loss.backward(torch._neg_view(torch.tensor(-1.0)))
+            torch.testing.assert_close(x.grad, expected)
