@@ -61,12 +61,10 @@ class _Block(threading.local):
 
     def __init__(self) -> None:
         size = 8 * cuda_launch.FIELDS
-        self.bytes = ctypes.create_string_buffer(size)
-        first = ctypes.addressof(self.bytes)
+        memory = ctypes.create_string_buffer(size)
+        first = ctypes.addressof(memory)
         self.pointers = (ctypes.c_void_p * cuda_launch.FIELDS)(*range(first, first + size, 8))
-        self.address = ctypes.addressof(self.pointers)
-        self.view = memoryview(self.bytes).cast("B")
-        self.has_context = False
+        self.parts = memoryview(memory).cast("B"), ctypes.addressof(self.pointers), False
 
 
 _block = _Block()
@@ -102,25 +100,20 @@ def launch(
     RuntimeError
         What NVRTC or the driver reports.
     """
-    if not _block.has_context:
+    memory, parameters, has_context = _block.parts
+    if not has_context:
         _ensure_context(device)
     variant = (device, plan.scalar, plan.power, plan.kernels)
     functions = _functions.get(variant)
     if functions is None:
         functions = _load(variant, architecture(device))
-    cuda_launch.pack_into(_block.view, addresses, plan)
-    parameters = _block.address
+    cuda_launch.pack_into(memory, addresses, plan)
     for step in plan.launches:
-        status = driver.cuLaunchKernel(
-            functions[step.name],
-            *(step.grid, 1, 1),
-            *(step.block, 1, 1),
-            step.shared,
-            stream,
-            parameters,
-            0,
-        )
-        _done(status)
+        answer = driver.cuLaunchKernel(
+            functions[step.name], step.grid, 1, 1, step.block, 1, 1, step.shared, stream,
+            parameters, 0,
+        )  # fmt: skip
+        _done(answer)
 
 
 def _ensure_context(device: int) -> None:
@@ -132,7 +125,7 @@ def _ensure_context(device: int) -> None:
     if int(_done(driver.cuCtxGetCurrent())) == 0:
         number = _done(driver.cuDeviceGet(device))
         _done(driver.cuCtxSetCurrent(_done(driver.cuDevicePrimaryCtxRetain(number))))
-    _block.has_context = True
+    _block.parts = (*_block.parts[:2], True)
 
 
 def _load(variant: tuple[int, int, int, str], architecture: str) -> dict[str, Any]:

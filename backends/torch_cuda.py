@@ -305,7 +305,7 @@ MOST = 1024  # calls remembered
 class _Known(NamedTuple):
     """What to launch for a plain call that has come before."""
 
-    index: int  # of the device
+    device: int  # its number
     loss: cuda_launch.Plan
     train: cuda_launch.Plan  # the loss, and what the backward pass reads
     backward: cuda_launch.Plan
@@ -412,14 +412,13 @@ def shortcut(
         return _KnownLoss.apply(input, target, known)  # type: ignore[no-any-return]
     loss = input.new_empty(())
     partials = _scratch(known.counts, device)
-    _on_device(
-        known.loss,
-        (
-            *(input.data_ptr(), target.data_ptr(), 0, 0, 0),
-            *(0 if partials is None else partials.data_ptr(), loss.data_ptr(), 0, 0, 0, 0),
-        ),
-        known.index,
+    first = 0 if partials is None else partials.data_ptr()
+    # fmt: off
+    addresses = (
+        input.data_ptr(), target.data_ptr(), 0, 0, 0, first, loss.data_ptr(), 0, 0, 0, 0,
     )
+    # fmt: on
+    _on_device(known.loss, addresses, known.device)
     return loss
 
 
@@ -437,14 +436,13 @@ class _KnownLoss(torch.autograd.Function):
         ctx.save_for_backward(input, target, scratch)
         ctx.known = known
         first = 0 if scratch is None else scratch.data_ptr()
-        _on_device(
-            known.train,
-            (
-                *(input.data_ptr(), target.data_ptr(), 0, 0, 0, first, loss.data_ptr(), 0),
-                *(first + known.mask, first + known.counts, 0),
-            ),
-            known.index,
+        # fmt: off
+        addresses = (
+            input.data_ptr(), target.data_ptr(), 0, 0, 0, first, loss.data_ptr(), 0,
+            first + known.mask, first + known.counts, 0,
         )
+        # fmt: on
+        _on_device(known.train, addresses, known.device)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -457,14 +455,13 @@ class _KnownLoss(torch.autograd.Function):
         grad_output = grad_output.resolve_neg()
         grad = torch.empty_like(input)
         first = 0 if scratch is None else scratch.data_ptr()
-        _on_device(
-            known.backward,
-            (
-                *(input.data_ptr(), target.data_ptr(), 0, grad_output.data_ptr(), 0, 0, 0, 0),
-                *(first + known.mask, first + known.counts, grad.data_ptr()),
-            ),
-            known.index,
+        # fmt: off
+        addresses = (
+            input.data_ptr(), target.data_ptr(), 0, grad_output.data_ptr(), 0, 0, 0, 0,
+            first + known.mask, first + known.counts, grad.data_ptr(),
         )
+        # fmt: on
+        _on_device(known.backward, addresses, known.device)
         return grad, None, None
 
 
