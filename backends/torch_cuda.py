@@ -337,8 +337,8 @@ def _remember(problem: Problem) -> None:
         return
     rows, classes = x.shape
     scalar, index = SCALARS[x.dtype], x.device.index
-    wide = x.dtype in (torch.float32, torch.float64)
     kind, processors = KINDS[target.dtype], _properties(index)[0]
+    # Autograd's gradient for the loss is one number of the loss's own dtype.
     call = cuda_launch.Call(
         scalar, rows, classes, classes, 1, kind, False, 0, False, True, p, margin,
         problem.reduction, processors,
@@ -353,7 +353,7 @@ def _remember(problem: Problem) -> None:
         index,
         cuda_launch.plan(call, "loss"),
         train,
-        cuda_launch.plan(call._replace(upstream_wide=wide), backward),
+        cuda_launch.plan(call, backward),
         counts,
         mask,
         mask + (math.prod(train.mask) if p == 1 else 0),
