@@ -100,7 +100,7 @@ def threads_do_not_disturb_each_other(ctx: Context) -> None:
     """Eight threads, each with numbers of its own."""
     problems = []
     for i in range(8):
-        rows, target = ctx.scores(40, 9), ctx.targets(40, 9)
+        rows, target = ctx.scores(8, 9), ctx.targets(8, 9)
         x, y = ctx.array(rows), ctx.integers(target)
         problems.append((x, y, 1 + i % 2, reference(rows, target, p=1 + i % 2)))
 
