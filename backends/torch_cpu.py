@@ -48,7 +48,7 @@ def refuses(problem: Problem) -> str | None:
         return f"input has dtype {x.dtype}, not float16, bfloat16, float32 or float64"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "weight requires a gradient, which the generic implementation gives"
-    return _transformed()
+    return _transformed() or cpu_blocks.missing()
 
 
 def _transformed() -> str | None:
