@@ -357,7 +357,7 @@ def test_torch_gradients_of_any_order_match_the_generic_ones(leaf, keywords):
         loss = mml.multi_margin_loss(x, y, p=2, **keywords, **more) * 3
         (first,) = torch.autograd.grad(loss, x, create_graph=True)
         (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), x)
+        (second,) = torch.autograd.grad(first.square().sum(), x, retain_graph=True)
         scales = torch.tensor([1.0, -2.0])
         (many,) = torch.autograd.grad(loss, x, scales, is_grads_batched=True)
         return plain, first, second, many
