@@ -24,7 +24,7 @@ def refuses(problem: Problem) -> str | None:
         return f"input has dtype {x.dtype!r}, not native float16, float32 or float64"
     if not x.flags.aligned or any(stride % x.itemsize for stride in x.strides):
         return "input's elements are not aligned in memory"
-    return None
+    return cpu_blocks.missing()
 
 
 def waits(problem: Problem) -> str | None:

@@ -24,6 +24,7 @@ is_grad_enabled = torch.is_grad_enabled
 functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 tracing_state = torch._C._get_tracing_state
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +49,7 @@ def refuses(problem: Problem) -> str | None:
         return f"input has dtype {x.dtype}, not float16, bfloat16, float32 or float64"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "weight requires a gradient, which the generic implementation gives"
-    return _transformed()
+    return _transformed() or cpu_blocks.missing()
 
 
 def _transformed() -> str | None:
@@ -116,12 +117,21 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
         input, target, weight = ctx.saved_tensors
         problem = ctx.problem._replace(input=input, target=target, weight=weight)
-        if torch.is_grad_enabled() or _transformed() or type(grad_output) is not torch.Tensor:
-            # create_graph=True: the gradient must be differentiable itself.
+        if _must_be_followed(grad_output):
             grad = generic.loss_and_grad(problem, grad_output)[1]
         else:
             grad = _loss_and_grad(problem, grad_output)[1]
         return grad, None, None, None
+
+
+def _must_be_followed(grad_output: torch.Tensor) -> bool:
+    """Tell whether a gradient must be derived again, or is mapped over (is_grads_batched=True)."""
+    return (
+        is_grad_enabled()
+        or functorch_active()
+        or is_batched(grad_output)
+        or type(grad_output) is not torch.Tensor
+    )
 
 
 def _loss(problem: Problem) -> torch.Tensor:
@@ -314,7 +324,7 @@ class _SmallLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
         x, y = ctx.saved_tensors
         p, margin = ctx.numbers
-        if is_grad_enabled() or functorch_active() or type(grad_output) is not torch.Tensor:
+        if _must_be_followed(grad_output):
             problem = Problem(xp, "torch", x, y, None, p, margin, "mean", 1, "nan")
             return generic.loss_and_grad(problem, grad_output)[1], None, None, None
         rows, n_classes = x.shape
