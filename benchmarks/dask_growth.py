@@ -287,8 +287,8 @@ def main():
     ):
         if part in parts:
             where = "threads" if part == "growth" else "cluster"
-            kept = [r for r in results["growth"] if r["where"] != where]
-            results["growth"] = kept + function()
+            kept = [r for r in results["growth"] if r["where"] != where or r["rows"] not in sizes]
+            results["growth"] = sorted(kept + function(), key=lambda r: (r["where"], r["rows"]))
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     if "in memory" in results:

@@ -501,7 +501,7 @@ def test_a_changed_file_is_refused(arrays, files, capsys):
     capsys.readouterr()
     np.save("y.npy", arrays[1][::-1])
     line = fails(capsys, "x.npy", "y.npy", "--checkpoint", "ck")
-    assert "was begun with other inputs (now: y.npy); give the same files, unchanged" in line
+    assert "y.npy); give the same files, unchanged, or another folder" in line
 
 
 SLOW = """
