@@ -10,7 +10,7 @@ from typing import Any
 from cuda.bindings import driver, nvrtc
 from mml_arrayapi.backends import cuda_launch
 
-_functions: dict[tuple[int, int, int, str], int] = {}
+_functions: dict[tuple[int, int, int, str], dict[str, Any]] = {}  # by device and variant
 _lock = threading.Lock()
 
 
@@ -56,26 +56,39 @@ def compile_variant(
         nvrtc.nvrtcDestroyProgram(program)
 
 
+class _Block(threading.local):
+    """A thread's memory for the arguments of a launch; the driver has copied it on return."""
+
+    def __init__(self) -> None:
+        size = 8 * cuda_launch.FIELDS
+        self.bytes = ctypes.create_string_buffer(size)
+        first = ctypes.addressof(self.bytes)
+        self.pointers = (ctypes.c_void_p * cuda_launch.FIELDS)(*range(first, first + size, 8))
+        self.address = ctypes.addressof(self.pointers)
+        self.has_context = False
+
+
+_block = _Block()
+
+
 def launch(
-    launches: list[cuda_launch.Launch],
-    scalar: int,
-    power: int,
-    kernels: str,
+    plan: cuda_launch.Plan,
+    addresses: tuple[int, ...],
     device: int,
     stream: int,
     architecture: Callable[[int], str],
 ) -> None:
-    """Launch kernels, in order, on a stream of the current device.
+    """Launch a plan's kernels, in order, on a stream of the current device.
 
-    The device's context must be current. The first launch of a variant compiles and loads it
+    The first launch of a variant compiles and loads it
     (which can't happen while a CUDA graph is captured); the code is kept per device.
 
     Parameters
     ----------
-    launches : list of Launch
-        What :func:`mml_arrayapi.backends.cuda_launch.launches` says.
-    scalar, power, kernels
-        The variant.
+    plan : Plan
+        What :func:`mml_arrayapi.backends.cuda_launch.plan` says.
+    addresses : tuple of int
+        As in :data:`mml_arrayapi.backends.cuda_launch.ADDRESSES`.
     device : int
         The device's number.
     stream : int
@@ -88,35 +101,51 @@ def launch(
     RuntimeError
         What NVRTC or the driver reports.
     """
-    for step in launches:
-        function = _functions.get((device, scalar, power, kernels + step.name))
-        if function is None:
-            _load(device, scalar, power, kernels, architecture(device))
-            function = _functions[device, scalar, power, kernels + step.name]
-        packed = cuda_launch.pack(scalar, step)
-        block = ctypes.create_string_buffer(packed, len(packed))
-        pointers = _POINTERS(*cuda_launch.pointers(ctypes.addressof(block)))
-        _done(
-            driver.cuLaunchKernel(
-                function, step.grid, 1, 1, step.block, 1, 1, step.shared, stream,
-                ctypes.addressof(pointers), 0,
-            )
-        )  # fmt: skip
+    if not _block.has_context:
+        _ensure_context(device)
+    variant = (device, plan.scalar, plan.power, plan.kernels)
+    functions = _functions.get(variant)
+    if functions is None:
+        functions = _load(variant, architecture(device))
+    ctypes.memmove(_block.bytes, cuda_launch.pack(addresses, plan), len(_block.bytes))
+    for step in plan.launches:
+        status = driver.cuLaunchKernel(
+            functions[step.name],
+            *(step.grid, 1, 1),
+            *(step.block, 1, 1),
+            step.shared,
+            stream,
+            _block.address,
+            0,
+        )
+        _done(status)
 
 
-_POINTERS = ctypes.c_void_p * len(cuda_launch.FIELDS)
+def _ensure_context(device: int) -> None:
+    """Give a new thread the context that the CUDA runtime would give it at its first need.
+
+    Autograd's threads may come here before anything has needed one: their memory comes from the
+    allocator's cache.
+    """
+    if int(_done(driver.cuCtxGetCurrent())) == 0:
+        number = _done(driver.cuDeviceGet(device))
+        _done(driver.cuCtxSetCurrent(_done(driver.cuDevicePrimaryCtxRetain(number))))
+    _block.has_context = True
 
 
-def _load(device: int, scalar: int, power: int, kernels: str, architecture: str) -> None:
+def _load(variant: tuple[int, int, int, str], architecture: str) -> dict[str, Any]:
+    _, scalar, power, kernels = variant
     with _lock:
-        if (device, scalar, power, kernels + "finish") in _functions:
-            return
-        code = compile_variant(scalar, power, kernels, architecture)
-        module = _done(driver.cuModuleLoadData(code))
-        names = [f"{kernels}_{operation}" for operation in cuda_launch.operations(power)]
-        for name in (*names, "finish"):  # "finish" last: it says that all are there
-            function = _done(driver.cuModuleGetFunction(module, name.encode()))
-            _functions[device, scalar, power, kernels + name] = function
+        if variant not in _functions:
+            module = _done(
+                driver.cuModuleLoadData(compile_variant(scalar, power, kernels, architecture))
+            )
+            names = [f"{kernels}_{operation}" for operation in cuda_launch.operations(power)]
+            _functions[variant] = {
+                name: _done(driver.cuModuleGetFunction(module, name.encode()))
+                for name in (*names, "finish")
+            }
+    return _functions[variant]
 
 
 def _done(answer: tuple[Any, ...]) -> Any:

@@ -1,7 +1,7 @@
 """What CuPy and PyTorch share on the GPU: which kernel runs, its geometry, its packed arguments.
 
-No library is named here and nothing is launched: a caller describes its arrays by addresses and
-strides in a :class:`Call`, and gets :class:`Launch` records back, which its library carries out.
+No library is named here and nothing is launched: a caller describes its arrays in a :class:`Call`
+and gets a :class:`Plan` back, which its library carries out.
 The kernels are those of ``margin_loss.cu``.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mml_arrayapi.kernel import Problem
 
@@ -32,34 +32,43 @@ BLOCK, TILE_BLOCK = 256, 128
 SCRATCH = 256  # bytes of shared memory for the sums over a block
 FAR = 2**63 - 1  # a flag's value while no target was found out of range
 
-# The fields of the kernels' arguments, in order; each begins a new 8 bytes.
-FIELDS = (
+# The fields of the kernels' arguments, in order; each begins a new 8 bytes. First the addresses,
+ADDRESSES = (
     *("scores", "target", "weight", "upstream", "loss", "partials", "result", "flag"),
-    *("mask", "counts", "grad", "rows", "classes", "row_stride", "target_stride", "target_kind"),
+    *("mask", "counts", "grad"),
+)
+# then numbers, of which the last three are of the computing precision.
+NUMBERS = (
+    *("rows", "classes", "row_stride", "target_stride", "target_kind"),
     *("upstream_stride", "upstream_wide", "weight_wide", "lanes", "vector", "mask_row", "blocks"),
     *("loss_factor", "divisor", "margin", "exponent", "grad_factor"),
 )
-# The last three are of the computing precision.
-PACKED = {
-    scalar: struct.Struct("<23q2d3d" if scalar == 64 else "<23q2df4xf4xf4x") for scalar in ITEMSIZE
+FIELDS = len(ADDRESSES) + len(NUMBERS)
+PACKED_ADDRESSES = struct.Struct("<11q")
+PACKED_NUMBERS = {
+    scalar: struct.Struct("<12q2d3d" if scalar == 64 else "<12q2df4xf4xf4x") for scalar in ITEMSIZE
 }
 
 
 class Call(NamedTuple):
-    """One problem in numbers: addresses on the device, strides in elements.
+    """One problem in numbers, without its addresses: what a plan depends on. Strides in elements.
 
     Attributes
     ----------
     scalar : int
         The element type of scores, loss and gradient: a value of :data:`SCALARS`.
-    scores, target, weight : int
-        Addresses; ``weight`` is 0 where there is none.
     rows, classes, row_stride, target_stride : int
         The scores are ``(rows, classes)`` with the classes contiguous.
     target_kind : int
         Bytes of a target, negative if it is unsigned.
     weight_wide : bool
         Whether the weight is of the computing precision, rather than of the scores' type.
+    upstream_stride : int
+        Of the gradient for the loss, 0 where it is one number.
+    upstream_wide : bool
+        As ``weight_wide``.
+    aligned : bool
+        Whether the scores begin at a 16-byte boundary.
     p, margin : float
         As in the problem.
     reduction : {"none", "mean", "sum"}
@@ -69,15 +78,15 @@ class Call(NamedTuple):
     """
 
     scalar: int
-    scores: int
-    target: int
-    weight: int
     rows: int
     classes: int
     row_stride: int
     target_stride: int
     target_kind: int
     weight_wide: bool
+    upstream_stride: int
+    upstream_wide: bool
+    aligned: bool
     p: float
     margin: float
     reduction: str
@@ -97,13 +106,26 @@ class Geometry(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel launch: entry point, blocks, threads, shared bytes, values for FIELDS."""
+    """One kernel launch: entry point, blocks, threads, bytes of shared memory."""
 
     name: str
     grid: int
     block: int
     shared: int
-    values: tuple[float, ...]
+
+
+class Plan(NamedTuple):
+    """What to launch for a call, and with what."""
+
+    scalar: int
+    power: int
+    kernels: str
+    launches: tuple[Launch, ...]  # in order, on one stream
+    numbers: tuple[float, ...]  # as in NUMBERS
+    packed: bytes  # the same, packed
+    partials: int  # float64 that the sums over the blocks need
+    mask: tuple[int, int]  # shape of the mask, bytes
+    counts: int  # elements of counts, 4 bytes each
 
 
 def power_kind(p: float) -> int:
@@ -232,80 +254,69 @@ def _grid(rows: int, per_block: int, elements: int, multiprocessors: int) -> int
     return min(-(-rows // per_block), multiprocessors * BLOCKS_PER_MULTIPROCESSOR)
 
 
-def partials(call: Call, shape: Geometry) -> int:
-    """Return how many float64 the launch needs to keep its blocks' sums in."""
-    return shape.grid if call.reduction != "none" and shape.grid > 1 else 0
-
-
-def launches(call: Call, shape: Geometry, operation: str, **buffers: int) -> list[Launch]:
-    """Say what to launch.
+@lru_cache(1024)
+def plan(call: Call, operation: str, shape: Geometry | None = None) -> Plan:
+    """Say what to launch. Kept for calls that come again: it takes longer than a small loss.
 
     Parameters
     ----------
     call : Call
         The problem.
-    shape : Geometry
-        What :func:`geometry` says.
-    operation : {"loss", "loss_mask", "loss_grad", "grad_mask"}
-        The loss; the loss and the mask (p = 1); the loss and the gradient, or with neither
-        ``loss`` nor ``result`` the gradient alone; the gradient from the mask (p = 1).
-    **buffers : int
-        Addresses by name, as in :data:`FIELDS`: ``result`` (the reduced loss) or ``loss`` (one
-        per row), ``partials``, ``mask``, ``counts``, ``grad``, ``flag``, and the gradient for the
-        loss as ``upstream`` with ``upstream_stride`` and ``upstream_wide``.
+    operation : {"loss", "loss_mask", "loss_grad", "grad", "grad_mask"}
+        The loss; the loss and the mask (p = 1); the loss and the gradient; the gradient; the
+        gradient from the mask (p = 1).
+    shape : Geometry, optional
+        Instead of what :func:`geometry` says.
 
     Returns
     -------
-    list of Launch
-        None, one or two, to be launched in order on one stream.
+    Plan
+        The launches take the addresses of the arrays: ``loss`` for the reduction ``"none"``, else
+        ``result`` and ``partials``; ``mask`` and ``counts``; ``grad``; ``upstream`` or 0 for 1;
+        ``flag`` or 0.
     """
+    shape = shape or geometry(call.scalar, call.rows, call.classes, call.multiprocessors)
+    summed = call.reduction != "none" and operation.startswith("loss")
     mean = call.reduction == "mean"
-    divisor = float(call.rows) if mean else 1.0
-    per_loss = max(divisor, 1.0) * call.classes
     numbers = {
-        **buffers,
-        "scores": call.scores,
-        "target": call.target,
-        "weight": call.weight,
-        "rows": call.rows,
-        "classes": call.classes,
-        "row_stride": call.row_stride,
-        "target_stride": call.target_stride,
-        "target_kind": call.target_kind,
-        "weight_wide": int(call.weight_wide),
+        **call._asdict(),
         "lanes": shape.lanes,
-        "vector": int(_aligned(call)),
+        "vector": _vector(call),
         "mask_row": shape.mask_row,
         "blocks": shape.grid,
         "loss_factor": 1.0 / call.classes,
-        "divisor": divisor,
-        "margin": call.margin,
+        "divisor": float(call.rows) if mean else 1.0,
         "exponent": call.p - 1,
-        "grad_factor": call.p / per_loss,
+        "grad_factor": call.p / (call.classes * max(call.rows, 1) if mean else call.classes),
     }
-    values = tuple(numbers.get(name, 0) for name in FIELDS)
+    values = tuple(numbers[name] for name in NUMBERS)
     steps = []
     if shape.grid > 0:
-        name = f"{shape.kernels}_{operation}"
-        steps.append(Launch(name, shape.grid, shape.block, shape.shared, values))
-    if shape.grid != 1 and buffers.get("result"):
-        steps.append(Launch("finish", 1, BLOCK, SCRATCH, values))
-    return steps
+        name = f"{shape.kernels}_{'loss_grad' if operation == 'grad' else operation}"
+        steps.append(Launch(name, shape.grid, shape.block, shape.shared))
+    if summed and shape.grid != 1:
+        steps.append(Launch("finish", 1, BLOCK, SCRATCH))
+    return Plan(
+        call.scalar,
+        power_kind(call.p),
+        shape.kernels,
+        tuple(steps),
+        values,
+        PACKED_NUMBERS[call.scalar].pack(*values),
+        shape.grid if summed and shape.grid > 1 else 0,
+        (call.rows, shape.mask_row),
+        shape.counts,
+    )
 
 
-def _aligned(call: Call) -> bool:
+def _vector(call: Call) -> bool:
     """Tell whether the scores lie at 16-byte boundaries as the contiguous gradient does."""
     if call.classes <= TILE_CLASSES and call.row_stride != call.classes:
         return False
     shift = (call.row_stride - call.classes) * ITEMSIZE[call.scalar]
-    return call.scores % 16 == 0 and shift % 16 == 0
+    return call.aligned and shift % 16 == 0
 
 
-def pack(scalar: int, launch: Launch) -> bytes:
-    """Return a launch's arguments as the kernels read them."""
-    return PACKED[scalar].pack(*launch.values)
-
-
-def pointers(address: int) -> tuple[Any, ...]:
-    """Return the address of each argument of a packed block, as a launch by the driver wants."""
-    return tuple(address + 8 * i for i in range(len(FIELDS)))
+def pack(addresses: tuple[int, ...], plan: Plan) -> bytes:
+    """Return the arguments as the kernels read them; the addresses as in :data:`ADDRESSES`."""
+    return PACKED_ADDRESSES.pack(*addresses) + plan.packed

@@ -27,19 +27,17 @@ def refuses(problem: Problem) -> str | None:
 def loss(problem: Problem) -> Array:
     """Compute the loss."""
     with problem.input.device:
-        return _run(problem, "loss", None, {})
+        return _run(problem, "loss", None, None)
 
 
 def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
     """Compute the loss and the gradient in one pass over the input."""
     with problem.input.device:
         grad = cupy.empty(problem.input.shape, problem.input.dtype)
-        return _run(problem, "loss_grad", grad_output, {"grad": _address(grad)}), grad
+        return _run(problem, "loss_grad", grad_output, grad), grad
 
 
-def _run(
-    problem: Problem, operation: str, upstream: Array | None, numbers: dict[str, int]
-) -> Array:
+def _run(problem: Problem, operation: str, upstream: Array | None, grad: Array | None) -> Array:
     target = problem.target.reshape(-1)
     rows, classes = target.size, problem.input.shape[-1]
     # A view where that is possible; the rows may lie anywhere, the classes side by side.
@@ -47,46 +45,39 @@ def _run(
     if classes > 1 and x.strides[1] != x.itemsize:
         x = cupy.ascontiguousarray(x)
     real = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-    weight = problem.weight
+    weight, each = problem.weight, problem.reduction == "none"
     if weight is not None:
         weight = cupy.ascontiguousarray(_readable(weight, x.dtype, real))
+    if upstream is not None:
+        upstream = _readable(upstream, x.dtype, real).reshape(-1)
     call = cuda_launch.Call(
         cuda_launch.SCALARS[x.dtype.name],
-        _address(x),
-        _address(target),
-        0 if weight is None else _address(weight),
         rows,
         classes,
         x.strides[0] // x.itemsize if rows > 1 else classes,
         target.strides[0] // target.itemsize,
         target.itemsize * (1 if target.dtype.kind == "i" else -1),
         weight is not None and weight.dtype == real,
+        upstream.strides[0] // upstream.itemsize if upstream is not None and each else 0,
+        upstream is not None and upstream.dtype == real,
+        _address(x) % 16 == 0,
         problem.p,
         problem.margin,
         problem.reduction,
         _multiprocessors(cupy.cuda.runtime.getDevice()),
     )
-    shape = cuda_launch.geometry(call.scalar, rows, classes, call.multiprocessors)
-
-    result = cupy.empty(problem.target.shape if problem.reduction == "none" else (), x.dtype)
-    numbers["loss" if problem.reduction == "none" else "result"] = _address(result)
-    partials = cupy.empty(cuda_launch.partials(call, shape), np.float64)
-    numbers["partials"] = _address(partials)
-    if upstream is not None:
-        upstream = _readable(upstream, x.dtype, real).reshape(-1)
-        numbers["upstream"] = _address(upstream)
-        each = problem.reduction == "none"
-        numbers["upstream_stride"] = upstream.strides[0] // upstream.itemsize if each else 0
-        numbers["upstream_wide"] = int(upstream.dtype == real)
-    flag = None
+    plan = cuda_launch.plan(call, operation)
+    loss = cupy.empty(problem.target.shape if each else (), x.dtype)
+    arrays = {"scores": x, "target": target, "weight": weight, "upstream": upstream, "grad": grad}
+    arrays["loss" if each else "result"] = loss
+    if plan.partials:
+        arrays["partials"] = cupy.empty(plan.partials, np.float64)
     if problem.check_target == "raise":
-        flag = cupy.full((), cuda_launch.FAR, np.int64)
-        numbers["flag"] = _address(flag)
-    for step in cuda_launch.launches(call, shape, operation, **numbers):
-        _launch(call, shape.kernels, step)
-    if flag is not None and int(flag) != cuda_launch.FAR:
+        arrays["flag"] = cupy.full((), cuda_launch.FAR, np.int64)
+    _launch(plan, tuple(_address(arrays.get(name)) for name in cuda_launch.ADDRESSES))
+    if "flag" in arrays and int(arrays["flag"]) != cuda_launch.FAR:
         raise_invalid_target(cupy.asnumpy(problem.target), classes)
-    return result
+    return loss
 
 
 def _readable(array: Array, dtype: Any, real: Any) -> Array:
@@ -94,17 +85,19 @@ def _readable(array: Array, dtype: Any, real: Any) -> Array:
     return array if array.dtype in (dtype, real) else array.astype(real)
 
 
-def _address(array: Array) -> int:
-    return int(array.data.ptr) if array.size else 0
+def _address(array: Array | None) -> int:
+    return int(array.data.ptr) if array is not None and array.size else 0
 
 
-def _launch(call: cuda_launch.Call, kernels: str, step: cuda_launch.Launch) -> None:
+def _launch(plan: cuda_launch.Plan, addresses: tuple[int, ...]) -> None:
     """Launch on CuPy's current stream; CuPy keeps what it compiled, on disk too."""
-    module = _module(call.scalar, cuda_launch.power_kind(call.p), kernels)
-    real = np.float64 if call.scalar == 64 else np.float32
+    module = _module(plan.scalar, plan.power, plan.kernels)
+    real = np.float64 if plan.scalar == 64 else np.float32
     # CuPy passes Python's integers and floats with 8 bytes.
-    values = (*step.values[:-3], *map(real, step.values[-3:]))
-    module.get_function(step.name)((step.grid,), (step.block,), values, shared_mem=step.shared)
+    numbers = (*map(int, plan.numbers[:-5]), *plan.numbers[-5:-3], *map(real, plan.numbers[-3:]))
+    for step in plan.launches:
+        kernel = module.get_function(step.name)
+        kernel((step.grid,), (step.block,), (*addresses, *numbers), shared_mem=step.shared)
 
 
 @cache

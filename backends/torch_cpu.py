@@ -10,13 +10,13 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+from mml_arrayapi.backends import cpu_blocks, threads
 from numpy import array, float32
 from torch import from_numpy
 from torch.autograd import forward_ad
 
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target, settle_targets
-from mml_arrayapi.backends import cpu_blocks, threads
 from mml_arrayapi.kernel import Kernel, Problem
 
 is_compiling = torch.compiler.is_compiling

@@ -164,8 +164,7 @@ def _loss(
     reduction: str,
     strict: bool,
 ) -> torch.Tensor:
-    work = _Work(input, target, weight, p, margin, reduction)
-    return work.run("loss", loss=True, strict=strict)  # type: ignore[return-value]
+    return _launch("loss", input, target, weight, None, p, margin, reduction, strict)["loss"]
 
 
 def _loss_mask(
@@ -177,10 +176,8 @@ def _loss_mask(
     reduction: str,
     strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    work = _Work(input, target, weight, p, margin, reduction)
-    mask, counts = work.empty_mask()
-    loss = work.run("loss_mask", loss=True, strict=strict, mask=mask, counts=counts)
-    return loss, mask, counts  # type: ignore[return-value]
+    made = _launch("loss_mask", input, target, weight, None, p, margin, reduction, strict)
+    return made["loss"], made["mask"], made["counts"]
 
 
 def _grad_mask(
@@ -193,8 +190,11 @@ def _grad_mask(
     reduction: str,
 ) -> torch.Tensor:
     grad = torch.empty(size, dtype=grad_output.dtype, device=grad_output.device)
-    work = _Work(grad, target, weight, 1.0, 0.0, reduction)  # the margin is in the mask
-    work.run("grad_mask", upstream=grad_output, mask=mask, counts=counts, grad=grad)
+    # The scores aren't read, and the margin is in the mask.
+    _launch(
+        "grad_mask", grad, target, weight, grad_output, 1.0, 0.0, reduction, False,
+        grad=grad, mask=mask, counts=counts,
+    )  # fmt: skip
     return grad
 
 
@@ -208,8 +208,7 @@ def _grad(
     reduction: str,
 ) -> torch.Tensor:
     grad = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    work = _Work(input, target, weight, p, margin, reduction)
-    work.run("loss_grad", upstream=grad_output, grad=grad)
+    _launch("grad", input, target, weight, grad_output, p, margin, reduction, False, grad=grad)
     return grad
 
 
@@ -224,9 +223,10 @@ def _loss_grad(
     strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    work = _Work(input, target, weight, p, margin, reduction)
-    loss = work.run("loss_grad", loss=True, strict=strict, upstream=grad_output, grad=grad)
-    return loss, grad  # type: ignore[return-value]
+    made = _launch(
+        "loss_grad", input, target, weight, grad_output, p, margin, reduction, strict, grad=grad
+    )
+    return made["loss"], grad
 
 
 def _fake_loss(input, target, weight, p, margin, reduction, strict):  # type: ignore[no-untyped-def] # noqa: ARG001
@@ -292,110 +292,87 @@ def _run(name: str, *arguments: Any) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 
-class _Work:
-    """A problem's tensors as the kernels read them, kept until everything is launched."""
-
-    def __init__(
-        self,
-        input: torch.Tensor,
-        target: torch.Tensor,
-        weight: torch.Tensor | None,
-        p: float,
-        margin: float,
-        reduction: str,
-    ) -> None:
-        self.target = target
-        rows, classes = target.numel(), input.shape[-1]
-        if input.ndim != 2 or (classes > 1 and input.stride(1) != 1):
-            input = input.reshape(rows, classes).contiguous()
-        flat = target if target.ndim == 1 else target.reshape(-1)
-        self.real = torch.float64 if input.dtype == torch.float64 else torch.float32
-        if weight is not None:
-            weight = self._readable(weight, input.dtype).contiguous()
-        self.kept = (input, flat, weight)
-        self.device = input.device
-        multiprocessors, _ = _properties(input.device.index)
-        self.call = cuda_launch.Call(
-            SCALARS[input.dtype],
-            input.data_ptr(),
-            flat.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            rows,
-            classes,
-            input.stride(0) if rows > 1 else classes,
-            flat.stride(0),
-            KINDS[target.dtype],
-            weight is not None and weight.dtype == self.real,
-            p,
-            margin,
-            reduction,
-            multiprocessors,
-        )
-        self.shape = cuda_launch.geometry(self.call.scalar, rows, classes, multiprocessors)
-
-    def _readable(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Convert to the computing precision, unless it has that, or the scores' own."""
-        tensor = tensor.detach()
-        return tensor if tensor.dtype in (dtype, self.real) else tensor.to(self.real)
-
-    def empty_mask(self) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (self.call.rows, self.shape.mask_row)
-        mask = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        return mask, torch.empty(self.shape.counts, dtype=torch.int32, device=self.device)
-
-    def run(
-        self,
-        operation: str,
-        loss: bool = False,
-        strict: bool = False,
-        upstream: torch.Tensor | None = None,
-        **buffers: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """Launch an operation; return the loss if it is asked for."""
-        dtype = self.kept[0].dtype
-        numbers = {name: tensor.data_ptr() for name, tensor in buffers.items()}
-        result = flag = None
-        if loss and self.call.reduction == "none":
-            result = torch.empty(self.target.shape, dtype=dtype, device=self.device)
-            numbers["loss"] = result.data_ptr()
-        elif loss:
-            result = torch.empty((), dtype=dtype, device=self.device)
-            numbers["result"] = result.data_ptr()
-            blocks = cuda_launch.partials(self.call, self.shape)
-            if blocks:
-                partials = torch.empty(blocks, dtype=torch.float64, device=self.device)
-                numbers["partials"] = partials.data_ptr()
-        if upstream is not None:
-            upstream = self._readable(upstream, dtype)
-            if upstream.ndim > 1:
-                upstream = upstream.reshape(-1)
-            numbers["upstream"] = upstream.data_ptr()
-            numbers["upstream_stride"] = upstream.stride(0) if upstream.ndim else 0
-            numbers["upstream_wide"] = int(upstream.dtype == self.real)
-        if strict:
-            flag = torch.full((), cuda_launch.FAR, dtype=torch.int64, device=self.device)
-            numbers["flag"] = flag.data_ptr()
-        launches = cuda_launch.launches(self.call, self.shape, operation, **numbers)
-        index = self.device.index
-        if index == _current_device():
-            _launch(launches, self.call, self.shape.kernels, index)
-        else:
-            with torch.cuda.device(index):
-                _launch(launches, self.call, self.shape.kernels, index)
-        if flag is not None and flag.item() != cuda_launch.FAR:
-            raise_invalid_target(torch_values.on_host(self.target), self.call.classes)
-        return result
-
-
 def _launch(
-    launches: list[cuda_launch.Launch], call: cuda_launch.Call, kernels: str, index: int
-) -> None:
+    operation: str,
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    upstream: torch.Tensor | None,
+    p: float,
+    margin: float,
+    reduction: str,
+    strict: bool,
+    **arrays: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Launch an operation; return its arrays: those given, and the loss and mask made here."""
+    rows, classes = target.numel(), input.shape[-1]
+    dtype, device = input.dtype, input.device
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    if input.ndim != 2 or (classes > 1 and input.stride(1) != 1):
+        input = input.reshape(rows, classes).contiguous()
+    flat = target if target.ndim == 1 else target.reshape(-1)
+    scores = input.data_ptr()
+    addresses = {"scores": scores, "target": flat.data_ptr()}
+    if weight is not None:
+        weight = _readable(weight, dtype, real).contiguous()
+        addresses["weight"] = weight.data_ptr()
+    if upstream is not None:
+        upstream = _readable(upstream, dtype, real).reshape(-1)
+        addresses["upstream"] = upstream.data_ptr()
+    call = cuda_launch.Call(
+        SCALARS[dtype],
+        rows,
+        classes,
+        input.stride(0) if rows > 1 else classes,
+        flat.stride(0),
+        KINDS[target.dtype],
+        weight is not None and weight.dtype == real,
+        0 if upstream is None or reduction != "none" else upstream.stride(0),
+        upstream is not None and upstream.dtype == real,
+        scores % 16 == 0,
+        p,
+        margin,
+        reduction,
+        _properties(device.index)[0],
+    )
+    plan = cuda_launch.plan(call, operation)
+    if operation.startswith("loss"):
+        shape = target.shape if reduction == "none" else ()
+        arrays["loss"] = torch.empty(shape, dtype=dtype, device=device)
+    if operation == "loss_mask":
+        arrays["mask"] = torch.empty(plan.mask, dtype=torch.uint8, device=device)
+        arrays["counts"] = torch.empty(plan.counts, dtype=torch.int32, device=device)
+    for name, array in arrays.items():
+        addresses[name] = array.data_ptr()
+    if reduction != "none" and "loss" in addresses:
+        addresses["result"] = addresses.pop("loss")
+    if plan.partials:
+        partials = torch.empty(plan.partials, dtype=torch.float64, device=device)
+        addresses["partials"] = partials.data_ptr()
+    if strict:
+        flag = torch.full((), cuda_launch.FAR, dtype=torch.int64, device=device)
+        addresses["flag"] = flag.data_ptr()
+    _on_device(plan, tuple(addresses.get(name, 0) for name in cuda_launch.ADDRESSES), device.index)
+    if strict and flag.item() != cuda_launch.FAR:
+        raise_invalid_target(torch_values.on_host(target), classes)
+    return arrays
+
+
+def _readable(tensor: torch.Tensor, dtype: torch.dtype, real: torch.dtype) -> torch.Tensor:
+    """Convert to the computing precision, unless it has that, or the scores' own."""
+    return tensor if tensor.dtype in (dtype, real) else tensor.to(real)
+
+
+def _on_device(plan: cuda_launch.Plan, addresses: tuple[int, ...], index: int) -> None:
+    """Launch on the device's current stream."""
+    if index != _current_device():
+        with torch.cuda.device(index):
+            return _on_device(plan, addresses, index)
     stream = torch._C._cuda_getCurrentRawStream(index)
-    power = cuda_launch.power_kind(call.p)
-    cuda_driver.launch(launches, call.scalar, power, kernels, index, stream, _architecture)
+    return cuda_driver.launch(plan, addresses, index, stream, _architecture)
 
 
-def _current_device() -> int | None:
+def _current_device() -> int:
     return torch.cuda.current_device()  # type: ignore[no-any-return]
 
 

@@ -43,11 +43,13 @@ PYTHON
 cd "$stage" || exit 2
 
 failed=()
+log=$results/gpu_check.log
+: > "$log"
 step() { # NAME SECONDS COMMAND...: run within a time, keep the log, note a failure
     local name=$1 limit=$2 status
     shift 2
-    printf '\n== %s (at %ss)\n' "$name" "$SECONDS"
-    timeout "$limit" "$@" 2>&1 | tee "$results/$name.log" | tail -n 40
+    printf '\n== %s (at %ss)\n' "$name" "$SECONDS" | tee -a "$log"
+    timeout "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 40
     status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || failed+=("$name: exit status $status")
 }
@@ -75,6 +77,6 @@ fi
 
 printf '\n== done in %ss, results in %s\n' "$SECONDS" "$results"
 if [ ${#failed[@]} -gt 0 ]; then
-    printf 'FAILED %s\n' "${failed[@]}"
+    printf 'FAILED %s\n' "${failed[@]}" | tee -a "$log"
     exit 1
 fi

@@ -19,7 +19,7 @@ from typing import Any
 from mml_arrayapi.conformance.reference import Reference, difference
 
 import mml_arrayapi as mml
-from mml_arrayapi.namespaces import LAZY, LIBRARIES, TRACED, library_of
+from mml_arrayapi.namespaces import HOST, LAZY, LIBRARIES, TRACED, library_of
 
 Array = Any
 
@@ -96,7 +96,10 @@ class Context:
         sample = self.xp.zeros((1,), **self._where())
         library = library_of("input", sample)
         self.library = library.name
-        self.sight = library.sight(sample)
+        try:
+            self.sight = library.sight(sample)
+        except AttributeError:  # a function is missing: the checks will name it
+            self.sight = HOST
         self.lazy = self.sight in (LAZY, TRACED) or hasattr(sample, "compute")
         self._type = type(sample)
         self.begin("")
@@ -287,7 +290,9 @@ class Context:
             return ""
         function, (scores, target), keywords = self._call
         lines = ["from math import inf, nan"] if self._has_specials() else []
-        lines += ["import mml_arrayapi as mml", f"import {self.xp.__name__} as xp"]
+        # A name that isn't ours is the module's own; what it holds may be named otherwise.
+        module = self.xp.__name__ if self.name in LIBRARIES else self.name
+        lines += ["import mml_arrayapi as mml", f"import {module} as xp"]
         if self.device is not None and not isinstance(self.device, str):
             devices = "xp.__array_namespace_info__().devices()"
             lines.append(f"device = next(d for d in {devices} if str(d) == {str(self.device)!r})")
@@ -318,14 +323,14 @@ class Context:
         return shlex.join(words)
 
     def version(self) -> str:
-        """Return the library's version."""
+        """Return the library's version; empty if it doesn't say."""
         module = self._type.__module__.partition(".")[0]
         for name in (module, self.library, self.name.partition(".")[0]):
             try:
                 return metadata.version(name)
             except metadata.PackageNotFoundError:
                 continue
-        return str(getattr(sys.modules.get(module), "__version__", "unknown"))
+        return str(getattr(sys.modules.get(module), "__version__", ""))
 
     def _where(self) -> dict[str, Any]:
         return {} if self.device is None else {"device": self.device}

@@ -1,6 +1,7 @@
 """The GPU kernels on a GPU. Skipped, by name, where there is none."""
 
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -169,6 +170,20 @@ def test_the_current_stream_is_used(p):
     stream.synchronize()
     close(value, loss)
     close(gradient, grad)
+
+
+def test_a_thread_that_has_not_touched_cuda_yet():
+    scores, target, _ = random(500, 1000)
+    loss, grad = expected(scores, target)
+    x, y = on(DEVICE, (scores, target))
+    got = []
+    for _ in range(2):  # the second finds its memory in the allocator's cache
+        thread = threading.Thread(target=lambda: got.append(multi_margin_loss_and_grad(x, y)))
+        thread.start()
+        thread.join()
+        close(got[-1][0], loss)
+        close(got[-1][1], grad)
+        del got[:]
 
 
 @pytest.mark.parametrize("p", [1, 2])

@@ -44,9 +44,15 @@ class FakeModule:
             # CuPy passes Python's numbers with 8 bytes, NumPy's with their own size.
             assert {type(v) for v in values[:-5]} <= {int}
             assert [type(v) for v in values[-5:]] == [float, float, real, real, real]
-            step = cuda_launch.Launch(name, grid[0], block[0], shared_mem, values)
+            addresses, numbers = (
+                values[: len(cuda_launch.ADDRESSES)],
+                values[len(cuda_launch.ADDRESSES) :],
+            )
+            step = cuda_launch.Launch(name, grid[0], block[0], shared_mem)
+            packed = cuda_launch.PACKED_NUMBERS[scalar].pack(*numbers)
+            plan = cuda_launch.Plan(scalar, power, "", (step,), numbers, packed, 0, (0, 0), 0)
             FakeModule.launched.append(name)
-            FakeModule.machine(scalar, power).launch(step)
+            FakeModule.machine(scalar, power).launch(plan, addresses)
 
         return run
 
@@ -69,9 +75,7 @@ def cupy_cuda(monkeypatch, builds):
     name = "mml_arrayapi.backends.cupy_cuda"
     monkeypatch.delitem(sys.modules, name, raising=False)
     FakeModule.made, FakeModule.launched = [], []
-    FakeModule.machine = staticmethod(
-        lambda *variant: emulator.Machine(builds[variant].result(), variant[0])
-    )
+    FakeModule.machine = staticmethod(lambda *variant: emulator.Machine(builds(variant)))
     module = importlib.import_module(name)
     yield module
     sys.modules.pop(name)

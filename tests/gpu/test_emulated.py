@@ -71,14 +71,14 @@ MUTANTS = [
 @pytest.mark.parametrize("variant", [v for v in emulator.VARIANTS if v not in emulator.SANITIZED])
 def test_equals_float64_reference(builds, variant):
     scalar, power = variant
-    machine = emulator.Machine(builds[variant].result(), scalar)
+    machine = emulator.Machine(builds(variant))
     part = emulator.VARIANTS.index(variant) % 3
     assert emulator.run(machine, scalar, POWERS[power], part, 3) > 40
 
 
 @pytest.mark.parametrize("variant", emulator.SANITIZED)
 def test_equals_float64_reference_under_sanitizers(builds, variant):
-    done = _sanitized(builds[variant].result(), variant)
+    done = _sanitized(builds(variant), variant)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) > 120
 
@@ -102,7 +102,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]
 
 @pytest.mark.parametrize("what", [what for what, *_ in MUTANTS])
 def test_mutant_is_caught(mutants, what):
-    machine = emulator.Machine(mutants[what].result(), 32)
+    machine = emulator.Machine(mutants[what].result())
     with pytest.raises(AssertionError, match="Case"):
         emulator.run(machine, 32, (1.0,), 0, 1)
 

@@ -3,31 +3,32 @@
 import ctypes
 import re
 import struct
+import threading
 import types
 
 import pytest
 from mml_arrayapi.backends import cuda_launch
-from mml_arrayapi.backends.cuda_launch import Call, geometry, launches, pack, partials
+from mml_arrayapi.backends.cuda_launch import ADDRESSES, NUMBERS, Call, geometry, pack, plan
 
 
 def call(scalar=32, rows=100, classes=10, **changes):
     values = {
-        "scores": 4096, "target": 8192, "weight": 0, "row_stride": classes, "target_stride": 1,
-        "target_kind": 8, "weight_wide": False, "p": 1.0, "margin": 1.0, "reduction": "mean",
-        "multiprocessors": 10,
+        "row_stride": classes, "target_stride": 1, "target_kind": 8, "weight_wide": False,
+        "upstream_stride": 0, "upstream_wide": False, "aligned": True, "p": 1.0, "margin": 1.0,
+        "reduction": "mean", "multiprocessors": 10,
     }  # fmt: skip
     return Call(scalar=scalar, rows=rows, classes=classes, **{**values, **changes})
 
 
-def planned(c):
-    return geometry(c.scalar, c.rows, c.classes, c.multiprocessors)
+def names(planned):
+    return [step.name for step in planned.launches]
 
 
 def test_fields_are_those_of_the_source():
     text = cuda_launch.source()
     listed = text[text.index("#define FIELDS") : text.index("// and, after the last comma")]
-    names = re.findall(r"F\([^,]+, (\w+)\)", listed)
-    assert (*names, "grad_factor") == cuda_launch.FIELDS
+    found = re.findall(r"F\([^,]+, (\w+)\)", listed)
+    assert (*found, "grad_factor") == (*ADDRESSES, *NUMBERS)
 
 
 def test_constants_are_those_of_the_source():
@@ -40,25 +41,23 @@ def test_constants_are_those_of_the_source():
 
 @pytest.mark.parametrize("scalar", [64, 32, 16, 17])
 def test_arguments_are_packed_in_order_in_8_bytes_each(scalar):
-    c = call(scalar, rows=7, classes=100, p=3.0, margin=0.25, weight=16, target_kind=-4)
-    (step,) = launches(c, planned(c), "loss_grad", result=32, grad=48)
-    packed = pack(scalar, step)
-    assert len(packed) == 8 * len(cuda_launch.FIELDS)
-    place = {name: 8 * i for i, name in enumerate(cuda_launch.FIELDS)}
-    integer = {n: struct.unpack_from("<q", packed, place[n])[0] for n in cuda_launch.FIELDS[:23]}
-    assert integer["scores"] == 4096
-    assert integer["weight"] == 16
-    assert integer["result"] == 32
-    assert integer["grad"] == 48
-    assert integer["flag"] == integer["loss"] == 0
-    assert integer["target_kind"] == -4
-    assert (integer["rows"], integer["classes"]) == (7, 100)
+    c = call(scalar, rows=7, classes=100, p=3.0, margin=0.25, target_kind=-4, weight_wide=True)
+    packed = pack(tuple(range(16, 16 + len(ADDRESSES))), plan(c, "loss_grad"))
+    fields = (*ADDRESSES, *NUMBERS)
+    assert len(packed) == 8 * len(fields) == 8 * cuda_launch.FIELDS
+
+    def get(name, kind="<q"):
+        return struct.unpack_from(kind, packed, 8 * fields.index(name))[0]
+
+    assert [get(name) for name in ADDRESSES] == list(range(16, 16 + len(ADDRESSES)))
+    assert (get("rows"), get("classes"), get("target_kind")) == (7, 100, -4)
+    assert (get("weight_wide"), get("vector"), get("blocks")) == (1, 1, 1)
     real = "<d" if scalar == 64 else "<f"
-    assert struct.unpack_from("<d", packed, place["divisor"]) == (7.0,)
-    assert struct.unpack_from("<d", packed, place["loss_factor"]) == (1 / 100,)
-    assert struct.unpack_from(real, packed, place["margin"]) == (0.25,)
-    assert struct.unpack_from(real, packed, place["exponent"]) == (2.0,)
-    assert struct.unpack_from(real, packed, place["grad_factor"])[0] == pytest.approx(3 / 700)
+    assert get("divisor", "<d") == 7
+    assert get("loss_factor", "<d") == 1 / 100
+    assert get("margin", real) == 0.25
+    assert get("exponent", real) == 2
+    assert get("grad_factor", real) == pytest.approx(3 / 700)
 
 
 @pytest.mark.parametrize(
@@ -101,33 +100,31 @@ def test_shared_memory_stays_within_what_every_device_gives():
 
 
 def test_tiny_problems_take_one_launch_and_others_a_second_for_the_sum():
-    tiny, larger = call(rows=160, classes=100), call(rows=170, classes=100)
-    assert [step.name for step in launches(tiny, planned(tiny), "loss", result=8)] == ["rows_loss"]
-    assert partials(tiny, planned(tiny)) == 0
-    steps = launches(larger, planned(larger), "loss", result=8, partials=16)
-    assert [step.name for step in steps] == ["rows_loss", "finish"]
-    assert partials(larger, planned(larger)) == steps[0].grid == steps[0].values[22]
-    each = call(rows=170, classes=100, reduction="none")
-    assert [step.name for step in launches(each, planned(each), "loss", loss=8)] == ["rows_loss"]
-    assert partials(each, planned(each)) == 0
+    tiny = plan(call(rows=160, classes=100), "loss")
+    assert (names(tiny), tiny.partials) == (["rows_loss"], 0)
+    larger = plan(call(rows=170, classes=100), "loss_mask")
+    assert names(larger) == ["rows_loss_mask", "finish"]
+    assert larger.partials == larger.launches[0].grid == larger.numbers[NUMBERS.index("blocks")]
+    each = plan(call(rows=170, classes=100, reduction="none"), "loss")
+    assert (names(each), each.partials) == (["rows_loss"], 0)
+    for operation, kernel in (("grad", "rows_loss_grad"), ("grad_mask", "rows_grad_mask")):
+        alone = plan(call(rows=170, classes=100), operation)
+        assert (names(alone), alone.partials) == ([kernel], 0)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_an_empty_batch_launches_the_sum_alone(reduction):
-    c = call(rows=0, reduction=reduction)
-    buffers = {} if reduction == "none" else {"result": 8}
-    steps = launches(c, planned(c), "loss", **buffers)
-    assert [step.name for step in steps] == ([] if reduction == "none" else ["finish"])
+    empty = call(rows=0, reduction=reduction)
+    assert names(plan(empty, "loss")) == ([] if reduction == "none" else ["finish"])
+    assert names(plan(empty, "grad")) == []
 
 
 def test_accesses_of_16_bytes_only_where_scores_lie_like_the_gradient():
     def vector(**changes):
-        c = call(**changes)
-        (step, *_) = launches(c, planned(c), "loss_grad", grad=8)
-        return bool(step.values[cuda_launch.FIELDS.index("vector")])
+        return plan(call(**changes), "loss_grad").numbers[NUMBERS.index("vector")]
 
     assert vector(classes=1001)
-    assert not vector(classes=1001, scores=4100)
+    assert not vector(classes=1001, aligned=False)
     assert not vector(classes=1001, row_stride=1002)
     assert vector(classes=1001, row_stride=1005)
     assert vector(classes=10)
@@ -149,6 +146,20 @@ class Recorder:
 
     def __init__(self):
         self.loaded, self.launched, self.status = [], [], 0
+        self.contexts = threading.local()
+
+    def cuCtxGetCurrent(self):
+        return 0, getattr(self.contexts, "current", 0)
+
+    def cuDeviceGet(self, number):
+        return 0, ("device", number)
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, 100 + device[1]
+
+    def cuCtxSetCurrent(self, context):
+        self.contexts.current = context
+        return (0,)
 
     def cuModuleLoadData(self, code):
         self.loaded.append(code)
@@ -158,11 +169,11 @@ class Recorder:
         return 0, (module, name.decode())
 
     def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
-        count = len(cuda_launch.FIELDS)
-        addresses = (ctypes.c_void_p * count).from_address(parameters)
-        values = [ctypes.c_int64.from_address(address).value for address in addresses]
+        assert self.contexts.current
+        addresses = (ctypes.c_void_p * cuda_launch.FIELDS).from_address(parameters)
+        packed = b"".join(ctypes.string_at(address, 8) for address in addresses)
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
-        self.launched.append((function, gx, bx, shared, stream, values))
+        self.launched.append((function, gx, bx, shared, stream, packed))
         return (self.status,)
 
 
@@ -172,41 +183,61 @@ def driver(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(cuda_driver, "driver", recorder)
     monkeypatch.setattr(cuda_driver, "_functions", {})
+    monkeypatch.setattr(cuda_driver, "_block", cuda_driver._Block())
     monkeypatch.setattr(cuda_driver, "compile_variant", lambda *variant: variant)
-    recorder.launch = lambda steps, power=1, kernels="rows", device=0, stream=77: (
-        cuda_driver.launch(steps, 32, power, kernels, device, stream, lambda d: f"sm_9{d}")
+    recorder.launch = lambda planned, device=0, stream=77, addresses=tuple(range(11)): (
+        cuda_driver.launch(planned, addresses, device, stream, lambda d: f"sm_9{d}")
     )
     return recorder
 
 
 def test_a_launch_reaches_the_driver_with_its_arguments_and_stream(driver):
-    c = call(rows=1000, classes=100)
-    steps = launches(c, planned(c), "loss", result=8, partials=16)
-    driver.launch(steps)
-    (first, second) = driver.launched
-    assert first[0] == (1, "rows_loss")
-    assert second[0] == (1, "finish")
-    assert first[1:5] == (steps[0].grid, 256, 256, 77)
-    assert tuple(first[5][:23]) == steps[0].values[:23]
+    planned = plan(call(rows=1000, classes=100), "loss")
+    driver.launch(planned)
+    driver.launch(planned, addresses=tuple(range(50, 61)))
+    first, second, third, _ = driver.launched
+    assert first[:5] == ((1, "rows_loss"), planned.launches[0].grid, 256, 256, 77)
+    assert second[:5] == ((1, "finish"), 1, 256, 256, 77)
+    assert first[5] == second[5] == pack(tuple(range(11)), planned)
+    assert third[5] == pack(tuple(range(50, 61)), planned)
 
 
 def test_a_module_is_loaded_once_per_device_and_variant(driver):
-    c = call(rows=1000, classes=100)
-    steps = launches(c, planned(c), "loss", result=8, partials=16)
+    planned = plan(call(rows=1000, classes=100), "loss")
     for device in (0, 1, 0, 1):
-        driver.launch(steps, device=device)
+        driver.launch(planned, device=device)
     assert driver.loaded == [(32, 1, "rows", "sm_90"), (32, 1, "rows", "sm_91")]
     assert [launched[0][0] for launched in driver.launched] == [1, 1, 2, 2, 1, 1, 2, 2]
-    driver.launch(steps, power=2)
-    driver.launch(steps, power=2)
+    other = plan(call(rows=1000, classes=100, p=2.0), "loss")
+    driver.launch(other)
+    driver.launch(other)
     assert driver.loaded[2:] == [(32, 2, "rows", "sm_90")]
+
+
+def test_a_new_thread_gets_the_devices_context(driver):
+    planned = plan(call(rows=10, classes=100), "loss")
+    seen = []
+
+    def work():
+        driver.launch(planned, device=1)
+        seen.append(driver.contexts.current)
+        driver.contexts.current = 7  # what another device's guard would set is left alone
+        driver.launch(planned, device=1)
+        seen.append(driver.contexts.current)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [101, 7]
+    driver.contexts.current = 5
+    driver.launch(planned)
+    assert driver.contexts.current == 5
 
 
 def test_what_the_driver_reports_is_raised(driver):
     driver.status = 700
-    c = call(rows=1000, classes=100)
     with pytest.raises(RuntimeError, match="CUDA: 700"):
-        driver.launch(launches(c, planned(c), "loss", result=8, partials=16))
+        driver.launch(plan(call(rows=1000, classes=100), "loss"))
 
 
 def test_an_error_of_the_compiler_is_raised_with_its_log():

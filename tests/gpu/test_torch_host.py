@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from mml_arrayapi.backends import cuda_launch
 
 from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
 
@@ -38,19 +37,16 @@ def launched(monkeypatch, builds, operators_on_cpu):
 
     names, machines = [], {}
 
-    def launch(launches, call, kernels, index):
-        variant = call.scalar, cuda_launch.power_kind(call.p)
+    def launch(plan, addresses, index):
+        variant = plan.scalar, plan.power
         if variant not in machines:
-            machines[variant] = emulator.Machine(builds[variant].result(), call.scalar)
-        for step in launches:
-            assert step.name == "finish" or step.name.startswith(kernels)
-            names.append(step.name)
-            machines[variant].launch(step)
+            machines[variant] = emulator.Machine(builds(variant))
+        names.extend(step.name for step in plan.launches)
+        machines[variant].launch(plan, addresses)
 
     monkeypatch.setattr(torch_cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(torch_cuda, "_launch", launch)
+    monkeypatch.setattr(torch_cuda, "_on_device", launch)
     monkeypatch.setattr(torch_cuda, "_properties", lambda index: (2, "sm_90"))
-    monkeypatch.setattr(torch_cuda, "_current_device", lambda: None)
     return names
 
 
@@ -295,7 +291,7 @@ def test_refuses_other_devices_and_kinds_of_tensors(launched, batch, monkeypatch
     assert "built for ROCm" in dict(explain(scores, target).considered)[NAME]
 
 
-def test_the_tensors_device_and_its_current_stream_are_used(batch, monkeypatch):
+def test_the_tensors_device_and_its_current_stream_are_used(monkeypatch):
     # Launched on: what device was current, what stream was asked for.
     seen, current = [], [0]
 
@@ -314,18 +310,15 @@ def test_the_tensors_device_and_its_current_stream_are_used(batch, monkeypatch):
     monkeypatch.setattr(
         torch_cuda.cuda_driver,
         "launch",
-        lambda steps, scalar, power, kernels, index, stream, architecture: seen.append(
-            (current[0], index, stream, architecture(index), scalar, power, kernels)
+        lambda plan, addresses, index, stream, architecture: seen.append(
+            (current[0], index, stream, architecture(index), plan, addresses)
         ),
     )
-    work = torch_cuda._Work(*batch, 1.0, 1.0, "none")
     for index in (0, 1):
-        work.device = torch.device("cuda", index)
-        monkeypatch.setattr(torch, "empty", lambda *shape, **_: batch[0])
-        work.run("loss", loss=True)
+        torch_cuda._on_device("plan", "addresses", index)
     assert seen == [
-        (0, 0, 1000, "sm_90", 32, 1, "rows"),
-        (1, 1, 1001, "sm_91", 32, 1, "rows"),
+        (0, 0, 1000, "sm_90", "plan", "addresses"),
+        (1, 1, 1001, "sm_91", "plan", "addresses"),
     ]
     assert current == [0]
 

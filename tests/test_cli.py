@@ -1,0 +1,87 @@
+"""The command line: dispatch, ``backends`` and ``demo``. ``evaluate`` and ``conformance`` have theirs."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mml_arrayapi import __version__, cli, demo
+
+
+def test_version_and_help(capsys):
+    for flag, expected in (("--version", __version__), ("--help", "demo")):
+        with pytest.raises(SystemExit) as info:
+            cli.main([flag])
+        assert info.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as info:
+        cli.main([])
+    assert info.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "mml_arrayapi", "backends"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["kernel", "arrays", "of", "available"]
+    assert lines[-1].split()[:3] == ["generic", "*", "yes"]
+
+
+def test_interrupted(monkeypatch, capsys):
+    def run(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_backends", run)
+    assert cli.main(["backends"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_demo(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(demo, "STEPS", 20)
+    assert cli.main(["demo", "--output", str(tmp_path / "new" / "folder")]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if "%" in line and "│" in line]
+    assert len(rows) >= 1
+    assert len({tuple(row.split("│")[3:6]) for row in rows}) == 1, "the libraries disagree"
+    assert f"All {len(rows)} libraries agree to the printed digits." in out
+    assert "mml-arrayapi evaluate" in out
+    logits = np.load(tmp_path / "new" / "folder" / "logits.npy")
+    targets = np.load(tmp_path / "new" / "folder" / "targets.npy")
+    assert logits.shape == (360, 10)
+    assert logits.dtype == np.float32
+    assert np.mean(logits.argmax(axis=1) == targets) > 0.8
+    assert "360" in out.split("mml-arrayapi evaluate")[1]
+
+
+def test_demo_says_when_libraries_disagree(capsys):
+    one = demo.Result("generic", 1.0, 2.0, 0.5, 0.1, None)
+    demo._print_agreement({"NumPy": one, "JAX": one._replace(test_loss=2.5)})
+    assert capsys.readouterr().out == (
+        "The libraries disagree: training and test loss are 1.00000 2.00000 or 1.00000 2.50000.\n"
+    )
+
+
+def test_demo_where_it_cannot_write(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(demo, "STEPS", 1)
+    monkeypatch.setattr(demo, "LIBRARIES", demo.LIBRARIES[:1])
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"demo: cannot write to {tmp_path / 'file'}: ")
+
+
+def test_demo_without_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli.main(["demo"]) == 2
+    assert "install with: pip install 'mml_arrayapi[demo]'" in capsys.readouterr().err
