@@ -139,7 +139,7 @@ class Rows(NamedTuple):
     identity: list[Any]
 
     @property
-    def count(self) -> int:
+    def n_rows(self) -> int:
         """The number of rows."""
         return sum(piece.rows for piece in self.pieces)
 
