@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
+
+from mml_arrayapi.accumulate import ExactSum, sample_losses
+from mml_arrayapi.arguments import check
 from mml_arrayapi.backends.dask_values import (
     aligned,
     check_length,
@@ -31,9 +34,6 @@ from mml_arrayapi.backends.dask_values import (
     unknown,
     whole,
 )
-
-from mml_arrayapi.accumulate import ExactSum, sample_losses
-from mml_arrayapi.arguments import check
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.namespaces import library_of
 from mml_arrayapi.registry import choose_for_job
