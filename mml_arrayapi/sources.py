@@ -269,9 +269,7 @@ def _check_lengths(scores: list[Shard], labels: list[Shard], rows_axis: int) -> 
         )
 
 
-def _pieces(
-    scores: list[Shard], labels: list[Shard], rows_axis: int, step: int
-) -> Iterator[Piece]:
+def _pieces(scores: list[Shard], labels: list[Shard], rows_axis: int, step: int) -> Iterator[Piece]:
     ends = list(accumulate((t.shape[0] for t in labels), initial=0))
     base = 0
     for shard in scores:
@@ -551,9 +549,7 @@ def _columns_for(role: str, schema: Any, file: str) -> list[str]:
 def _is_list(kind: Any) -> bool:
     import pyarrow.types as kinds
 
-    return bool(
-        kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
-    )
+    return bool(kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind))
 
 
 FORMATS: dict[str, Callable[[str, str, str], Array]] = {
