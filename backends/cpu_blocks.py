@@ -75,7 +75,12 @@ class Scores(NamedTuple):
 
 
 def scores(
-    array: np.ndarray, target: np.ndarray, weight: np.ndarray | None, axis: int, p: float, margin: float
+    array: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray | None,
+    axis: int,
+    p: float,
+    margin: float,
 ) -> Scores:
     """Gather a call's arrays; copies nothing of the input's size."""
     computing = np.float64 if array.dtype == np.float64 else np.float32
@@ -218,7 +223,7 @@ def part_sums(scores: Scores, first: int, own: np.ndarray) -> np.ndarray:
 
 
 class _Layout(NamedTuple):
-    """Where the rows of an array (\\*batch, C) begin, in elements."""
+    """Where the rows of an array (batch, C) begin, in elements."""
 
     offsets: np.ndarray | None  # int64, where one stride doesn't lead from each row to the next
     row_stride: int

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from mml_arrayapi.backends import cpu_blocks, threads
 
 from mml_arrayapi.arguments import raise_invalid_target
+from mml_arrayapi.backends import cpu_blocks, threads
 from mml_arrayapi.kernel import Kernel, Problem
 
 PLAIN = (np.ndarray, np.memmap)  # other subclasses (masked arrays, matrices) have their own meaning

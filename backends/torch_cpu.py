@@ -10,13 +10,13 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
-from mml_arrayapi.backends import cpu_blocks, threads
 from numpy import array, float32
 from torch import from_numpy
 from torch.autograd import forward_ad
 
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target, settle_targets
+from mml_arrayapi.backends import cpu_blocks, threads
 from mml_arrayapi.kernel import Kernel, Problem
 
 is_compiling = torch.compiler.is_compiling
@@ -174,7 +174,10 @@ def _limit() -> int:
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """View a tensor's memory; NumPy knows no bfloat16."""
     tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    array: np.ndarray = tensor.numpy()
+    return array
 
 
 def _scores(problem: Problem) -> cpu_blocks.Scores:
@@ -197,9 +200,7 @@ def _losses(problem: Problem) -> torch.Tensor | None:
     return torch.empty(problem.target.numel(), dtype=problem.input.dtype)
 
 
-def _finish(
-    problem: Problem, losses: torch.Tensor | None, total: float, bad: int
-) -> torch.Tensor:
+def _finish(problem: Problem, losses: torch.Tensor | None, total: float, bad: int) -> torch.Tensor:
     n_classes, rows = problem.input.shape[problem.axis], problem.target.numel()
     if bad >= 0 and problem.check_target == "raise":
         raise_invalid_target(problem.target.numpy(), n_classes)
@@ -331,8 +332,16 @@ class _SmallLoss(torch.autograd.Function):
         kernels, exponent = _small[torch.float32, p]
         grad = torch.empty_like(x)
         kernels.grad_of_memory(
-            FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, float(margin), exponent,
-            grad.data_ptr(), p / n_classes / rows, grad_output.data_ptr(),
+            FLOAT32,
+            x.data_ptr(),
+            y.data_ptr(),
+            rows,
+            n_classes,
+            float(margin),
+            exponent,
+            grad.data_ptr(),
+            p / n_classes / rows,
+            grad_output.data_ptr(),
         )
         return grad, None, None, None
 

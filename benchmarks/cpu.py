@@ -212,7 +212,8 @@ def table(result):
         "`memory` is what the call took above its input, in units of the input.",
         "",
         "| shape | dtype | p | pass | mml torch | loss_and_grad | "
-        + " | ".join(COLUMNS) + " | memory |",
+        + " | ".join(COLUMNS)
+        + " | memory |",
         "|" + "---|" * (7 + len(COLUMNS)),
     ]
     for row in result["rows"]:

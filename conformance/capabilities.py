@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from mml_arrayapi import arguments, generic, namespaces
 from mml_arrayapi.conformance.context import DTYPES, INTEGERS, Context
-
-from mml_arrayapi import arguments, generic
 from mml_arrayapi.namespaces import DEVICE, HOST, LAZY, TRACED
 
 _SIGHT = {
@@ -23,7 +22,7 @@ _SIGHT = {
 
 @cache
 def functions_needed() -> tuple[str, ...]:
-    """Name the array API functions and dtypes that the generic code uses, read off its source.
+    """Name the array API functions that the generic code uses, read off its source.
 
     Returns
     -------
@@ -35,18 +34,15 @@ def functions_needed() -> tuple[str, ...]:
     >>> "where" in functions_needed(), "take" in functions_needed()
     (True, False)
     """
-    return tuple(
-        sorted(
-            {
-                node.attr
-                for module in (generic, arguments)
-                for node in ast.walk(ast.parse(inspect.getsource(module)))
-                if isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "xp"
-            }
-        )
-    )
+    names = {
+        node.attr
+        for code in (generic, arguments, namespaces._plain, namespaces.widest)
+        for node in ast.walk(ast.parse(inspect.getsource(code)))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "xp"
+    }
+    return tuple(sorted(names.difference(DTYPES, INTEGERS)))
 
 
 def capabilities(contexts: Sequence[Context]) -> dict[str, Any]:

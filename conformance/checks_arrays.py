@@ -13,7 +13,6 @@ from unittest import mock
 from mml_arrayapi.conformance.context import Context, Fail, NotRun
 from mml_arrayapi.conformance.reference import Reference, reference
 from mml_arrayapi.conformance.suite import check
-
 from mml_arrayapi.namespaces import LAZY
 
 TOPIC = "arrays"
@@ -174,8 +173,7 @@ def specialised_kernel_agrees_with_the_generic_code(ctx: Context) -> None:
     x, y = ctx.array(rows), ctx.integers(target)
     chosen = ctx.kernel(x, y)
     if chosen.kernel == "generic":
-        others = [f"{name}: {why}" for name, why in chosen.considered if why]
-        raise NotRun(f"the generic code runs ({'; '.join(others) or 'no kernel is known'})")
+        raise NotRun("this is the generic code")
     weight = [1.0 + i / 16 for i in range(17)]
     for p in (1, 2, 1.5):
         scale = reference(rows, target, p=p, weight=weight)

@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "array_api_strict; may be given again, to compare")  # fmt: skip
     add("--device", help="where arrays are made, as the library prints it")
     add("--dtype", action="append", choices=DTYPES, help="may be given again; default all")
-    add("--backend", metavar="KERNEL", help="the kernel that must run; generic for none")
+    add("--backend", metavar="KERNEL",
+        help="this kernel only; default each that can run, and the generic code")  # fmt: skip
     add("--seed", type=int, default=0, help="of the random numbers; default 0")
     add("--check", action="append", metavar="NAME", help="this check only; may be given again")
     add("--expect", action="append", default=[], metavar="CHECK=REASON",
@@ -134,15 +135,23 @@ def _writable(arguments: argparse.Namespace) -> None:
 
 
 def _contexts(arguments: argparse.Namespace) -> list[list[Context]]:
-    """Make the contexts of each library, one per dtype; each knows another to agree with."""
+    """Make the contexts of each library and kernel, one per dtype.
+
+    Kernels are always named: which one the library would choose may depend on what was computed
+    before (compiling one pays late), and a check must be the same when it is run again alone.
+    """
     names = list(dict.fromkeys(arguments.xp))
     dtypes = list(dict.fromkeys(arguments.dtype or DTYPES))
     found = []
     for name in names:
-        # A kernel takes the arrays of one library: the other computes by its own choice.
-        other = next((n for n in names if n != name), None)
         try:
-            found.append([_context(name, dtype, arguments, other) for dtype in dtypes])
+            first = Context(name, device=arguments.device)
+            kernels = [arguments.backend] if arguments.backend else _kernels(first)
+            # Another library to agree with computes by its own choice.
+            others = [n for n in names if n != name]
+            for kernel in kernels:
+                contexts = [_context(name, d, arguments, kernel, others) for d in dtypes]
+                found.append(contexts)
         except ImportError as error:
             raise ValueError(f"--xp {name}: cannot be imported: {error}") from None
         except ValueError as error:
@@ -150,16 +159,25 @@ def _contexts(arguments: argparse.Namespace) -> list[list[Context]]:
     return found
 
 
-def _context(name: str, dtype: str, arguments: argparse.Namespace, other: str | None) -> Context:
-    beside = None if other is None else Context(other, device=arguments.device, dtype=dtype)
-    return Context(
-        name,
-        device=arguments.device,
-        dtype=dtype,
-        seed=arguments.seed,
-        backend=arguments.backend,
-        other=beside,
-    )
+def _kernels(context: Context) -> list[str]:
+    """Name the kernels that can run a usual problem, the generic code last."""
+    x, y = context.array(context.scores()), context.integers(context.targets())
+    found = []
+    for name, _ in context.kernel(x, y, check_target="nan").considered:
+        try:
+            context.kernel(x, y, backend=name, check_target="nan")
+        except ValueError:  # it refuses; the report says why
+            continue
+        found.append(name)
+    return found
+
+
+def _context(
+    name: str, dtype: str, arguments: argparse.Namespace, kernel: str, others: list[str]
+) -> Context:
+    device, seed = arguments.device, arguments.seed
+    other = Context(others[0], device=device, dtype=dtype, backend="generic") if others else None
+    return Context(name, device=device, dtype=dtype, seed=seed, backend=kernel, other=other)
 
 
 def _run(contexts: list[Context], checks: list[Check], expected: dict[str, str]) -> Run:

@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from mml_arrayapi.conformance.reference import Reference, difference
-
 import mml_arrayapi as mml
+from mml_arrayapi.conformance.reference import Reference, difference
 from mml_arrayapi.namespaces import HOST, LAZY, LIBRARIES, TRACED, library_of
 
 Array = Any
@@ -323,14 +322,14 @@ class Context:
         return shlex.join(words)
 
     def version(self) -> str:
-        """Return the library's version."""
+        """Return the library's version; empty if it doesn't say."""
         module = self._type.__module__.partition(".")[0]
         for name in (module, self.library, self.name.partition(".")[0]):
             try:
                 return metadata.version(name)
             except metadata.PackageNotFoundError:
                 continue
-        return str(getattr(sys.modules.get(module), "__version__", "unknown"))
+        return str(getattr(sys.modules.get(module), "__version__", ""))
 
     def _where(self) -> dict[str, Any]:
         return {} if self.device is None else {"device": self.device}

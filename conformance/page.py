@@ -11,6 +11,7 @@ from mml_arrayapi.conformance.checks import all_checks
 from mml_arrayapi.conformance.report import Run, checks_of, kernels_of, remarks, summary
 from mml_arrayapi.conformance.suite import FAIL, PASS, STATES, UNSUPPORTED, Result
 
+OPEN = 3  # failures shown unfolded; where one thing is wrong, many checks fail
 _SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -82,13 +83,12 @@ def _cell(results: Iterable[Result]) -> str:
 
 
 def _failures(runs: Sequence[Run]) -> str:
+    failed = [(run, result) for run in runs for result in run.results if result.failed]
     lines = [
-        f"<details open><summary>{escape(run.title)}: {escape(result.check)} "
-        f"[{result.dtype}]</summary><p>{escape(result.reason)}</p>"
+        f"<details{' open' if i < OPEN else ''}><summary>{escape(run.title)}: "
+        f"{escape(result.check)} [{result.dtype}]</summary><p>{escape(result.reason)}</p>"
         f"<pre>{escape(result.snippet)}</pre><pre>{escape(result.command)}</pre></details>"
-        for run in runs
-        for result in run.results
-        if result.failed
+        for i, (run, result) in enumerate(failed)
     ]
     return "<h2>Failures</h2>" + "\n".join(lines) if lines else ""
 

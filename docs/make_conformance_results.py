@@ -23,10 +23,9 @@ MARK = "\n<!-- other libraries -->\n"
 
 sys.path.insert(0, str(TOP))  # for tests.broken
 
+from mml_arrayapi import registry  # noqa: E402
 from mml_arrayapi.conformance import Context, all_checks  # noqa: E402
 from mml_arrayapi.conformance.report import as_markdown, from_json, header  # noqa: E402
-
-from mml_arrayapi import registry  # noqa: E402
 from tests.broken import kernels, libraries  # noqa: E402
 
 STRICT = "array_api_strict"
@@ -136,7 +135,7 @@ def others(folder):
 
 def broken():
     """Run every check on everything that is broken on purpose; say which found it."""
-    rows = ["| broken on purpose | found by the check that claims it | found by others too |",
+    rows = ["| broken on purpose | found by the check that claims it | and by others |",
             "|---|---|---|"]  # fmt: skip
     for fault, (name, dtype) in kernels.FAULTS.items():
         registry.register_kernel(kernels.kernel(fault, libraries.SOUND.__name__))
@@ -151,7 +150,7 @@ def broken():
 def _found(title, name, dtype, context):
     failed = [check.name for check in all_checks() if check(context).failed]
     claimed = f"{name} [{dtype}]" if name in failed else "**no**"
-    return f"| {title} | {claimed} | {', '.join(n for n in failed if n != name) or '-'} |"
+    return f"| {title} | {claimed} | {len(failed) - (name in failed)} |"
 
 
 def main():

@@ -90,9 +90,7 @@ def test_the_state_survives_json(values):
 def test_the_accumulator_is_fsum_of_the_losses(p, weighted):
     scores, target = batch()
     weight = np.asarray([1.0, -0.5, 2.0, 0.25, 3.0]) if weighted else None
-    losses = sample_losses(
-        scores, target, p=p, margin=0.5, weight=weight, check_target="raise"
-    )
+    losses = sample_losses(scores, target, p=p, margin=0.5, weight=weight, check_target="raise")
     stream = LossAccumulator(p=p, margin=0.5, weight=weight)
     for part in (slice(0, 1), slice(1, 150), slice(150, 150), slice(150, 200)):
         stream.update(scores[part], target[part])

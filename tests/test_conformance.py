@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mml_arrayapi.conformance import Context, Result, all_checks, capabilities, report
 from mml_arrayapi.conformance.command import add_arguments
 from mml_arrayapi.conformance.page import as_html
@@ -16,15 +17,18 @@ ALL = ("float32", "float64", "float16", "bfloat16")
 
 # A library (as --xp says it), or a state of it -> the dtypes to test and what makes the context.
 CONFIGURATIONS = {
-    "numpy": (ALL, {}),
+    "numpy": (ALL, {"backend": "numpy-numba"}),
     "numpy generic": (ALL, {"backend": "generic"}),
-    "torch": (ALL, {}),
+    "torch": (ALL, {"backend": "torch-cpu-numba"}),
     "torch generic": (ALL, {"backend": "generic"}),
-    "dask": (("float32",), {}),
+    "dask": (("float32",), {"backend": "dask-blocks"}),
     "jax": (("float32",), {}),
     "jax x64": (("float64",), {}),
     "array_api_strict": (ALL, {}),
     "array_api_strict 2022.12": (("float32",), {}),
+    "array_api_strict 2023.12": (("float32",), {}),
+    "array_api_strict 2024.12": (("float32",), {}),
+    "array_api_strict static shapes": (("float32",), {}),
     "array_api_strict device1": (("float32",), {"device": "device1"}),
     "array_api_strict no_float64": (ALL, {"device": "no_float64"}),
     "array_api_strict no_x64": (("float32",), {"device": "no_x64"}),
@@ -61,6 +65,9 @@ def state_of(configuration):
             yield name
         finally:
             module.config.update("jax_enable_x64", False)
+    elif state == "static shapes":
+        with module.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False):
+            yield name
     elif state.startswith("20"):
         with module.ArrayAPIStrictFlags(api_version=state):
             yield name
@@ -119,7 +126,7 @@ def test_a_bad_library_gives_1_with_a_snippet_and_a_command(capsys):
     check = "float64 reference agrees"
     assert command("--xp", BROKEN, "--dtype", "float32", "--seed", "7", "--check", check) == 1
     output = capsys.readouterr().out
-    again = f"mml-arrayapi conformance --xp {BROKEN} --dtype float32 --seed 7 --check '{check}'"
+    again = f"mml-arrayapi conformance --xp {BROKEN} --backend generic --dtype float32 --seed 7 --check '{check}'"
     assert f"again: {again}" in output
     assert command("--xp", BROKEN, "--dtype", "float32", "--seed", "7", "--check", check) == 1
     assert (
@@ -195,7 +202,11 @@ def test_reports(tmp_path, capsys):
     capsys.readouterr()
 
     head, runs = report.from_json(json.loads(stored.read_text()))
-    assert [run.title for run in runs] == ["tests unknown", f"numpy {runs[1].version}"]
+    assert [run.title for run in runs] == [
+        "tests generic",
+        f"numpy {runs[1].version} numpy-numba",
+        f"numpy {runs[1].version} generic",
+    ]
     assert runs[0].counts()[FAIL] == 7  # the gradient's rows, and disagreement, too
     assert head["mml_arrayapi"]
     assert report.as_markdown(head, runs) == text.read_text("utf-8")
@@ -205,7 +216,7 @@ def test_reports(tmp_path, capsys):
     assert "http" not in page  # nothing from elsewhere
     assert '<span class="dot FAIL"' in page
     markdown = text.read_text("utf-8")
-    assert "| float64 reference agrees | **FAIL** (1, 2, 3) | pass |" in markdown
+    assert "| float64 reference agrees | **FAIL** (1, 2, 3) | pass | pass |" in markdown
     assert (
         "```python\nimport mml_arrayapi as mml\nimport tests.broken.counts_from_1 as xp" in markdown
     )

@@ -379,7 +379,9 @@ def test_torch_explains_what_it_leaves_to_the_generic_implementation(leaf):
     assert "weight requires a gradient" in why(x, y, weight=weight)
     assert why(x, y, weight=weight.detach()) is None
     assert "negates" in why(torch._neg_view(x.detach()), y)
-    assert "a subclass of torch.Tensor" in why(x.detach().as_subclass(type("T", (torch.Tensor,), {})), y)
+    assert "a subclass of torch.Tensor" in why(
+        x.detach().as_subclass(type("T", (torch.Tensor,), {})), y
+    )
     with torch.autograd.forward_ad.dual_level():
         assert "forward-mode" in why(x.detach(), y)
     reasons = []
@@ -400,7 +402,7 @@ def test_torch_no_grad_and_inference_keep_no_graph(leaf):
 
 
 def test_torch_backward_refuses_an_input_changed_in_place(leaf):
-    torch, x, y = leaf
+    _, x, y = leaf
     z = x * 1
     loss = mml.multi_margin_loss(z, y, p=2)
     z += 1

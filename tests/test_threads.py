@@ -158,6 +158,8 @@ def test_a_large_gradient_of_pytorch_is_an_ordinary_tensor():
     torch = pytest.importorskip("torch")
     pytest.importorskip("numba")
     x = torch.zeros(2**11, 2**10, requires_grad=True)
-    multi_margin_loss(x, torch.zeros(2**11, dtype=torch.int64), backend="torch-cpu-numba").backward()
+    multi_margin_loss(
+        x, torch.zeros(2**11, dtype=torch.int64), backend="torch-cpu-numba"
+    ).backward()
     assert x.grad.sum().abs() < 1e-3
     assert x.grad.resize_(4, 4).shape == (4, 4)
