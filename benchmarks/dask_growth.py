@@ -221,7 +221,8 @@ def to_markdown(results):
         "",
         f"{about['cpu']}, {about['cores']} cores, Python {about['python']}, "
         + ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        + f"; {about['date']}. Made by `python benchmarks/dask_growth.py`.",
+        + f"; {about['date']}. Made by `python benchmarks/dask_growth.py`; load average before the "
+        + f"last part: {about['load before']:.1f} (other jobs on the machine, if above 0).",
         "",
         "## 2e6 x 100 float32 in memory, on threads",
         "",
