@@ -123,11 +123,15 @@ def open_store(folder):
 ALONE = """
 import json, resource, sys, threading, time
 sys.path.insert(0, {here!r})
+import dask.array as da
 import psutil
 from dask_growth import METHODS, n_tasks, open_store
 x, y = open_store({folder!r})
 array = METHODS[{method!r}](x, y)
-METHODS[{method!r}](x[:100_000], y[:100_000]).compute(scheduler="threads")
+# Imports and compiled code are loaded before; 5e6 scores are enough for the Numba kernel to be.
+zeros = [da.zeros(shape, dtype=kind, chunks=100_000) for shape, kind in
+         (((500_000, 10), "float32"), ((500_000,), "int64"))]
+METHODS[{method!r}](*zeros).compute(scheduler="threads")
 before, peak, done = psutil.Process().memory_info().rss, 0, False
 def watch():
     global peak
@@ -217,7 +221,8 @@ def to_markdown(results):
         "",
         f"{about['cpu']}, {about['cores']} cores, Python {about['python']}, "
         + ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        + f"; {about['date']}. Made by `python benchmarks/dask_growth.py`.",
+        + f"; {about['date']}. Made by `python benchmarks/dask_growth.py`; load average before the "
+        + f"last part: {about['load before']:.1f} (other jobs on the machine, if above 0).",
         "",
         "## 2e6 x 100 float32 in memory, on threads",
         "",
