@@ -7,6 +7,8 @@ sums are added in order, so a result has the same bits for any number of threads
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +17,17 @@ from mml_arrayapi.backends import threads
 
 BLOCK = 2**18  # elements: 60 microseconds of work
 SERIAL = 2**19  # elements: below, waking a thread costs more than it saves
-TILES = 2**20  # elements: below, the tiles' kernels, compiled by themselves, aren't worth it
+MANY = 2**20  # elements: below, kernels for a layout, compiled by themselves, aren't worth it
 WAIT = 2**22  # elements that the generic implementation serves before a kernel is compiled
 CALL = 2**12  # what a call counts on top of its elements
 
 KINDS = {"float64": "FLOAT64", "float32": "FLOAT32", "float16": "FLOAT16", "uint16": "BFLOAT16"}
+
+
+@cache
+def missing() -> str | None:
+    """Tell that Numba isn't there, without importing it (0.3 s)."""
+    return None if find_spec("numba") else "cannot be imported: No module named 'numba'"
 
 
 _work: dict[tuple[str, float], int] = {}
@@ -67,7 +75,12 @@ class Scores(NamedTuple):
 
 
 def scores(
-    array: np.ndarray, target: np.ndarray, weight: np.ndarray | None, axis: int, p: float, margin: float
+    array: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray | None,
+    axis: int,
+    p: float,
+    margin: float,
 ) -> Scores:
     """Gather a call's arrays; copies nothing of the input's size."""
     computing = np.float64 if array.dtype == np.float64 else np.float32
@@ -103,15 +116,15 @@ def loss(scores: Scores, limit: int, losses: np.ndarray | None = None) -> tuple[
     kernels = numba_kernels()
     columns = scores.array.shape[-1]
     layout = _layout(scores.array)
-    tiled = _is_tiled(layout, scores.array.size)
-    run = kernels.loss_tiles if tiled else kernels.loss_rows
+    form = _form(kernels, layout, scores.array)
+    run = getattr(kernels, f"loss_{form}")
     arguments = _arguments(kernels, scores, layout)
     out = 0 if losses is None else losses.ctypes.data
 
     def block(start: int, stop: int) -> tuple[float, int]:
         return run(*arguments, columns, start, stop, *_last(kernels, scores), out)  # type: ignore[no-any-return]
 
-    return _in_blocks(block, scores.target.size, columns, tiled, limit)
+    return _in_blocks(block, scores.target.size, columns, form, limit)
 
 
 def loss_and_grad(
@@ -143,8 +156,8 @@ def loss_and_grad(
     kernels = numba_kernels()
     columns = scores.array.shape[-1]
     layout, to = _layout(scores.array), _layout(grad)
-    tiled = _is_tiled(layout, scores.array.size) and to.offsets is None
-    run = kernels.grad_tiles if tiled else kernels.grad_rows
+    form = "rows" if to.offsets is not None else _form(kernels, layout, scores.array)
+    run = getattr(kernels, f"grad_{form}")
     arguments = _arguments(kernels, scores, layout)
     out = 0 if losses is None else losses.ctypes.data
     offsets = 0 if to.offsets is None else to.offsets.ctypes.data
@@ -154,7 +167,7 @@ def loss_and_grad(
     def block(start: int, stop: int) -> tuple[float, int]:
         return run(*arguments, columns, start, stop, *_last(kernels, scores), *rest, up)  # type: ignore[no-any-return]
 
-    return _in_blocks(block, scores.target.size, columns, tiled, limit)
+    return _in_blocks(block, scores.target.size, columns, form, limit)
 
 
 def own_scores(scores: Scores, first: int) -> np.ndarray:
@@ -210,7 +223,7 @@ def part_sums(scores: Scores, first: int, own: np.ndarray) -> np.ndarray:
 
 
 class _Layout(NamedTuple):
-    """Where the rows of an array (\\*batch, C) begin, in elements."""
+    """Where the rows of an array (batch, C) begin, in elements."""
 
     offsets: np.ndarray | None  # int64, where one stride doesn't lead from each row to the next
     row_stride: int
@@ -235,11 +248,13 @@ def _layout(array: np.ndarray) -> _Layout:
     return _Layout(offsets.reshape(-1), 0, step)
 
 
-def _is_tiled(layout: _Layout, elements: int) -> bool:
-    """Tell whether neighbours in memory are rows rather than classes, and there are many."""
-    if layout.offsets is not None or elements < TILES:
-        return False
-    return 0 < abs(layout.row_stride) < abs(layout.step)
+def _form(kernels: Any, layout: _Layout, array: np.ndarray) -> str:
+    """Choose among the kernels for rows, for neighbouring rows, and for many short rows."""
+    if array.size < MANY:
+        return "rows"
+    if layout.offsets is None and 0 < abs(layout.row_stride) < abs(layout.step):
+        return "tiles"
+    return "lots" if array.shape[-1] <= kernels.SHORT else "rows"
 
 
 def _arguments(kernels: Any, scores: Scores, layout: _Layout) -> tuple[Any, ...]:
@@ -260,10 +275,10 @@ def _last(kernels: Any, scores: Scores) -> tuple[float, Any]:
     return scores.margin, kernels.ONE if p == 1 else kernels.TWO if p == 2 else p
 
 
-def _in_blocks(block: Any, rows: int, columns: int, tiled: bool, limit: int) -> tuple[float, int]:
+def _in_blocks(block: Any, rows: int, columns: int, form: str, limit: int) -> tuple[float, int]:
     """Run the blocks of rows, and add up what they return."""
     size = max(1, BLOCK // columns)
-    if tiled:
+    if form == "tiles":
         size = max(size, 256)
     count = -(-rows // size)
 

@@ -35,10 +35,14 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 COLUMNS = 256  # neighbouring classes summed in float32 (by 8 lanes) before the sum goes to float64
-APART = 32  # the same where they are not neighbours: one lane. 512 for both was off by 1e-6 and 8e-6
+APART = (
+    32  # the same where they are not neighbours: one lane. 512 for both was off by 1e-6 and 8e-6
+)
 TILE = 256  # rows walked together where the classes lie further apart than the rows
 LONG = 4096  # classes from which on a row is read in quarters rather than beside three others
 RUN = 32  # classes of a tile summed in float32 before the sums go to float64
+SHORT = 16  # classes of rows that are turned into tiles; at most RUN
+LOT = 64  # rows turned into a tile at once: 4 kB of float32
 
 # Python's own scalars: Numba recognises their types faster than NumPy's (0.15 microseconds each).
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = 0.0, 0j, False, 0
@@ -64,13 +68,19 @@ def _kernel(function: Any) -> Any:
 
 def _computing(kind: Any) -> Any:
     """Return the Numba type in which a kind, or an element, is computed."""
-    return types.float64 if kind == types.float64 else types.float32
+    return kind if kind in (types.float64, types.int32) else types.float32
 
 
 @intrinsic
 def _pointer(typingctx, address, kind):  # type: ignore[no-untyped-def]
     """Make a pointer to elements of a kind from an address."""
     return _cast_address(types.CPointer(_ELEMENTS[kind]), address, kind)
+
+
+@intrinsic
+def _ints(typingctx, address):  # type: ignore[no-untyped-def]
+    """Make a pointer to int32 from an address."""
+    return _cast_address(types.CPointer(types.int32), address)
 
 
 @intrinsic
@@ -107,30 +117,11 @@ def _like(typingctx, number, value):  # type: ignore[no-untyped-def]
 def _load(typingctx, pointer, index):  # type: ignore[no-untyped-def]
     """Load one element, 16-bit kinds widened to float32 by integer operations, exactly."""
     kind = pointer.dtype
-    result = _computing(kind)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        raw = builder.load(builder.gep(args[0], [args[1]]))
-        raw.set_metadata("noalias", _scopes(builder, _LANES))
-        if kind == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(raw, _I32), _I32(16)), _F32)
-        if kind == types.int16:
-            return _widen_float16(builder, builder.zext(raw, _I32))
-        return raw
+        return _widened(builder, kind, builder.load(builder.gep(args[0], [args[1]])))
 
-    return result(pointer, index), codegen
-
-
-def _widen_float16(builder: Any, bits: Any) -> Any:
-    # Exponent and mantissa move to their float32 places; times 2**112 mends the exponent's bias
-    # and normalises subnormals; infinity and NaN get the full exponent.
-    moved = builder.shl(builder.and_(bits, _I32(0x7FFF)), _I32(13))
-    scaled = builder.fmul(builder.bitcast(moved, _F32), _F32(2.0**112))
-    finite = builder.bitcast(scaled, _I32)
-    special = builder.icmp_unsigned(">=", moved, _I32(0x0F800000))
-    whole = builder.select(special, builder.or_(finite, _I32(0x7F800000)), finite)
-    sign = builder.shl(builder.and_(bits, _I32(0x8000)), _I32(16))
-    return builder.bitcast(builder.or_(whole, sign), _F32)
+    return _computing(kind)(pointer, index), codegen
 
 
 @intrinsic
@@ -140,23 +131,111 @@ def _rounded(typingctx, pointer, value):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         number = context.cast(builder, args[1], value, _computing(kind))
-        if kind == types.uint16:
-            return _round_bfloat16(builder, builder.bitcast(number, _I32))
-        if kind == types.int16:
-            return _round_float16(builder, builder.bitcast(number, _I32))
-        return number
+        return _narrowed(builder, kind, number)
 
     return kind(pointer, value), codegen
 
 
-@intrinsic
-def _store(typingctx, pointer, index, value, lane):  # type: ignore[no-untyped-def]
-    """Store one element, of the pointer's kind.
+# The functions below emit LLVM instructions for numbers and for vectors of eight alike.
 
-    The lane, a literal 0 to 3, says which of the four rows that are written at once this is: they
-    don't overlap, nor does the gradient overlap the input. LLVM must be told so (four loads and
-    four stores are more than it checks at run time).
-    """
+
+def _as(element: Any, like: Any) -> Any:
+    """Return a type of the shape of a value's."""
+    return ir.VectorType(element, 8) if isinstance(like.type, ir.VectorType) else element
+
+
+def _constant(value: Any, number: float) -> Any:
+    """Return a constant of a value's type."""
+    if isinstance(value.type, ir.VectorType):
+        return ir.Constant(value.type, [ir.Constant(value.type.element, number)] * 8)
+    return ir.Constant(value.type, number)
+
+
+def _widened(builder: Any, kind: Any, raw: Any) -> Any:
+    if kind not in (types.int16, types.uint16):
+        return raw
+    bits = builder.zext(raw, _as(_I32, raw))
+    if kind == types.uint16:
+        return builder.bitcast(builder.shl(bits, _constant(bits, 16)), _as(_F32, raw))
+    # Exponent and mantissa move to their float32 places; times 2**112 mends the exponent's bias
+    # and normalises subnormals; infinity and NaN get the full exponent.
+    moved = builder.shl(builder.and_(bits, _constant(bits, 0x7FFF)), _constant(bits, 13))
+    scaled = builder.bitcast(moved, _as(_F32, raw))
+    finite = builder.bitcast(builder.fmul(scaled, _constant(scaled, 2.0**112)), bits.type)
+    special = builder.icmp_unsigned(">=", moved, _constant(bits, 0x0F800000))
+    full = builder.or_(finite, _constant(bits, 0x7F800000))
+    whole = builder.select(special, full, finite)
+    sign = builder.shl(builder.and_(bits, _constant(bits, 0x8000)), _constant(bits, 16))
+    return builder.bitcast(builder.or_(whole, sign), _as(_F32, raw))
+
+
+def _narrowed(builder: Any, kind: Any, number: Any) -> Any:
+    if kind not in (types.int16, types.uint16):
+        return number
+    bits = builder.bitcast(number, _as(_I32, number))
+    size = builder.and_(bits, _constant(bits, 0x7FFFFFFF))
+    nan = builder.icmp_unsigned(">", size, _constant(bits, 0x7F800000))
+    if kind == types.uint16:
+        nudged = builder.add(bits, _constant(bits, 0x7FFF))
+        nudged = builder.add(nudged, _odd(builder, bits, 16))
+        chosen = builder.select(nan, _constant(bits, 0x7FC00000), nudged)
+        return builder.trunc(builder.lshr(chosen, _constant(bits, 16)), _as(_I16, number))
+    # Normal results: the bias moves by 112, then round at bit 13.
+    normal = builder.add(size, _constant(bits, 0xC8000FFF))
+    normal = builder.lshr(builder.add(normal, _odd(builder, size, 13)), _constant(bits, 13))
+    # Subnormal results: adding 0.5, whose last bit is float16's smallest number, rounds.
+    small = builder.bitcast(size, _as(_F32, number))
+    small = builder.bitcast(builder.fadd(small, _constant(small, 0.5)), bits.type)
+    small = builder.sub(small, _constant(bits, 0x3F000000))
+    large = builder.select(nan, _constant(bits, 0x7E00), _constant(bits, 0x7C00))
+    is_small = builder.icmp_unsigned("<", size, _constant(bits, 0x38800000))
+    is_large = builder.icmp_unsigned(">=", size, _constant(bits, 0x47800000))
+    chosen = builder.select(is_large, large, builder.select(is_small, small, normal))
+    sign = builder.lshr(builder.and_(bits, _constant(bits, 0x80000000)), _constant(bits, 16))
+    return builder.trunc(builder.or_(chosen, sign), _as(_I16, number))
+
+
+def _odd(builder: Any, bits: Any, place: int) -> Any:
+    return builder.and_(builder.lshr(bits, _constant(bits, place)), _constant(bits, 1))
+
+
+@intrinsic
+def _store(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
+    """Store one element, of the pointer's kind."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[2], builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.none(pointer, index, pointer.dtype), codegen
+
+
+# In a loop that reads and writes four rows at once, LLVM must be told that they don't overlap: it
+# checks fewer pairs at run time than these are. Only such loops may use the next two: LLVM may
+# take what they touch to be apart from whatever else they touch, in any order.
+
+
+@intrinsic
+def _load_apart(typingctx, pointer, index, lane):  # type: ignore[no-untyped-def]
+    """Do what _load does, from memory that only this lane writes; from the lane 9, none does."""
+    kind = pointer.dtype
+    if not isinstance(lane, types.IntegerLiteral):
+        return None
+    own = lane.literal_value
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        raw = builder.load(builder.gep(args[0], [args[1]]))
+        if own in _LANES:
+            raw.set_metadata("alias.scope", _scopes(builder, [own]))
+        raw.set_metadata("noalias", _scopes(builder, [i for i in _LANES if i != own]))
+        return _widened(builder, kind, raw)
+
+    return _computing(kind)(pointer, index, lane), codegen
+
+
+@intrinsic
+def _store_apart(typingctx, pointer, index, value, lane):  # type: ignore[no-untyped-def]
+    """Do what _store does; no two lanes (a literal 0 to 3) write the same memory."""
     if not isinstance(lane, types.IntegerLiteral):
         return None
     own = lane.literal_value
@@ -178,34 +257,6 @@ def _scopes(builder: Any, lanes: Any) -> Any:
     module = builder.module
     domain = module.add_metadata(["mml gradient"])
     return module.add_metadata([module.add_metadata([f"lane {i}", domain]) for i in lanes])
-
-
-def _odd(builder: Any, bits: Any, place: int) -> Any:
-    return builder.and_(builder.lshr(bits, _I32(place)), _I32(1))
-
-
-def _round_bfloat16(builder: Any, bits: Any) -> Any:
-    nudged = builder.add(builder.add(bits, _I32(0x7FFF)), _odd(builder, bits, 16))
-    size = builder.and_(bits, _I32(0x7FFFFFFF))
-    nan = builder.icmp_unsigned(">", size, _I32(0x7F800000))
-    chosen = builder.select(nan, _I32(0x7FC00000), nudged)
-    return builder.trunc(builder.lshr(chosen, _I32(16)), _I16)
-
-
-def _round_float16(builder: Any, bits: Any) -> Any:
-    size = builder.and_(bits, _I32(0x7FFFFFFF))
-    # Normal results: the bias moves by 112, then round at bit 13.
-    normal = builder.add(builder.add(size, _I32(0xC8000FFF)), _odd(builder, size, 13))
-    normal = builder.lshr(normal, _I32(13))
-    # Subnormal results: adding 0.5, whose last bit is float16's smallest number, rounds.
-    small = builder.fadd(builder.bitcast(size, _F32), _F32(0.5))
-    small = builder.sub(builder.bitcast(small, _I32), _I32(0x3F000000))
-    nan = builder.icmp_unsigned(">", size, _I32(0x7F800000))
-    large = builder.select(nan, _I32(0x7E00), _I32(0x7C00))
-    chosen = builder.select(builder.icmp_unsigned("<", size, _I32(0x38800000)), small, normal)
-    chosen = builder.select(builder.icmp_unsigned(">=", size, _I32(0x47800000)), large, chosen)
-    sign = builder.lshr(builder.and_(bits, _I32(0x80000000)), _I32(16))
-    return builder.trunc(builder.or_(chosen, sign), _I16)
 
 
 @intrinsic
@@ -333,18 +384,18 @@ def _slopes(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
         y0, y1, y2, y3 = y[0] - first, y[1] - first, y[2] - first, y[3] - first
         for j in range(min(columns, n - first)):
             k, m = j * step, j * grad_step
-            h0 = _hinge(_load(x0, k), _same(j, y0), x_y[0], margin)
-            h1 = _hinge(_load(x1, k), _same(j, y1), x_y[1], margin)
-            h2 = _hinge(_load(x2, k), _same(j, y2), x_y[2], margin)
-            h3 = _hinge(_load(x3, k), _same(j, y3), x_y[3], margin)
+            h0 = _hinge(_load_apart(x0, k, 9), _same(j, y0), x_y[0], margin)
+            h1 = _hinge(_load_apart(x1, k, 9), _same(j, y1), x_y[1], margin)
+            h2 = _hinge(_load_apart(x2, k, 9), _same(j, y2), x_y[2], margin)
+            h3 = _hinge(_load_apart(x3, k, 9), _same(j, y3), x_y[3], margin)
             s0, s1 = _plus(s0, _term(h0, p)), _plus(s1, _term(h1, p))
             s2, s3 = _plus(s2, _term(h2, p)), _plus(s3, _term(h3, p))
             e0, e1, e2, e3 = _slope(h0, p), _slope(h1, p), _slope(h2, p), _slope(h3, p)
             d0, d1, d2, d3 = _plus(d0, e0), _plus(d1, e1), _plus(d2, e2), _plus(d3, e3)
-            _store(g0, m, _scaled(g0, e0, scale[0], p), 0)
-            _store(g1, m, _scaled(g1, e1, scale[1], p), 1)
-            _store(g2, m, _scaled(g2, e2, scale[2], p), 2)
-            _store(g3, m, _scaled(g3, e3, scale[3], p), 3)
+            _store_apart(g0, m, _scaled(g0, e0, scale[0], p), 0)
+            _store_apart(g1, m, _scaled(g1, e1, scale[1], p), 1)
+            _store_apart(g2, m, _scaled(g2, e2, scale[2], p), 2)
+            _store_apart(g3, m, _scaled(g3, e3, scale[3], p), 3)
         total = (total[0] + s0, total[1] + s1, total[2] + s2, total[3] + s3)
         slope = (slope[0] + d0, slope[1] + d1, slope[2] + d2, slope[3] + d3)
     return total, slope
@@ -414,7 +465,7 @@ def _one_slope(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
         e = _slope(h, p)
         total += np.float64(_term(h, p))
         slope += np.float64(e)
-        _store(grad, j * grad_step, _scaled(grad, e, scale, p), 0)
+        _store(grad, j * grad_step, _scaled(grad, e, scale, p))
     return total, slope
 
 
@@ -423,7 +474,7 @@ def _end_loss(kind, losses, i, n_classes, loss):
     """Store a row's loss where losses are asked for; it is still to be divided by C."""
     if losses != 0:
         out = _pointer(losses, kind)
-        _store(out, i, _rounded(out, loss / n_classes), 0)
+        _store(out, i, _rounded(out, loss / n_classes))
     return loss
 
 
@@ -432,9 +483,9 @@ def _end_grad(grad, grad_step, y, n, total, slope, scale):
     """Write a row's gradient at its target; NaN all over the row where the loss is NaN."""
     if total != total:
         for j in range(n):
-            _store(grad, j * grad_step, _rounded(grad, total), 0)
+            _store(grad, j * grad_step, _rounded(grad, total))
     else:
-        _store(grad, y * grad_step, _rounded(grad, -slope * scale), 0)
+        _store(grad, y * grad_step, _rounded(grad, -slope * scale))
 
 
 @_kernel
@@ -476,7 +527,9 @@ def loss_rows(
         y0 = _target(y, n_classes, i)
         v0 = _own_score(row, y0, step, m)
         if n_classes < LONG:  # as above, so that a loss doesn't depend on where its row stands
-            s = _sums((row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p)
+            s = _sums(
+                (row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p
+            )
             s0 = _sum_start(v0, n_classes) + s[0]
         else:
             s0 = _one_sum(row, y0, v0, n_classes, step, m, p)
@@ -511,8 +564,25 @@ def _row_scale(upstream, scale, weight, i):
 
 @_kernel
 def grad_rows(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
-    grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,
+    kind,
+    x,
+    offsets,
+    row_stride,
+    step,
+    y,
+    weight,
+    n_classes,
+    start,
+    stop,
+    margin,
+    p,
+    losses,
+    grad,
+    grad_offsets,
+    grad_row_stride,
+    grad_step,
+    scale,
+    upstream,
 ):
     """Do what loss_rows does, and write the gradient.
 
@@ -541,8 +611,15 @@ def grad_rows(
         c0, c1 = _row_scale(upstream, scale, w0, i), _row_scale(upstream, scale, w1, i1)
         c2, c3 = _row_scale(upstream, scale, w2, i2), _row_scale(upstream, scale, w3, i3)
         s, d = _slopes(
-            (x0, x1, x2, x3), (y0, y1, y2, y3), (v0, v1, v2, v3), n_classes, step, m, p,
-            (g0, g1, g2, g3), grad_step,
+            (x0, x1, x2, x3),
+            (y0, y1, y2, y3),
+            (v0, v1, v2, v3),
+            n_classes,
+            step,
+            m,
+            p,
+            (g0, g1, g2, g3),
+            grad_step,
             (_like(m, c0), _like(m, c1), _like(m, c2), _like(m, c3)),
         )
         s0, s1 = _sum_start(v0, n_classes) + s[0], _sum_start(v1, n_classes) + s[1]
@@ -568,8 +645,16 @@ def grad_rows(
         scale0 = _like(m, c0)
         if n_classes < LONG:
             s, d = _slopes(
-                (row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p,
-                (g0, g0, g0, g0), grad_step, (scale0, scale0, scale0, scale0),
+                (row, row, row, row),
+                (y0, y0, y0, y0),
+                (v0, v0, v0, v0),
+                n_classes,
+                step,
+                m,
+                p,
+                (g0, g0, g0, g0),
+                grad_step,
+                (scale0, scale0, scale0, scale0),
             )
             s0, d0 = _sum_start(v0, n_classes) + s[0], d[0]
         else:
@@ -597,24 +682,40 @@ def _tile_targets(tile, y, first, count, row_stride, step, n_classes, own, own_s
 
 @njit(nogil=True)
 def _tile_sums(column, j, count, row_stride, own, own_scores, margin, p, part):
-    """Add the terms of class j to each row's sum."""
+    """Add the terms of class j to each row's sum. The last arguments are pointers."""
     for t in range(count):
-        same = _same(j, np.int64(own[t]))
-        part[t] += _term(_hinge(_load(column, t * row_stride), same, own_scores[t], margin), p)
+        same = _same(j, np.int64(_load_apart(own, t, 9)))
+        score, own_score = _load_apart(column, t * row_stride, 9), _load_apart(own_scores, t, 9)
+        term = _term(_hinge(score, same, own_score, margin), p)
+        _store_apart(part, t, _load_apart(part, t, 0) + term, 0)
 
 
 @njit(nogil=True)
 def _tile_slopes(
-    column, j, count, row_stride, own, own_scores, margin, p, part, slopes, grad, grad_stride, scales
+    column,
+    j,
+    count,
+    row_stride,
+    own,
+    own_scores,
+    margin,
+    p,
+    part,
+    slopes,
+    grad,
+    grad_stride,
+    scales,
 ):
     """Add the terms and the slopes of class j to each row's sums, and write its gradient."""
     for t in range(count):
-        same = _same(j, np.int64(own[t]))
-        h = _hinge(_load(column, t * row_stride), same, own_scores[t], margin)
+        same = _same(j, np.int64(_load_apart(own, t, 9)))
+        score, own_score = _load_apart(column, t * row_stride, 9), _load_apart(own_scores, t, 9)
+        h = _hinge(score, same, own_score, margin)
         e = _slope(h, p)
-        part[t] += _term(h, p)
-        slopes[t] += e
-        _store(grad, t * grad_stride, _rounded(grad, e * scales[t]), 0)
+        _store_apart(part, t, _load_apart(part, t, 0) + _term(h, p), 0)
+        _store_apart(slopes, t, _load_apart(slopes, t, 1) + e, 1)
+        gradient = _rounded(grad, e * _load_apart(scales, t, 9))
+        _store_apart(grad, t * grad_stride, gradient, 2)
 
 
 @njit(nogil=True)
@@ -633,6 +734,8 @@ def loss_tiles(
     m = _like(kind, margin)
     own, own_scores, part = np.empty(TILE, np.int32), np.full(TILE, m), np.full(TILE, m - m)
     total, result, bad = np.empty(TILE, np.float64), 0.0, stop
+    targets, own_at = _ints(own.ctypes.data), _reals(own_scores.ctypes.data, m)
+    part_at = _reals(part.ctypes.data, m)
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         tile = _at(_pointer(x, kind), first * row_stride)
@@ -645,9 +748,9 @@ def loss_tiles(
             for j in range(run, min(run + RUN, n_classes)):
                 column = _at(tile, j * step)
                 if row_stride == 1:
-                    _tile_sums(column, j, count, 1, own, own_scores, m, p, part)
+                    _tile_sums(column, j, count, 1, targets, own_at, m, p, part_at)
                 else:
-                    _tile_sums(column, j, count, row_stride, own, own_scores, m, p, part)
+                    _tile_sums(column, j, count, row_stride, targets, own_at, m, p, part_at)
             _move(part, total, count)
         for t in range(count):
             w = _weight(m, weight, np.int64(own[t]))
@@ -657,8 +760,25 @@ def loss_tiles(
 
 @_kernel
 def grad_tiles(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
-    grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,
+    kind,
+    x,
+    offsets,
+    row_stride,
+    step,
+    y,
+    weight,
+    n_classes,
+    start,
+    stop,
+    margin,
+    p,
+    losses,
+    grad,
+    grad_offsets,
+    grad_row_stride,
+    grad_step,
+    scale,
+    upstream,
 ):
     """Do what grad_rows does, where neighbours in memory are rows; offsets aren't looked at."""
     m = _like(kind, margin)
@@ -666,6 +786,9 @@ def grad_tiles(
     slopes, scales = np.full(TILE, m - m), np.full(TILE, m)
     total, slope = np.empty(TILE, np.float64), np.empty(TILE, np.float64)
     wide, result, bad = np.empty(TILE, np.float64), 0.0, stop
+    targets, own_at = _ints(own.ctypes.data), _reals(own_scores.ctypes.data, m)
+    part_at = _reals(part.ctypes.data, m)
+    slopes_at, scales_at = _reals(slopes.ctypes.data, m), _reals(scales.ctypes.data, m)
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         tile = _at(_pointer(x, kind), first * row_stride)
@@ -685,12 +808,35 @@ def grad_tiles(
                 column, to = _at(tile, j * step), _at(out, j * grad_step)
                 if row_stride == 1 and grad_row_stride == 1:
                     _tile_slopes(
-                        column, j, count, 1, own, own_scores, m, p, part, slopes, to, 1, scales
+                        column,
+                        j,
+                        count,
+                        1,
+                        targets,
+                        own_at,
+                        m,
+                        p,
+                        part_at,
+                        slopes_at,
+                        to,
+                        1,
+                        scales_at,
                     )
                 else:
                     _tile_slopes(
-                        column, j, count, row_stride, own, own_scores, m, p, part, slopes,
-                        to, grad_row_stride, scales,
+                        column,
+                        j,
+                        count,
+                        row_stride,
+                        targets,
+                        own_at,
+                        m,
+                        p,
+                        part_at,
+                        slopes_at,
+                        to,
+                        grad_row_stride,
+                        scales_at,
                     )
             _move(part, total, count)
             _move(slopes, slope, count)
@@ -718,9 +864,7 @@ def own_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, own
 
 
 @_kernel
-def part_rows(
-    kind, x, offsets, row_stride, step, y, first, n_classes, count, own, margin, p, sums
-):
+def part_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, own, margin, p, sums):
     """Sum the rows' terms over the classes from ``first`` on, the targets' scores given.
 
     Addresses: y (int64; may be out of range where own is NaN), own (computing type), sums
@@ -755,3 +899,201 @@ def grad_of_memory(kind, x, y, n, c, margin, p, grad, scale, upstream):
     """
     factor = scale * np.float64(_reals(upstream, _like(kind, 0.0))[0])
     return grad_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, grad, 0, c, 1, factor, 0)
+
+
+@intrinsic
+def _square(typingctx, source, stride, to, to_stride):  # type: ignore[no-untyped-def]
+    """Copy 8 rows of 8 neighbours to 8 columns of 8 neighbours, from one kind to another.
+
+    The strides lie between the rows of the source and between the columns of the copy.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        rows = []
+        for i in range(8):
+            row = builder.load(_vector_at(builder, args[0], args[1], i), align=1)
+            rows.append(_widened(builder, source.dtype, row))
+        for low, high, apart in _EXCHANGES:
+            rows = _exchange(builder, rows, low, high, apart)
+        for i, column in enumerate(rows):
+            number = _narrowed(builder, to.dtype, column)
+            builder.store(number, _vector_at(builder, args[2], args[3], i), align=1)
+        return context.get_dummy_value()
+
+    return types.none(source, stride, to, to_stride), codegen
+
+
+# Each step pairs vectors 1, 2, 4 apart, and says which elements of the pair make the new two.
+_EXCHANGES = (
+    ((0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15), 1),
+    ((0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15), 2),
+    ((0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15), 4),
+)
+
+
+def _exchange(builder: Any, rows: list[Any], low: Any, high: Any, apart: int) -> list[Any]:
+    result = list(rows)
+    for i in range(8):
+        if not i & apart:
+            for choice, place in ((low, i), (high, i + apart)):
+                mask = ir.Constant(ir.VectorType(_I32, 8), [_I32(k) for k in choice])
+                result[place] = builder.shuffle_vector(rows[i], rows[i + apart], mask)
+    return result
+
+
+def _vector_at(builder: Any, pointer: Any, stride: Any, i: int) -> Any:
+    first = builder.gep(pointer, [builder.mul(stride, ir.Constant(stride.type, i))])
+    return builder.bitcast(first, ir.VectorType(pointer.type.pointee, 8).as_pointer())
+
+
+@njit(nogil=True)
+def _turn(kind, x, offsets, row_stride, step, first, count, n, turned):
+    """Copy rows into a tile, whose classes are LOT elements apart, in the computing precision."""
+    tile = _reals(turned.ctypes.data, turned[0])
+    if offsets != 0 or step != 1:
+        for t in range(count):
+            row = _row(kind, x, offsets, row_stride, first + t)
+            for j in range(n):
+                _store(tile, j * LOT + t, _load(row, j * step))
+        return
+    rows = _at(_pointer(x, kind), first * row_stride)
+    done = count // 8 * 8 if n >= 8 else 0
+    for t in range(0, done, 8):
+        for j in range(0, n, 8):
+            k = min(j, n - 8)
+            _square(_at(rows, t * row_stride + k), row_stride, _at(tile, k * LOT + t), LOT)
+    for j in range(n):
+        for t in range(done, count):
+            _store(tile, j * LOT + t, _load(rows, t * row_stride + j))
+
+
+@njit(nogil=True)
+def _turn_back(kind, grad, offsets, row_stride, step, first, count, n, turned):
+    """Copy a tile of gradients into rows."""
+    tile = _reals(turned.ctypes.data, turned[0])
+    if offsets != 0 or step != 1:
+        for t in range(count):
+            row = _row(kind, grad, offsets, row_stride, first + t)
+            for j in range(n):
+                _store(row, j * step, _rounded(row, _load(tile, j * LOT + t)))
+        return
+    rows = _at(_pointer(grad, kind), first * row_stride)
+    done = count // 8 * 8 if n >= 8 else 0
+    for t in range(0, done, 8):
+        for j in range(0, n, 8):
+            k = min(j, n - 8)
+            _square(_at(tile, k * LOT + t), LOT, _at(rows, t * row_stride + k), row_stride)
+    for t in range(done, count):
+        for j in range(n):
+            _store(rows, t * row_stride + j, _rounded(rows, _load(tile, j * LOT + t)))
+
+
+@njit(nogil=True)
+def _lot_targets(y, first, count, n, tile, own, own_scores, part):
+    """Prepare the rows of a tile; return the first one whose target is out of range, or count."""
+    bad = count
+    for t in range(count):
+        target = _target(y, n, first + t)
+        own[t] = target
+        own_scores[t] = _own_score(_at(tile, t), target, LOT, own_scores[0])
+        part[t] = _sum_start(own_scores[t], n)
+        if target < 0:
+            bad = min(bad, t)
+    return bad
+
+
+# A pointer doesn't keep its array alive: each array is used as such within the loop, too.
+
+
+@_kernel
+def loss_lots(
+    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses
+):
+    """Do what loss_rows does, where rows are short (SHORT) and many."""
+    m = _like(kind, margin)
+    tile, own = np.full(SHORT * LOT, m), np.empty(LOT, np.int32)
+    own_scores, part = np.full(LOT, m), np.full(LOT, m)
+    columns, result, bad = _reals(tile.ctypes.data, m), 0.0, stop
+    targets, own_at = _ints(own.ctypes.data), _reals(own_scores.ctypes.data, m)
+    part_at = _reals(part.ctypes.data, m)
+    for first in range(start, stop, LOT):
+        count = min(LOT, stop - first)
+        _turn(kind, x, offsets, row_stride, step, first, count, n_classes, tile)
+        wrong = _lot_targets(y, first, count, n_classes, columns, own, own_scores, part)
+        if wrong < count:
+            bad = min(bad, first + wrong)
+        for j in range(n_classes):
+            _tile_sums(_at(columns, j * LOT), j, count, 1, targets, own_at, m, p, part_at)
+        for t in range(count):
+            w = _weight(m, weight, np.int64(own[t]))
+            result += _end_loss(kind, losses, first + t, n_classes, np.float64(part[t]) * w)
+    return result, bad
+
+
+@_kernel
+def grad_lots(
+    kind,
+    x,
+    offsets,
+    row_stride,
+    step,
+    y,
+    weight,
+    n_classes,
+    start,
+    stop,
+    margin,
+    p,
+    losses,
+    grad,
+    grad_offsets,
+    grad_row_stride,
+    grad_step,
+    scale,
+    upstream,
+):
+    """Do what grad_rows does, where rows are short (SHORT) and many."""
+    m = _like(kind, margin)
+    tile, out, own = np.full(SHORT * LOT, m), np.full(SHORT * LOT, m), np.empty(LOT, np.int32)
+    own_scores, part, slopes = np.full(LOT, m), np.full(LOT, m), np.full(LOT, m)
+    scales, wide = np.full(LOT, m), np.empty(LOT, np.float64)
+    columns, outs, result, bad = _reals(tile.ctypes.data, m), _reals(out.ctypes.data, m), 0.0, stop
+    targets, own_at = _ints(own.ctypes.data), _reals(own_scores.ctypes.data, m)
+    part_at = _reals(part.ctypes.data, m)
+    slopes_at, scales_at = _reals(slopes.ctypes.data, m), _reals(scales.ctypes.data, m)
+    for first in range(start, stop, LOT):
+        count = min(LOT, stop - first)
+        _turn(kind, x, offsets, row_stride, step, first, count, n_classes, tile)
+        wrong = _lot_targets(y, first, count, n_classes, columns, own, own_scores, part)
+        if wrong < count:
+            bad = min(bad, first + wrong)
+        for t in range(count):
+            w = _weight(m, weight, np.int64(own[t]))
+            wide[t] = _row_scale(upstream, scale, w, first + t)
+            scales[t] = wide[t]
+            slopes[t] = 0.0
+        for j in range(n_classes):
+            _tile_slopes(
+                _at(columns, j * LOT),
+                j,
+                count,
+                1,
+                targets,
+                own_at,
+                m,
+                p,
+                part_at,
+                slopes_at,
+                _at(outs, j * LOT),
+                1,
+                scales_at,
+            )
+        for t in range(count):
+            target, total = np.int64(own[t]), np.float64(part[t])
+            _end_grad(_at(outs, t), LOT, target, n_classes, total, np.float64(slopes[t]), wide[t])
+            w = _weight(m, weight, target)
+            result += _end_loss(kind, losses, first + t, n_classes, total * w)
+        _turn_back(
+            kind, grad, grad_offsets, grad_row_stride, grad_step, first, count, n_classes, out
+        )
+    return result, bad

@@ -11,11 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from mml_arrayapi.backends import cuda_driver, cuda_launch, torch_values
 from torch.autograd import forward_ad
 
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target
+from mml_arrayapi.backends import cuda_driver, cuda_launch, torch_values
 from mml_arrayapi.kernel import Kernel, Problem
 
 DEVICE = "cuda"

@@ -23,10 +23,9 @@ MARK = "\n<!-- other libraries -->\n"
 
 sys.path.insert(0, str(TOP))  # for tests.broken
 
+from mml_arrayapi import registry  # noqa: E402
 from mml_arrayapi.conformance import Context, all_checks  # noqa: E402
 from mml_arrayapi.conformance.report import as_markdown, from_json, header  # noqa: E402
-
-from mml_arrayapi import registry  # noqa: E402
 from tests.broken import kernels, libraries  # noqa: E402
 
 STRICT = "array_api_strict"

@@ -42,7 +42,7 @@ class Journal:
             records, length = _read(self.path)
             if records:
                 _compare(self.path, records[0], json.loads(json.dumps(about)))
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
             self._file.truncate(length)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
@@ -60,12 +60,14 @@ class Journal:
         self._file.close()
 
     def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, separators=(",", ":")).encode()
+        text = json.dumps(record, separators=(",", ":")).encode()
+        line = b"%08x %s\n" % (crc32(text), text)
         try:
-            self._file.write(b"%08x %s\n" % (crc32(line), line))
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
+            self.close()
             raise _cannot_write(self.path, error) from error
 
 
@@ -95,7 +97,7 @@ def _compare(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             continue
         if key == "inputs":
             before = old.get(key) or []
-            changed = [one[0] for one in value if one not in before] or ["a file is missing"]
+            changed = [one[0] for one in value if one not in before] or ["fewer files"]
             raise InputError(
                 f"{path}: was begun with other inputs (now: {', '.join(changed[:3])}); give the "
                 "same files, unchanged, or another folder"

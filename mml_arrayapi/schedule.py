@@ -88,11 +88,16 @@ def _on_cluster(
             try:
                 number, future = finished.get(timeout=timeout)
             except Empty:
-                submit(list(left), workers=_idle_workers(client, timeout))
+                submit(list(left), workers=_idle_workers(client, timeout, set()))
                 continue
             if number not in left or running[number] is not future:
                 continue  # it was given to another worker as well
-            result = _result(future)
+            try:
+                result = _result(future, timeout)
+            except TimeoutError:  # the worker that holds the result hangs
+                holders = {worker for held in client.who_has([future]).values() for worker in held}
+                submit([number], workers=_idle_workers(client, timeout, holders))
+                continue
             del left[number], running[number]
             yield number, result
 
@@ -123,9 +128,9 @@ def _connect(address: str, workers: int, timeout: float) -> Any:
     return client
 
 
-def _idle_workers(client: Any, timeout: float) -> list[str]:
+def _idle_workers(client: Any, timeout: float, hanging: set[str]) -> list[str]:
     """Return the workers that have nothing to do; the others hang."""
-    busy = {worker for worker, tasks in client.processing().items() if tasks}
+    busy = {worker for worker, tasks in client.processing().items() if tasks} | hanging
     there = client.scheduler_info(n_workers=-1)["workers"]
     idle = [worker for worker in there if worker not in busy]
     if not idle:
@@ -137,11 +142,13 @@ def _idle_workers(client: Any, timeout: float) -> list[str]:
     return idle
 
 
-def _result(future: Any) -> Any:
+def _result(future: Any, timeout: float) -> Any:
     from distributed import KilledWorker
 
     try:
-        return future.result()
+        return future.result(timeout=timeout)
+    except TimeoutError:
+        raise
     except KilledWorker as error:
         raise WorkerError(
             f"workers died again and again while they worked on one piece ({error.last_worker}); "

@@ -188,7 +188,8 @@ def _look_at(
     for start in range(0, n, step):
         part = slice(start, start + step)
         tile, own_class = np.ascontiguousarray(scores[part], dtype=dtype), target[part]
-        losses[part] = sample_losses(tile, own_class, **loss._asdict(), check_target="nan")
+        with np.errstate(invalid="ignore"):  # two infinite scores: NaN, as it should be
+            losses[part] = sample_losses(tile, own_class, **loss._asdict(), check_target="nan")
         rows = np.arange(len(tile))
         own = tile[rows, own_class]
         others = tile.copy()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mml_arrayapi.conformance import Context, Result, all_checks, capabilities, report
 from mml_arrayapi.conformance.command import add_arguments
 from mml_arrayapi.conformance.page import as_html

@@ -2,7 +2,7 @@
 
 import doctest
 import importlib
-import importlib.util
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -55,11 +55,7 @@ def test_pages(page):
 
 
 def test_every_public_function_has_an_example():
-    for name in set(mml_arrayapi.__all__) - {
-        "__version__",
-        "Kernel",
-        "register_kernel",
-        "Evaluation",
-        "InputError",
-    }:
-        assert ">>>" in getattr(mml_arrayapi, name).__doc__, name
+    for name in mml_arrayapi.__all__:
+        value = getattr(mml_arrayapi, name)
+        if inspect.isfunction(value) and name != "register_kernel":
+            assert ">>>" in value.__doc__, name

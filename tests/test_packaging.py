@@ -74,6 +74,7 @@ def test_public_names():
         "InvalidTargetError",
         "Kernel",
         "LossAccumulator",
+        "WorkerError",
         "__version__",
         "backends",
         "evaluate",

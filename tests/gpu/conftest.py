@@ -1,23 +1,34 @@
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+import fcntl
+import os
+from functools import cache
 from shutil import which
 
 import pytest
+
 from mml_arrayapi.backends import cuda_launch
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory) -> dict[tuple[int, int], Future[Path]]:
-    """All variants of the CUDA source for the emulator, compiled two at a time in the background."""
+def builds(tmp_path_factory):
+    """``builds((scalar, power))``: the library with that variant, compiled when first asked for."""
     if which("g++") is None:
         pytest.skip("the emulator needs g++")
     emulator = pytest.importorskip("tests.gpu.emulator", reason="the emulator needs ml_dtypes")
-    folder = tmp_path_factory.mktemp("emulated")
-    pool = ThreadPoolExecutor(2)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # all workers' own
+    folder = folder / "emulated"
+    folder.mkdir(exist_ok=True)
 
+    @cache
     def build(variant):
-        flags = emulator.SANITIZERS if variant in emulator.SANITIZED else ()
-        return emulator.build(folder, *variant, cuda_launch.source(), flags)
+        done = folder / "{}_{}.so".format(*variant)
+        with open(done.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                flags = emulator.SANITIZERS if variant in emulator.SANITIZED else ()
+                place = folder / "{}_{}".format(*variant)
+                emulator.build(place, *variant, cuda_launch.source(), flags).rename(done)
+        return done
 
-    ordered = sorted(emulator.VARIANTS, key=lambda variant: variant in emulator.SANITIZED)
-    return {variant: pool.submit(build, variant) for variant in ordered}
+    return build

@@ -18,6 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from mml_arrayapi.backends import cuda_launch
 
 HERE = Path(__file__).parent
@@ -26,7 +27,7 @@ HALF_ULP = {64: 1e-15, 32: 2**-24, 16: 2**-11, 17: 2**-8}
 SMALLEST = {64: 0.0, 32: 2.0**-149, 16: 2.0**-24, 17: 2.0**-133}
 # Every element type and power is checked, those in SANITIZED with AddressSanitizer and UBSan.
 VARIANTS = [(scalar, power) for scalar in (32, 16, 17, 64) for power in (1, 2, 0)]
-SANITIZED = [(64, 1), (16, 0), (17, 1), (64, 2)]
+SANITIZED = [(64, 1), (16, 0), (17, 1)]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 libc = ctypes.CDLL(None)

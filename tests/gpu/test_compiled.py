@@ -13,19 +13,21 @@ cuda_driver = pytest.importorskip(
 )
 LAYOUTS = ("tiles", "rows", "wide")
 VARIANTS = [
-    (32, 1, "sm_90"), (17, 1, "sm_90"), (64, 2, "sm_90"), (32, 1, "sm_80"), (17, 1, "sm_100"),
+    (32, 1, "sm_90"), (17, 1, "sm_90"), (32, 1, "sm_80"), (17, 1, "sm_100"),
 ]  # fmt: skip
 
 
 def disassembler():
-    """Find cuobjdump: on the path, or in NVIDIA's wheels."""
-    if found := which("cuobjdump"):
+    """Find cuobjdump, which needs nvdisasm beside it: on the path, or in NVIDIA's wheels."""
+    if (found := which("cuobjdump")) and which("nvdisasm"):
         return found
-    nvidia = pytest.importorskip("nvidia", reason="reading machine code needs cuobjdump")
+    missing = "reading machine code needs cuobjdump and nvdisasm"
+    nvidia = pytest.importorskip("nvidia", reason=missing)
     for folder in nvidia.__path__:
         for found in Path(folder).glob("*/bin/cuobjdump"):
-            return str(found)
-    return pytest.skip("reading machine code needs cuobjdump")
+            if found.with_name("nvdisasm").exists():
+                return str(found)
+    return pytest.skip(missing)
 
 
 @pytest.fixture(scope="session")

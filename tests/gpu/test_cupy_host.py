@@ -8,9 +8,9 @@ import types
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
-from mml_arrayapi.backends import cuda_launch
 
 from mml_arrayapi import InvalidTargetError, generic
+from mml_arrayapi.backends import cuda_launch
 from mml_arrayapi.kernel import Problem
 
 
@@ -75,7 +75,7 @@ def cupy_cuda(monkeypatch, builds):
     name = "mml_arrayapi.backends.cupy_cuda"
     monkeypatch.delitem(sys.modules, name, raising=False)
     FakeModule.made, FakeModule.launched = [], []
-    FakeModule.machine = staticmethod(lambda *variant: emulator.Machine(builds[variant].result()))
+    FakeModule.machine = staticmethod(lambda *variant: emulator.Machine(builds(variant)))
     module = importlib.import_module(name)
     yield module
     sys.modules.pop(name)

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from mml_arrayapi.backends import cuda_launch
 
 emulator = pytest.importorskip("tests.gpu.emulator", reason="the emulator needs ml_dtypes")
@@ -71,14 +72,14 @@ MUTANTS = [
 @pytest.mark.parametrize("variant", [v for v in emulator.VARIANTS if v not in emulator.SANITIZED])
 def test_equals_float64_reference(builds, variant):
     scalar, power = variant
-    machine = emulator.Machine(builds[variant].result())
+    machine = emulator.Machine(builds(variant))
     part = emulator.VARIANTS.index(variant) % 3
     assert emulator.run(machine, scalar, POWERS[power], part, 3) > 40
 
 
 @pytest.mark.parametrize("variant", emulator.SANITIZED)
 def test_equals_float64_reference_under_sanitizers(builds, variant):
-    done = _sanitized(builds[variant].result(), variant)
+    done = _sanitized(builds(variant), variant)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) > 120
 

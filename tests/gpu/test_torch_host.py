@@ -40,7 +40,7 @@ def launched(monkeypatch, builds, operators_on_cpu):
     def launch(plan, addresses, index):
         variant = plan.scalar, plan.power
         if variant not in machines:
-            machines[variant] = emulator.Machine(builds[variant].result())
+            machines[variant] = emulator.Machine(builds(variant))
         names.extend(step.name for step in plan.launches)
         machines[variant].launch(plan, addresses)
 

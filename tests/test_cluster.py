@@ -1,0 +1,234 @@
+"""A real Dask cluster: several worker processes over TCP, killed, hanging, and gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import mml_arrayapi as mml
+from mml_arrayapi import schedule
+from mml_arrayapi.evaluate import add_parser
+from mml_arrayapi.journal import NAME
+
+distributed = pytest.importorskip("distributed")
+da = pytest.importorskip("dask.array")
+
+pytestmark = [
+    # distributed warns of what it finds when workers are killed, at times that vary.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs POSIX signals"),
+]
+
+N, C, PIECE = 2000, 5, 25
+
+
+def local_cluster(n):
+    return distributed.LocalCluster(
+        n_workers=n,
+        threads_per_worker=1,
+        processes=True,
+        protocol="tcp://",
+        host="127.0.0.1",
+        dashboard_address=None,
+        silence_logs=50,
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with local_cluster(3) as made:
+        yield made
+
+
+@pytest.fixture
+def client(cluster):
+    with distributed.Client(cluster, set_as_default=False) as made:
+        made.wait_for_workers(3, timeout=60)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("cluster")
+    rng = np.random.default_rng(0)
+    np.save(made / "x.npy", rng.standard_normal((N, C)).astype(np.float32))
+    np.save(made / "y.npy", rng.integers(0, C, N))
+    return made
+
+
+@pytest.fixture(scope="module")
+def wanted(folder):
+    return mml.evaluate(folder / "x.npy", folder / "y.npy")
+
+
+def run(folder, address, **keywords):
+    keywords = {"chunk_size": PIECE, "timeout": 60, **keywords}
+    return mml.evaluate(folder / "x.npy", folder / "y.npy", scheduler=address, **keywords)
+
+
+def at(pieces, act):
+    """Do something when so many pieces are finished."""
+
+    def progress(done, rows):
+        if done == pieces * PIECE:
+            act()
+
+    return progress
+
+
+def pids(client):
+    return list(client.run(os.getpid).values())
+
+
+def test_the_figures_are_the_same(folder, client, wanted):
+    assert run(folder, client.scheduler.address) == wanted
+    assert run(folder, client.scheduler.address, chunk_size=900, workers=3) == wanted
+    lazy = [da.from_array(np.load(folder / name), chunks=300) for name in ("x.npy", "y.npy")]
+    assert mml.evaluate(*lazy, scheduler=client.scheduler.address, chunk_size=500) == wanted
+
+
+def test_the_kernel_gives_the_same_bits(folder, client, wanted):
+    scores, target = np.load(folder / "x.npy"), np.load(folder / "y.npy")
+    for chunks in ((300, C), (300, 2)):
+        loss, grad = mml.multi_margin_loss_and_grad(da.from_array(scores, chunks=chunks), target)
+        ours = client.gather(client.compute([loss, grad]))
+        local = [array.compute(scheduler="synchronous") for array in (loss, grad)]
+        assert ours[0] == local[0]
+        assert (ours[1] == local[1]).all()
+    rows = mml.multi_margin_loss(da.from_array(scores, chunks=(300, C)), target)
+    assert client.compute(rows).result() == np.float32(wanted.loss)
+
+
+def slowly(block):
+    time.sleep(0.05)
+    return block
+
+
+def test_the_kernel_survives_a_killed_worker(folder, client, wanted):
+    scores, target = np.load(folder / "x.npy"), np.load(folder / "y.npy")
+    lazy = da.from_array(scores, chunks=(50, C)).map_blocks(slowly, dtype=np.float32)
+    future = client.compute(mml.multi_margin_loss(lazy, target))
+    time.sleep(0.4)
+    os.kill(pids(client)[0], signal.SIGKILL)
+    assert future.result(timeout=60) == np.float32(wanted.loss)
+
+
+def test_a_target_out_of_range_is_found_by_a_worker(folder, client):
+    scores, target = np.load(folder / "x.npy"), np.load(folder / "y.npy")
+    target[1234] = C
+    future = client.compute(mml.multi_margin_loss(da.from_array(scores, chunks=(300, C)), target))
+    with pytest.raises(mml.InvalidTargetError, match=r"target\[1234\] is 5"):
+        future.result(timeout=60)
+    with pytest.raises(mml.InvalidTargetError, match=r"target\[1234\] is 5"):
+        mml.evaluate(scores, target, scheduler=client.scheduler.address, chunk_size=300)
+    with pytest.raises(mml.InputError, match=r"gone.npy: rows 0 to \d+ cannot be read"):
+        lose_a_file(folder, client.scheduler.address)
+
+
+def lose_a_file(folder, address):
+    """Remove a file after it has been looked at, before the workers read it."""
+    from mml_arrayapi.sources import rows_of, tally_piece
+    from mml_arrayapi.tally import Loss
+
+    np.save(folder / "gone.npy", np.zeros((N, C)))
+    rows = rows_of(folder / "gone.npy", folder / "y.npy", -1, None)
+    os.remove(folder / "gone.npy")
+    jobs = [(0, (rows.pieces[0], rows.axis, Loss()))]
+    list(schedule.run(tally_piece, jobs, address, None, 60))
+
+
+def test_a_worker_killed_in_mid_run(folder, client, wanted):
+    victims = pids(client)
+    killed = []
+
+    def kill():
+        killed.append(victims[0])
+        os.kill(victims[0], signal.SIGKILL)
+
+    assert run(folder, client.scheduler.address, progress=at(5, kill)) == wanted
+    assert killed
+
+
+def test_a_worker_that_hangs(folder, client, wanted):
+    victims = pids(client)
+    stop = at(5, lambda: os.kill(victims[0], signal.SIGSTOP))
+    try:
+        assert run(folder, client.scheduler.address, timeout=1, progress=stop) == wanted
+    finally:
+        os.kill(victims[0], signal.SIGCONT)
+
+
+def test_all_workers_hang(folder, client, wanted, tmp_path):
+    victims = pids(client)
+
+    def stop():
+        for victim in victims:
+            os.kill(victim, signal.SIGSTOP)
+
+    address = client.scheduler.address
+    try:
+        with pytest.raises(mml.WorkerError, match="no piece has been finished for 1 s, and no wor"):
+            run(folder, address, timeout=1, progress=at(5, stop), checkpoint=tmp_path)
+    finally:
+        for victim in victims:
+            os.kill(victim, signal.SIGCONT)
+    assert (tmp_path / NAME).read_bytes().count(b"\n") >= 6
+    assert run(folder, address, checkpoint=tmp_path) == wanted
+
+
+CLIENT = """
+import sys, time
+import mml_arrayapi as mml
+mml.evaluate("x.npy", "y.npy", chunk_size=25, checkpoint=sys.argv[2], scheduler=sys.argv[1],
+             progress=lambda *_: time.sleep(0.02))
+"""
+
+
+def test_kill_9_of_the_client(folder, client, wanted, tmp_path):
+    address, journal = client.scheduler.address, tmp_path / NAME
+    process = subprocess.Popen([sys.executable, "-c", CLIENT, address, str(tmp_path)], cwd=folder)
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = journal.read_bytes().count(b"\n")
+    assert before < 1 + N // PIECE
+    assert run(folder, address, checkpoint=tmp_path) == wanted
+
+
+def test_a_scheduler_that_goes_away_and_the_run_after(folder, wanted, tmp_path):
+    with local_cluster(1) as lost:
+        keywords = {"progress": at(5, lost.close), "checkpoint": tmp_path, "timeout": 10}
+        with pytest.raises(mml.WorkerError, match="the connection to the scheduler is lost; run"):
+            run(folder, lost.scheduler_address, **keywords)
+    assert run(folder, "threads", checkpoint=tmp_path) == wanted
+
+
+def test_no_scheduler_at_that_address(folder, capsys, monkeypatch):
+    from argparse import ArgumentParser
+
+    monkeypatch.setattr(schedule, "CONNECT", 0.3)
+    parser = ArgumentParser()
+    add_parser(parser.add_subparsers())
+    for address in ("tcp://127.0.0.1:1", "thread"):
+        files = [str(folder / name) for name in ("x.npy", "y.npy")]
+        arguments = parser.parse_args(["evaluate", *files, "--scheduler", address])
+        assert arguments.run(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"error: scheduler {address}: no Dask scheduler answers there; accepted are" in error
+        assert error.count("\n") == 1
+
+
+def test_a_scheduler_without_workers(folder):
+    with (
+        local_cluster(0) as empty,
+        pytest.raises(mml.WorkerError, match="has 0 workers, but 1 are waited for; start some"),
+    ):
+        run(folder, empty.scheduler_address, timeout=0.5)
