@@ -140,11 +140,12 @@ import sys, resource, torch, mml_arrayapi as mml
 torch.set_num_threads({threads})
 x = torch.randn({n}, {c}).to(torch.{dtype}); y = torch.randint(0, {c}, ({n},))
 if {gradient}: x.requires_grad_()
-small = x[:8].detach().clone().requires_grad_({gradient})
+small = x[: 2**20 // {c} + 8].detach().clone().requires_grad_({gradient})  # compiles
 def run(x, y):
     loss = mml.multi_margin_loss(x, y, p={p}, backend="torch-cpu-numba")
     if {gradient}: loss.backward()
-run(small, y[:8])
+run(small, y[: len(small)])
+del small; x.grad = None
 open("/proc/self/clear_refs", "w").write("5")
 def peak():
     return int([l for l in open("/proc/self/status") if l.startswith("VmHWM")][0].split()[1]) * 1024

@@ -46,14 +46,14 @@ def test_a_failing_task_raises_in_the_caller_and_the_pool_goes_on(bad):
 
 
 def test_a_call_ends_while_all_workers_are_busy():
-    release = threading.Event()
-    blocker = threading.Thread(target=threads.run, args=(lambda _: release.wait(30), 2, 2))
+    release, released = threading.Event(), []
+    task = lambda _: released.append(release.wait(20))  # noqa: E731
+    blocker = threading.Thread(target=threads.run, args=(task, 2, 2))
     blocker.start()
-    try:
-        assert threads.run(lambda i: i, 10, 2) == list(range(10))
-    finally:
-        release.set()
-        blocker.join()
+    assert threads.run(lambda i: i, 10, 2) == list(range(10))
+    release.set()
+    blocker.join()
+    assert released == [True, True]  # nobody waited until the tasks gave up
 
 
 def test_number_of_threads(monkeypatch):
@@ -106,7 +106,11 @@ def test_eight_threads_at_once(call):
 
 
 def _in_child(run, expected, queue):
-    queue.put(run() == expected)
+    def task(_):
+        time.sleep(0.01)
+        return threading.get_ident()
+
+    queue.put(run() == expected and len(set(threads.run(task, 20, 3))) > 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
