@@ -29,16 +29,12 @@ class Offer(NamedTuple):
 
 # Plain import statements: torch.compile follows them, import_module() it does not.
 def _numpy_numba() -> Kernel:
-    import numba  # noqa: F401 (the kernel imports it when it runs: too late to refuse)
-
     from mml_arrayapi.backends.numpy_fused import KERNEL
 
     return KERNEL
 
 
 def _torch_cpu_numba() -> Kernel:
-    import numba  # noqa: F401 (the kernel imports it when it runs: too late to refuse)
-
     from mml_arrayapi.backends.torch_cpu import KERNEL
 
     return KERNEL

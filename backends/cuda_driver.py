@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda.bindings import driver, nvrtc
+
 from mml_arrayapi.backends import cuda_launch
 
 _functions: dict[tuple[int, int, int, str], dict[str, Any]] = {}  # by device and variant

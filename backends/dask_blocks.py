@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
+
+from mml_arrayapi.accumulate import ExactSum, sample_losses
+from mml_arrayapi.arguments import check
 from mml_arrayapi.backends.dask_values import (
     aligned,
     check_length,
@@ -31,9 +34,6 @@ from mml_arrayapi.backends.dask_values import (
     unknown,
     whole,
 )
-
-from mml_arrayapi.accumulate import ExactSum, sample_losses
-from mml_arrayapi.arguments import check
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.namespaces import library_of
 from mml_arrayapi.registry import choose_for_job
@@ -207,9 +207,7 @@ class _Graph:
 # Whole rows in a chunk.
 
 
-def _rows_loss(
-    scores: Any, start: Any, target: Array, weight: Any = None, *, call: Call
-) -> Any:
+def _rows_loss(scores: Any, start: Any, target: Array, weight: Any = None, *, call: Call) -> Any:
     block = scores[0] if isinstance(scores, list) else scores
     xp, target = _checked(block, target, start, call)
     losses = xp.empty(target.shape, dtype=_computing(xp, block))
@@ -339,9 +337,7 @@ def _sums_of_parts(parts: list[Any], *, call: Call) -> tuple[Array, Array]:  # n
     return sum(p[0] for p in parts), sum(p[1] for p in parts)
 
 
-def _complete_grad(
-    part: Any, totals: Any, target: Array, start: Any, *, call: Call
-) -> Array:
+def _complete_grad(part: Any, totals: Any, target: Array, start: Any, *, call: Call) -> Array:
     """Put the derivatives by the targets' scores into a block's gradient, and NaN into NaN rows."""
     (sums, slopes), grad = totals, part[2]
     xp, target = _namespace(grad, target)
@@ -378,9 +374,7 @@ def _with_target(xp: Any, tile: Array, own: Array, inside: Array, axis: int) -> 
     return xp.concat([tile, xp.expand_dims(column, axis=axis)], axis=axis)
 
 
-def _place(
-    xp: Any, block: Array, start: Any, target: Array, call: Call
-) -> tuple[Array, Array]:
+def _place(xp: Any, block: Array, start: Any, target: Array, call: Call) -> tuple[Array, Array]:
     """Tell which targets are in this block, and where; those that aren't are one past its end."""
     n, first = block.shape[call.axis], start[call.axis]
     target = xp.astype(target, xp.int64)  # what is too large turns negative, and is in no block

@@ -35,7 +35,9 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 COLUMNS = 256  # neighbouring classes summed in float32 (by 8 lanes) before the sum goes to float64
-APART = 32  # the same where they are not neighbours: one lane. 512 for both was off by 1e-6 and 8e-6
+APART = (
+    32  # the same where they are not neighbours: one lane. 512 for both was off by 1e-6 and 8e-6
+)
 TILE = 256  # rows walked together where the classes lie further apart than the rows
 LONG = 4096  # classes from which on a row is read in quarters rather than beside three others
 RUN = 32  # classes of a tile summed in float32 before the sums go to float64
@@ -525,7 +527,9 @@ def loss_rows(
         y0 = _target(y, n_classes, i)
         v0 = _own_score(row, y0, step, m)
         if n_classes < LONG:  # as above, so that a loss doesn't depend on where its row stands
-            s = _sums((row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p)
+            s = _sums(
+                (row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p
+            )
             s0 = _sum_start(v0, n_classes) + s[0]
         else:
             s0 = _one_sum(row, y0, v0, n_classes, step, m, p)
@@ -560,8 +564,25 @@ def _row_scale(upstream, scale, weight, i):
 
 @_kernel
 def grad_rows(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
-    grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,
+    kind,
+    x,
+    offsets,
+    row_stride,
+    step,
+    y,
+    weight,
+    n_classes,
+    start,
+    stop,
+    margin,
+    p,
+    losses,
+    grad,
+    grad_offsets,
+    grad_row_stride,
+    grad_step,
+    scale,
+    upstream,
 ):
     """Do what loss_rows does, and write the gradient.
 
@@ -590,8 +611,15 @@ def grad_rows(
         c0, c1 = _row_scale(upstream, scale, w0, i), _row_scale(upstream, scale, w1, i1)
         c2, c3 = _row_scale(upstream, scale, w2, i2), _row_scale(upstream, scale, w3, i3)
         s, d = _slopes(
-            (x0, x1, x2, x3), (y0, y1, y2, y3), (v0, v1, v2, v3), n_classes, step, m, p,
-            (g0, g1, g2, g3), grad_step,
+            (x0, x1, x2, x3),
+            (y0, y1, y2, y3),
+            (v0, v1, v2, v3),
+            n_classes,
+            step,
+            m,
+            p,
+            (g0, g1, g2, g3),
+            grad_step,
             (_like(m, c0), _like(m, c1), _like(m, c2), _like(m, c3)),
         )
         s0, s1 = _sum_start(v0, n_classes) + s[0], _sum_start(v1, n_classes) + s[1]
@@ -617,8 +645,16 @@ def grad_rows(
         scale0 = _like(m, c0)
         if n_classes < LONG:
             s, d = _slopes(
-                (row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p,
-                (g0, g0, g0, g0), grad_step, (scale0, scale0, scale0, scale0),
+                (row, row, row, row),
+                (y0, y0, y0, y0),
+                (v0, v0, v0, v0),
+                n_classes,
+                step,
+                m,
+                p,
+                (g0, g0, g0, g0),
+                grad_step,
+                (scale0, scale0, scale0, scale0),
             )
             s0, d0 = _sum_start(v0, n_classes) + s[0], d[0]
         else:
@@ -656,7 +692,19 @@ def _tile_sums(column, j, count, row_stride, own, own_scores, margin, p, part):
 
 @njit(nogil=True)
 def _tile_slopes(
-    column, j, count, row_stride, own, own_scores, margin, p, part, slopes, grad, grad_stride, scales
+    column,
+    j,
+    count,
+    row_stride,
+    own,
+    own_scores,
+    margin,
+    p,
+    part,
+    slopes,
+    grad,
+    grad_stride,
+    scales,
 ):
     """Add the terms and the slopes of class j to each row's sums, and write its gradient."""
     for t in range(count):
@@ -712,8 +760,25 @@ def loss_tiles(
 
 @_kernel
 def grad_tiles(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
-    grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,
+    kind,
+    x,
+    offsets,
+    row_stride,
+    step,
+    y,
+    weight,
+    n_classes,
+    start,
+    stop,
+    margin,
+    p,
+    losses,
+    grad,
+    grad_offsets,
+    grad_row_stride,
+    grad_step,
+    scale,
+    upstream,
 ):
     """Do what grad_rows does, where neighbours in memory are rows; offsets aren't looked at."""
     m = _like(kind, margin)
@@ -743,13 +808,35 @@ def grad_tiles(
                 column, to = _at(tile, j * step), _at(out, j * grad_step)
                 if row_stride == 1 and grad_row_stride == 1:
                     _tile_slopes(
-                        column, j, count, 1, targets, own_at, m, p, part_at, slopes_at,
-                        to, 1, scales_at,
+                        column,
+                        j,
+                        count,
+                        1,
+                        targets,
+                        own_at,
+                        m,
+                        p,
+                        part_at,
+                        slopes_at,
+                        to,
+                        1,
+                        scales_at,
                     )
                 else:
                     _tile_slopes(
-                        column, j, count, row_stride, targets, own_at, m, p, part_at, slopes_at,
-                        to, grad_row_stride, scales_at,
+                        column,
+                        j,
+                        count,
+                        row_stride,
+                        targets,
+                        own_at,
+                        m,
+                        p,
+                        part_at,
+                        slopes_at,
+                        to,
+                        grad_row_stride,
+                        scales_at,
                     )
             _move(part, total, count)
             _move(slopes, slope, count)
@@ -777,9 +864,7 @@ def own_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, own
 
 
 @_kernel
-def part_rows(
-    kind, x, offsets, row_stride, step, y, first, n_classes, count, own, margin, p, sums
-):
+def part_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, own, margin, p, sums):
     """Sum the rows' terms over the classes from ``first`` on, the targets' scores given.
 
     Addresses: y (int64; may be out of range where own is NaN), own (computing type), sums
@@ -947,8 +1032,25 @@ def loss_lots(
 
 @_kernel
 def grad_lots(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses,
-    grad, grad_offsets, grad_row_stride, grad_step, scale, upstream,
+    kind,
+    x,
+    offsets,
+    row_stride,
+    step,
+    y,
+    weight,
+    n_classes,
+    start,
+    stop,
+    margin,
+    p,
+    losses,
+    grad,
+    grad_offsets,
+    grad_row_stride,
+    grad_step,
+    scale,
+    upstream,
 ):
     """Do what grad_rows does, where rows are short (SHORT) and many."""
     m = _like(kind, margin)
@@ -972,8 +1074,19 @@ def grad_lots(
             slopes[t] = 0.0
         for j in range(n_classes):
             _tile_slopes(
-                _at(columns, j * LOT), j, count, 1, targets, own_at, m, p, part_at, slopes_at,
-                _at(outs, j * LOT), 1, scales_at,
+                _at(columns, j * LOT),
+                j,
+                count,
+                1,
+                targets,
+                own_at,
+                m,
+                p,
+                part_at,
+                slopes_at,
+                _at(outs, j * LOT),
+                1,
+                scales_at,
             )
         for t in range(count):
             target, total = np.int64(own[t]), np.float64(part[t])

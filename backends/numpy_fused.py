@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from mml_arrayapi.backends import cpu_blocks, threads
 
 from mml_arrayapi.arguments import raise_invalid_target
+from mml_arrayapi.backends import cpu_blocks, threads
 from mml_arrayapi.kernel import Kernel, Problem
 
 PLAIN = (np.ndarray, np.memmap)  # other subclasses (masked arrays, matrices) have their own meaning
@@ -24,7 +24,7 @@ def refuses(problem: Problem) -> str | None:
         return f"input has dtype {x.dtype!r}, not native float16, float32 or float64"
     if not x.flags.aligned or any(stride % x.itemsize for stride in x.strides):
         return "input's elements are not aligned in memory"
-    return None
+    return cpu_blocks.missing()
 
 
 def waits(problem: Problem) -> str | None:

@@ -10,13 +10,13 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
-from mml_arrayapi.backends import cpu_blocks, threads
 from numpy import array, float32
 from torch import from_numpy
 from torch.autograd import forward_ad
 
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target, settle_targets
+from mml_arrayapi.backends import cpu_blocks, threads
 from mml_arrayapi.kernel import Kernel, Problem
 
 is_compiling = torch.compiler.is_compiling
@@ -24,6 +24,7 @@ is_grad_enabled = torch.is_grad_enabled
 functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 tracing_state = torch._C._get_tracing_state
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +49,7 @@ def refuses(problem: Problem) -> str | None:
         return f"input has dtype {x.dtype}, not float16, bfloat16, float32 or float64"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "weight requires a gradient, which the generic implementation gives"
-    return _transformed()
+    return _transformed() or cpu_blocks.missing()
 
 
 def _transformed() -> str | None:
@@ -116,12 +117,21 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
         input, target, weight = ctx.saved_tensors
         problem = ctx.problem._replace(input=input, target=target, weight=weight)
-        if torch.is_grad_enabled() or _transformed() or type(grad_output) is not torch.Tensor:
-            # create_graph=True: the gradient must be differentiable itself.
+        if _must_be_followed(grad_output):
             grad = generic.loss_and_grad(problem, grad_output)[1]
         else:
             grad = _loss_and_grad(problem, grad_output)[1]
         return grad, None, None, None
+
+
+def _must_be_followed(grad_output: torch.Tensor) -> bool:
+    """Tell whether a gradient must be derived again, or is mapped over (is_grads_batched=True)."""
+    return (
+        is_grad_enabled()
+        or functorch_active()
+        or is_batched(grad_output)
+        or type(grad_output) is not torch.Tensor
+    )
 
 
 def _loss(problem: Problem) -> torch.Tensor:
@@ -164,7 +174,10 @@ def _limit() -> int:
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """View a tensor's memory; NumPy knows no bfloat16."""
     tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    array: np.ndarray = tensor.numpy()
+    return array
 
 
 def _scores(problem: Problem) -> cpu_blocks.Scores:
@@ -187,9 +200,7 @@ def _losses(problem: Problem) -> torch.Tensor | None:
     return torch.empty(problem.target.numel(), dtype=problem.input.dtype)
 
 
-def _finish(
-    problem: Problem, losses: torch.Tensor | None, total: float, bad: int
-) -> torch.Tensor:
+def _finish(problem: Problem, losses: torch.Tensor | None, total: float, bad: int) -> torch.Tensor:
     n_classes, rows = problem.input.shape[problem.axis], problem.target.numel()
     if bad >= 0 and problem.check_target == "raise":
         raise_invalid_target(problem.target.numpy(), n_classes)
@@ -314,15 +325,23 @@ class _SmallLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
         x, y = ctx.saved_tensors
         p, margin = ctx.numbers
-        if is_grad_enabled() or functorch_active() or type(grad_output) is not torch.Tensor:
+        if _must_be_followed(grad_output):
             problem = Problem(xp, "torch", x, y, None, p, margin, "mean", 1, "nan")
             return generic.loss_and_grad(problem, grad_output)[1], None, None, None
         rows, n_classes = x.shape
         kernels, exponent = _small[torch.float32, p]
         grad = torch.empty_like(x)
         kernels.grad_of_memory(
-            FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, float(margin), exponent,
-            grad.data_ptr(), p / n_classes / rows, grad_output.data_ptr(),
+            FLOAT32,
+            x.data_ptr(),
+            y.data_ptr(),
+            rows,
+            n_classes,
+            float(margin),
+            exponent,
+            grad.data_ptr(),
+            p / n_classes / rows,
+            grad_output.data_ptr(),
         )
         return grad, None, None, None
 

@@ -12,11 +12,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from mml_arrayapi.backends import cuda_driver, cuda_launch, torch_values
 from torch.autograd import forward_ad
 
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target
+from mml_arrayapi.backends import cuda_driver, cuda_launch, torch_values
 from mml_arrayapi.kernel import Kernel, Problem
 
 is_compiling = torch.compiler.is_compiling

@@ -123,11 +123,15 @@ def open_store(folder):
 ALONE = """
 import json, resource, sys, threading, time
 sys.path.insert(0, {here!r})
+import dask.array as da
 import psutil
 from dask_growth import METHODS, n_tasks, open_store
 x, y = open_store({folder!r})
 array = METHODS[{method!r}](x, y)
-METHODS[{method!r}](x[:100_000], y[:100_000]).compute(scheduler="threads")
+# Imports and compiled code are loaded before; 5e6 scores are enough for the Numba kernel to be.
+zeros = [da.zeros(shape, dtype=kind, chunks=100_000) for shape, kind in
+         (((500_000, 10), "float32"), ((500_000,), "int64"))]
+METHODS[{method!r}](*zeros).compute(scheduler="threads")
 before, peak, done = psutil.Process().memory_info().rss, 0, False
 def watch():
     global peak
@@ -185,7 +189,8 @@ def on_cluster(scratch, sizes):
                 x, y = open_store(folder)
                 for name, method in METHODS.items():
                     took = seconds(method(x, y), 1, lambda a: a.compute())
-                    found.append({"rows": rows, "method": name, "where": "cluster", "seconds": took})
+                    row = {"rows": rows, "method": name, "where": "cluster"}
+                    found.append({**row, "seconds": took})
                     print(found[-1], flush=True)
             finally:
                 shutil.rmtree(folder)
@@ -196,7 +201,8 @@ def machine():
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            model = next((s.split(":")[1].strip() for s in file if s.startswith("model name")), model)
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+            model = names[0] if names else model
     names = ("numpy", "numba", "dask", "distributed", "zarr", "torch", "mml_arrayapi")
     return {
         "cpu": model,
@@ -204,6 +210,7 @@ def machine():
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
         "date": date.today().isoformat(),
+        "load before": os.getloadavg()[0],
     }
 
 
@@ -214,7 +221,8 @@ def to_markdown(results):
         "",
         f"{about['cpu']}, {about['cores']} cores, Python {about['python']}, "
         + ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        + f"; {about['date']}. Made by `python benchmarks/dask_growth.py`.",
+        + f"; {about['date']}. Made by `python benchmarks/dask_growth.py`; load average before the "
+        + f"last part: {about['load before']:.1f} (other jobs on the machine, if above 0).",
         "",
         "## 2e6 x 100 float32 in memory, on threads",
         "",
@@ -254,7 +262,8 @@ def plot(results, path):
         for i, name in enumerate(METHODS):
             rows = [r for r in results["growth"] if (r["method"], r["where"]) == (name, where)]
             x = [r["rows"] for r in rows]
-            left.loglog(x, [r["seconds"] for r in rows], style, color=f"C{i}", label=f"{name}, {where}")
+            label, colour = f"{name}, {where}", f"C{i}"
+            left.loglog(x, [r["seconds"] for r in rows], style, color=colour, label=label)
             if where == "threads":
                 right.semilogx(x, [r["peak MB"] for r in rows], style, color=f"C{i}", label=name)
     left.set(xlabel="rows", ylabel="seconds", title="time from Zarr, rows x 10 float32")
@@ -287,8 +296,8 @@ def main():
     ):
         if part in parts:
             where = "threads" if part == "growth" else "cluster"
-            kept = [r for r in results["growth"] if r["where"] != where]
-            results["growth"] = kept + function()
+            kept = [r for r in results["growth"] if r["where"] != where or r["rows"] not in sizes]
+            results["growth"] = sorted(kept + function(), key=lambda r: (r["where"], r["rows"]))
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     if "in memory" in results:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from mml_arrayapi.conformance.context import DTYPES, INTEGERS, Context
-
 from mml_arrayapi import arguments, generic, namespaces
+from mml_arrayapi.conformance.context import DTYPES, INTEGERS, Context
 from mml_arrayapi.namespaces import DEVICE, HOST, LAZY, TRACED
 
 _SIGHT = {

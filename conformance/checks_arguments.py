@@ -8,10 +8,9 @@ from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
+from mml_arrayapi import InvalidTargetError
 from mml_arrayapi.conformance.context import Context, Fail
 from mml_arrayapi.conformance.suite import check
-
-from mml_arrayapi import InvalidTargetError
 from mml_arrayapi.namespaces import TRACED
 
 TOPIC = "arguments"

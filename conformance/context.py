@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from mml_arrayapi.conformance.reference import Reference, difference
-
 import mml_arrayapi as mml
+from mml_arrayapi.conformance.reference import Reference, difference
 from mml_arrayapi.namespaces import HOST, LAZY, LIBRARIES, TRACED, library_of
 
 Array = Any

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+from mml_arrayapi._version import __version__
 from mml_arrayapi.conformance.suite import (
     EXPECTED,
     FAIL,
@@ -20,8 +21,6 @@ from mml_arrayapi.conformance.suite import (
     UNSUPPORTED,
     Result,
 )
-
-from mml_arrayapi._version import __version__
 
 _WORST_FIRST = (FAIL, EXPECTED, MISSING, NOT_RUN, PASS, UNSUPPORTED)
 

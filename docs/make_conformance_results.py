@@ -23,10 +23,9 @@ MARK = "\n<!-- other libraries -->\n"
 
 sys.path.insert(0, str(TOP))  # for tests.broken
 
+from mml_arrayapi import registry  # noqa: E402
 from mml_arrayapi.conformance import Context, all_checks  # noqa: E402
 from mml_arrayapi.conformance.report import as_markdown, from_json, header  # noqa: E402
-
-from mml_arrayapi import registry  # noqa: E402
 from tests.broken import kernels, libraries  # noqa: E402
 
 STRICT = "array_api_strict"
@@ -43,14 +42,22 @@ SUPPORTED = (
 )
 
 SINGLE = ("--dtype", "float32")
+WITHOUT_THREADS = tuple(
+    word
+    for check in all_checks()
+    if check.name != "threads do not disturb each other"
+    for word in ("--check", check.name)
+)
 # What pip installs, the module, the options, and what its authors would need to do.
 OTHERS = (
     (
-        ("ndonnx", "onnxruntime"),
+        ("ndonnx",),
         "ndonnx",
-        SINGLE,
+        (*SINGLE, *WITHOUT_THREADS),
         "Nothing is left to do for eager arrays. `Info.dtypes()` requires the keyword `kind`, "
-        "which the standard makes optional; we pass it.",
+        "which the standard makes optional; we pass it. Reading a value back costs some ten "
+        "milliseconds, so the checks take minutes; the one of threads was left out, as it had not "
+        "ended after five.",
     ),
     (
         ("marray", "numpy"),
@@ -120,18 +127,26 @@ def supported(folder):
 
 def others(folder):
     """Run the checks on the newest releases of other libraries."""
-    runs, remarks = [], []
+    runs = []
     (Path(folder) / "marray_numpy.py").write_text(MARRAY)
-    for packages, module, words, advice in OTHERS:
+    for packages, module, words, _ in OTHERS:
         print(packages[0], flush=True)
         home = Path(folder) / f"venv-{packages[0]}"
         venv.create(home, with_pip=True)
         python = str(home / "bin" / "python")
         subprocess.run([python, "-m", "pip", "install", "-q", str(TOP), *packages], check=True)
         found, problem = run(python, ("--xp", module, *words), {}, folder)
+        if problem:
+            raise SystemExit(f"{packages[0]}: {problem}")
         runs += found
-        remarks.append(f"- **{packages[0]}**: {problem or ''}{advice}")
-    return "\n".join([as_markdown(header(), runs), *remarks])
+    return text_of_others(runs)
+
+
+def text_of_others(runs):
+    """Write their part of the page: the matrix, without the snippets, and what is to be done."""
+    table = as_markdown(header(), runs).partition("\n**FAIL")[0].rstrip()
+    advice = [f"- **{packages[0]}**: {text}" for packages, _, _, text in OTHERS]
+    return "\n".join([table, "", "What their authors would need to do:", "", *advice])
 
 
 def broken():

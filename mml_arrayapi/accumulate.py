@@ -229,8 +229,9 @@ class LossAccumulator:
         weight = self._weight
         if weight is not None:
             weight = library.namespace.asarray(weight, device=getattr(input, "device", None))
-        loss = {"p": self.p, "margin": self.margin, "weight": weight, "check_target": "raise"}
-        losses = sample_losses(input, target, **loss)
+        losses = sample_losses(
+            input, target, p=self.p, margin=self.margin, weight=weight, check_target="raise"
+        )
         self._sum.add(np.asarray(library.on_host(losses)))
 
     def merge(self, other: LossAccumulator) -> None:

@@ -125,7 +125,7 @@ def evaluate(
             total.merge(tally)
             done += rows.pieces[number].rows
             if progress is not None:
-                progress(done, rows.count)
+                progress(done, rows.n_rows)
     finally:
         if journal is not None:
             journal.close()

@@ -97,7 +97,7 @@ def _compare(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             continue
         if key == "inputs":
             before = old.get(key) or []
-            changed = [one[0] for one in value if one not in before] or ["a file is missing"]
+            changed = [one[0] for one in value if one not in before] or ["fewer files"]
             raise InputError(
                 f"{path}: was begun with other inputs (now: {', '.join(changed[:3])}); give the "
                 "same files, unchanged, or another folder"

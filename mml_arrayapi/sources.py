@@ -45,7 +45,10 @@ class Shard:
     Attributes
     ----------
     name : str
-        The path, with ``#item`` where the file holds several arrays; or what the array is.
+        The path as it was given, with ``#item`` where the file holds several arrays; or what the
+        array is.
+    path : str
+        The absolute path (workers run in other folders), with ``#item``; empty for an array.
     role : {"scores", "targets"}
         What it is read for.
     array : array or None
@@ -61,6 +64,7 @@ class Shard:
     """
 
     name: str
+    path: str
     role: str
     array: Array | None
     stamp: tuple[int, ...]
@@ -75,7 +79,7 @@ class Shard:
 
         where = (*(slice(None),) * axis, slice(start, stop))
         try:
-            source = _open(self.name, self.role, self.stamp) if self.array is None else self.array
+            source = _open(self.path, self.role, self.stamp) if self.array is None else self.array
             part = source[where]
             if hasattr(part, "compute"):  # Dask: this runs in a worker already
                 part = part.compute(scheduler="synchronous")
@@ -135,7 +139,7 @@ class Rows(NamedTuple):
     identity: list[Any]
 
     @property
-    def count(self) -> int:
+    def n_rows(self) -> int:
         """The number of rows."""
         return sum(piece.rows for piece in self.pieces)
 
@@ -202,7 +206,7 @@ def rows_of(logits: Any, targets: Any, axis: int, chunk_size: int | None) -> Row
         per_row *= n
     step = max(1, PIECE // max(1, per_row)) if chunk_size is None else chunk_size
     pieces = list(_pieces(scores, labels, rows_axis, step))
-    identity = [[s.name, list(s.shape), str(s.dtype), *s.stamp] for s in (*scores, *labels)]
+    identity = [[s.path, list(s.shape), str(s.dtype), *s.stamp] for s in (*scores, *labels)]
     elements = per_row * sum(s.shape[rows_axis] for s in scores)
     return Rows(pieces, axis, first.shape[axis], elements, first.dtype, [step, *identity])
 
@@ -265,9 +269,7 @@ def _check_lengths(scores: list[Shard], labels: list[Shard], rows_axis: int) -> 
         )
 
 
-def _pieces(
-    scores: list[Shard], labels: list[Shard], rows_axis: int, step: int
-) -> Iterator[Piece]:
+def _pieces(scores: list[Shard], labels: list[Shard], rows_axis: int, step: int) -> Iterator[Piece]:
     ends = list(accumulate((t.shape[0] for t in labels), initial=0))
     base = 0
     for shard in scores:
@@ -318,7 +320,7 @@ def _shards(given: Any, role: str) -> list[Shard]:
             f"{role} must be a path, an array, or a list of those, but is of type "
             f"{type(given).__name__}"
         )
-    return [_shard(role, role, given, (), given)]
+    return [_shard(role, "", role, given, (), given)]
 
 
 def _names(path: str) -> list[str]:
@@ -346,13 +348,15 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _file_shard(name: str, role: str) -> Shard:
-    file = _split(name)[0]
+    file, item = _split(name)
+    path = os.path.abspath(file)
     try:
         status = os.stat(file)
         stamp = (status.st_size, status.st_mtime_ns)
-        return _shard(name, role, None, stamp, _open(name, role, stamp))
-    except InputError:
-        raise
+        full = f"{path}#{item}" if item else path
+        return _shard(name, full, role, None, stamp, _open(full, role, stamp))
+    except InputError as error:
+        raise InputError(str(error).replace(path, file)) from error
     except ImportError as error:
         raise InputError(
             f"{name}: reading it needs {error.name}; pip install 'mml_arrayapi[evaluate]'"
@@ -363,7 +367,9 @@ def _file_shard(name: str, role: str) -> Shard:
         ) from error
 
 
-def _shard(name: str, role: str, array: Array, stamp: tuple[int, ...], source: Array) -> Shard:
+def _shard(
+    name: str, path: str, role: str, array: Array, stamp: tuple[int, ...], source: Array
+) -> Shard:
     import numpy as np
 
     dtype = np.dtype(source.dtype)
@@ -382,7 +388,7 @@ def _shard(name: str, role: str, array: Array, stamp: tuple[int, ...], source: A
     if array is not None:  # a Dask array's chunks have another form, and need not be respected
         chunks = ()
     return Shard(
-        name, role, array, stamp, shape, dtype, getattr(source, "steps", ()), tuple(chunks)
+        name, path, role, array, stamp, shape, dtype, getattr(source, "steps", ()), tuple(chunks)
     )
 
 
@@ -543,9 +549,7 @@ def _columns_for(role: str, schema: Any, file: str) -> list[str]:
 def _is_list(kind: Any) -> bool:
     import pyarrow.types as kinds
 
-    return bool(
-        kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
-    )
+    return bool(kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind))
 
 
 FORMATS: dict[str, Callable[[str, str, str], Array]] = {

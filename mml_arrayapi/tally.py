@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TILE = 2**17  # scores looked at together: what is derived from them stays in the cache
+ROWS = 2**18  # rows counted together: what is kept of each is about 100 bytes
 BAR = 8  # bars of the histogram per unit
 REACH = 64 * BAR  # bars on either side of zero; what lies beyond is counted in the outermost ones
 SHOWN_CLASSES = 20
@@ -88,9 +89,15 @@ class Tally:
         """
         import numpy as np
 
+        raise_invalid_target(target, scores.shape[1])
+        for start in range(0, len(target), ROWS):
+            part = slice(start, start + ROWS)
+            self._add(scores[part], target[part].astype(np.int64), loss)
+
+    def _add(self, scores: np.ndarray, target: np.ndarray, loss: Loss) -> None:
+        import numpy as np
+
         n_classes = scores.shape[1]
-        raise_invalid_target(target, n_classes)
-        target = target.astype(np.int64)
         losses, lead, inside = _look_at(scores, target, loss)
         finite = np.isfinite(losses)
         values, groups = (losses, target) if finite.all() else (losses[finite], target[finite])

@@ -1,10 +1,10 @@
 """Tests of the conformance checks: what is broken on purpose is found by the check that claims it."""
 
 import pytest
-from mml_arrayapi.conformance import Context, all_checks
-from mml_arrayapi.conformance.suite import FAIL, MISSING, NOT_RUN, PASS, UNSUPPORTED
 
 from mml_arrayapi import Kernel, registry
+from mml_arrayapi.conformance import Context, all_checks
+from mml_arrayapi.conformance.suite import FAIL, MISSING, NOT_RUN, PASS, UNSUPPORTED
 from tests.broken import kernels, libraries
 
 CHECKS = {check.name: check for check in all_checks()}

@@ -200,16 +200,14 @@ def test_kill_9_of_the_client(folder, client, wanted, tmp_path):
     process.wait()
     before = journal.read_bytes().count(b"\n")
     assert before < 1 + N // PIECE
-    os.chdir(folder)  # the journal knows the files by the paths that were given
-    figures = mml.evaluate("x.npy", "y.npy", chunk_size=PIECE, checkpoint=tmp_path, scheduler=address)
-    assert figures == wanted
+    assert run(folder, address, checkpoint=tmp_path) == wanted
 
 
 def test_a_scheduler_that_goes_away_and_the_run_after(folder, wanted, tmp_path):
     with local_cluster(1) as lost:
+        keywords = {"progress": at(5, lost.close), "checkpoint": tmp_path, "timeout": 10}
         with pytest.raises(mml.WorkerError, match="the connection to the scheduler is lost; run"):
-            gone = at(5, lost.close)
-            run(folder, lost.scheduler_address, progress=gone, checkpoint=tmp_path, timeout=10)
+            run(folder, lost.scheduler_address, **keywords)
     assert run(folder, "threads", checkpoint=tmp_path) == wanted
 
 

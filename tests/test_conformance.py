@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mml_arrayapi.conformance import Context, Result, all_checks, capabilities, report
 from mml_arrayapi.conformance.command import add_arguments
 from mml_arrayapi.conformance.page import as_html
@@ -272,4 +273,5 @@ print(capabilities([Context("numpy")])["kernels"])
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "{'runs': 'generic', 'why_not': {'numpy-numba': 'cannot be imported" in done.stdout
+    assert "'runs': 'generic'" in done.stdout
+    assert "cannot be imported: No module named 'numba'" in done.stdout

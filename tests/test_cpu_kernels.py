@@ -54,7 +54,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_every_form_matches_float64(small_blocks, rng, dtype, layout):
     shapes = (1, 1), (3, 2), (403, 9), (70, 16), (300, 40), (7, 1003)
-    for (n, c), p in itertools.product(shapes, (1, 2, 1.5)):
+    exponents = {"float32": (1, 2, 1.5), "float16": (1, 2), "float64": (1, 1.5)}[dtype]
+    for (n, c), p in itertools.product(shapes, exponents):
         x = LAYOUTS[layout](rng.normal(size=(n, c)).astype(dtype))
         y, weight = rng.integers(0, c, n), rng.random(c).astype(np.float32)
         upstream = rng.random(n)
@@ -336,3 +337,75 @@ def test_numba_comes_late_and_an_unwritable_cache_is_no_error(tmp_path):
 def test_lots_and_tiles_fit_each_other():
     assert numba_kernels.SHORT <= numba_kernels.RUN
     assert numba_kernels.SHORT * numba_kernels.LOT * 4 <= 2**14
+
+
+@pytest.fixture
+def leaf(monkeypatch, rng):
+    """A small float32 batch of PyTorch that the shortcut takes, with its targets."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(cpu_blocks, "WAIT", 0)
+    x = torch.tensor(rng.normal(size=(32, 10)).astype(np.float32), requires_grad=True)
+    y = torch.tensor(rng.integers(0, 10, 32))
+    mml.multi_margin_loss(x, y, p=2)
+    return torch, x, y
+
+
+@pytest.mark.parametrize("keywords", [{}, {"reduction": "sum"}])  # by the shortcut, and not
+def test_torch_gradients_of_any_order_match_the_generic_ones(leaf, keywords):
+    torch, x, y = leaf
+
+    def derivatives(**more):
+        loss = mml.multi_margin_loss(x, y, p=2, **keywords, **more) * 3
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, retain_graph=True)
+        scales = torch.tensor([1.0, -2.0])
+        (many,) = torch.autograd.grad(loss, x, scales, is_grads_batched=True)
+        return plain, first, second, many
+
+    for ours, generic in zip(derivatives(), derivatives(backend="generic"), strict=True):
+        torch.testing.assert_close(ours, generic)
+    name = mml.multi_margin_loss(x, y, p=2, **keywords).grad_fn.name()
+    assert name == ("_LossBackward" if keywords else "_SmallLossBackward")
+
+
+def test_torch_explains_what_it_leaves_to_the_generic_implementation(leaf):
+    torch, x, y = leaf
+
+    def why(x, y, **keywords):
+        return dict(mml.explain(x, y, p=2, **keywords).considered)["torch-cpu-numba"]
+
+    assert why(x, y) is None
+    weight = torch.ones(10, requires_grad=True)
+    assert "weight requires a gradient" in why(x, y, weight=weight)
+    assert why(x, y, weight=weight.detach()) is None
+    assert "negates" in why(torch._neg_view(x.detach()), y)
+    assert "a subclass of torch.Tensor" in why(
+        x.detach().as_subclass(type("T", (torch.Tensor,), {})), y
+    )
+    with torch.autograd.forward_ad.dual_level():
+        assert "forward-mode" in why(x.detach(), y)
+    reasons = []
+    torch.func.grad(lambda t: reasons.append(why(x, y)) or t.sum())(x.detach())
+    assert "torch.func" in reasons[0]
+    with torch.utils._device.DeviceContext("cpu"):
+        assert "intercepts" in why(x, y)
+
+
+def test_torch_no_grad_and_inference_keep_no_graph(leaf):
+    torch, x, y = leaf
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert not mml.multi_margin_loss(x, y, p=2).requires_grad
+    assert mml.multi_margin_loss(x, y, p=2).requires_grad
+    with pytest.raises(mml.InvalidTargetError):
+        mml.multi_margin_loss(x, y + 10, p=2)
+
+
+def test_torch_backward_refuses_an_input_changed_in_place(leaf):
+    _, x, y = leaf
+    z = x * 1
+    loss = mml.multi_margin_loss(z, y, p=2)
+    z += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

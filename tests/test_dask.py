@@ -45,7 +45,9 @@ def n_tasks(array):
 
 
 def close(actual, wanted, dtype):
-    np.testing.assert_allclose(actual, wanted, rtol=2e-3 if dtype == np.float16 else 1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        actual, wanted, rtol=2e-3 if dtype == np.float16 else 1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -235,13 +237,17 @@ def test_filtered_scores_have_unknown_sizes():
     lazy, labels = rows(scores, 7), rows(target, 7)
     keep = labels != 3
     ours = mml.multi_margin_loss(lazy[keep], labels[keep])
-    close(ours.compute(), mml.multi_margin_loss(scores[target != 3], target[target != 3]), np.float32)
+    close(
+        ours.compute(), mml.multi_margin_loss(scores[target != 3], target[target != 3]), np.float32
+    )
 
 
 def test_unknown_sizes_that_cannot_be_matched():
     scores, target = data()
     lazy = lost(rows(scores, 7))
-    with pytest.raises(ValueError, match="target must be a Dask array where input has chunks of unk"):
+    with pytest.raises(
+        ValueError, match="target must be a Dask array where input has chunks of unk"
+    ):
         mml.multi_margin_loss(lazy, target)
     with pytest.raises(ValueError, match="target must have as many chunks as input where sizes of"):
         mml.multi_margin_loss(lazy, rows(target, 8))
@@ -313,9 +319,7 @@ def test_float16_does_not_overflow_on_the_way():
     lazy = da.from_array(scores, chunks=(3, 2))
     target = np.asarray([1] + [0] * 7)
     for p, reduction in ((2, "mean"), (1, "sum")):
-        wanted = mml.multi_margin_loss(
-            scores.astype(np.float64), target, p=p, reduction=reduction
-        )
+        wanted = mml.multi_margin_loss(scores.astype(np.float64), target, p=p, reduction=reduction)
         for chunks in ((3, 4), (3, 2)):
             lazy = da.from_array(scores, chunks=chunks)
             ours = mml.multi_margin_loss(lazy, target, p=p, reduction=reduction)
@@ -361,7 +365,9 @@ def test_use_backend_is_kept_for_the_chunks():
 
 def test_a_kernel_for_other_chunks_is_refused():
     scores, target = data()
-    with pytest.raises(ValueError, match="'torch-cpu-numba' takes arrays of torch, but input is of"):
+    with pytest.raises(
+        ValueError, match="'torch-cpu-numba' takes arrays of torch, but input is of"
+    ):
         mml.multi_margin_loss(rows(scores, 10), target, backend="torch-cpu-numba")
 
 
@@ -392,7 +398,7 @@ def test_temporaries_stay_small():
 
     scores, target = data((200_000, C))
     lazy, labels = da.from_array(scores, chunks=-1), da.from_array(target, chunks=-1)
-    assert dask_blocks.TILE * 2 < scores.size
+    assert scores.size > dask_blocks.TILE * 2
     loss = mml.multi_margin_loss(lazy, labels)
     loss.compute()
     tracemalloc.start()

@@ -4,6 +4,7 @@ from fractions import Fraction
 from importlib.resources import files
 
 import pytest
+
 from mml_arrayapi.conformance import make_golden
 from mml_arrayapi.conformance.golden import golden_vectors
 

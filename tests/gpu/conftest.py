@@ -4,6 +4,7 @@ from functools import cache
 from shutil import which
 
 import pytest
+
 from mml_arrayapi.backends import cuda_launch
 
 

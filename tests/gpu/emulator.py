@@ -18,6 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from mml_arrayapi.backends import cuda_launch
 
 HERE = Path(__file__).parent

@@ -8,9 +8,9 @@ import types
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
-from mml_arrayapi.backends import cuda_launch
 
 from mml_arrayapi import InvalidTargetError, generic
+from mml_arrayapi.backends import cuda_launch
 from mml_arrayapi.kernel import Problem
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from mml_arrayapi.backends import cuda_launch
 
 emulator = pytest.importorskip("tests.gpu.emulator", reason="the emulator needs ml_dtypes")

@@ -7,6 +7,7 @@ import threading
 import types
 
 import pytest
+
 from mml_arrayapi.backends import cuda_launch
 from mml_arrayapi.backends.cuda_launch import ADDRESSES, NUMBERS, Call, geometry, pack, plan
 
