@@ -144,14 +144,12 @@ def choose(problem: Problem, backend: str | None) -> Kernel:
     ValueError
         The kernel asked for is unknown or refuses.
     """
-    forced = backend or _state.forced or _environment
-    if forced is not None:
-        kernel = _forced(problem, backend, forced)
-        if kernel is not None:
-            return kernel
+    asked = _asked_for(problem, backend)
+    if asked is not None:
+        return asked
     for kernel in _kernels_of(problem.library):
         if kernel.refuses(problem) is None and kernel.waits(problem) is None:
-            if kernel.shortcut is not None and forced is None:
+            if kernel.shortcut is not None:
                 _shortcuts[type(problem.input)] = kernel.shortcut
             return kernel
     return GENERIC
@@ -181,11 +179,9 @@ def choose_for_job(problem: Problem, backend: str | None, elements: float) -> Ke
     ValueError
         The kernel asked for is unknown or refuses.
     """
-    forced = backend or _state.forced or _environment
-    if forced is not None:
-        kernel = _forced(problem, backend, forced)
-        if kernel is not None:
-            return kernel
+    asked = _asked_for(problem, backend)
+    if asked is not None:
+        return asked
     for kernel in _kernels_of(problem.library):
         if kernel.refuses(problem) is None:
             return kernel if elements >= LARGE or kernel.waits is _never_waits else GENERIC
@@ -358,6 +354,12 @@ def _never(*_: Any) -> Any:
 
 def _library(plugin: EntryPoint) -> str:
     return plugin.name.partition(".")[0]
+
+
+def _asked_for(problem: Problem, backend: str | None) -> Kernel | None:
+    """Return the kernel asked for by name, by whoever has the say."""
+    name = backend or _state.forced or _environment
+    return None if name is None else _forced(problem, backend, name)
 
 
 def _forced(problem: Problem, backend: str | None, name: str) -> Kernel | None:
