@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from array_api_compat import array_namespace
+
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 
 Array = Any
@@ -70,7 +72,7 @@ def train(images: Array, digits: Array, *, steps: int) -> Iterator[Array]:
     array, shape (pixels, 10)
         The weights after each step.
     """
-    xp = _namespace(images)
+    xp = array_namespace(images)
     weights = xp.zeros_like(images[:10, :]).T
     for _ in range(steps):
         _, grad = multi_margin_loss_and_grad(images @ weights, digits, p=P)
@@ -225,9 +227,3 @@ def _unusable(namespace: str) -> str | None:
     if namespace.endswith("cupy") and not xp.cuda.is_available():
         return "no GPU"
     return None
-
-
-def _namespace(array: Array) -> Any:
-    from array_api_compat import array_namespace
-
-    return array_namespace(array)
