@@ -7,7 +7,8 @@ sums are added in order, so a result has the same bits for any number of threads
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -21,7 +22,12 @@ MANY = 2**20  # elements: below, kernels for a layout, compiled by themselves, a
 WAIT = 2**22  # elements that the generic implementation serves before a kernel is compiled
 CALL = 2**12  # what a call counts on top of its elements
 
-KINDS = {"float64": "FLOAT64", "float32": "FLOAT32", "float16": "FLOAT16", "uint16": "BFLOAT16"}
+KINDS = {
+    np.dtype("float64"): "FLOAT64",
+    np.dtype("float32"): "FLOAT32",
+    np.dtype("float16"): "FLOAT16",
+    np.dtype("uint16"): "BFLOAT16",
+}
 
 
 @cache
@@ -85,7 +91,7 @@ def scores(
     """Gather a call's arrays; copies nothing of the input's size."""
     computing = np.float64 if array.dtype == np.float64 else np.float32
     return Scores(
-        np.moveaxis(array, axis, -1),
+        array if axis == array.ndim - 1 else np.moveaxis(array, axis, -1),
         # What is too large for int64 turns negative and stays out of range.
         np.ascontiguousarray(target).astype(np.int64, copy=False).reshape(-1),
         None if weight is None else np.ascontiguousarray(weight, dtype=computing),
@@ -94,7 +100,9 @@ def scores(
     )
 
 
-def loss(scores: Scores, limit: int, losses: np.ndarray | None = None) -> tuple[float, int]:
+def loss(
+    scores: Scores, limit: int, losses: np.ndarray | None = None, bits: np.ndarray | None = None
+) -> tuple[float, int]:
     """Sum the rows' losses.
 
     Parameters
@@ -105,6 +113,8 @@ def loss(scores: Scores, limit: int, losses: np.ndarray | None = None) -> tuple[
         How many threads may work.
     losses : array, shape (N,), contiguous, optional
         Where to put each row's loss; the dtype of ``scores.array``.
+    bits : array of uint8, contiguous, optional
+        What :func:`room_for_bits` gave; filled for :func:`grad_of_bits`.
 
     Returns
     -------
@@ -116,15 +126,15 @@ def loss(scores: Scores, limit: int, losses: np.ndarray | None = None) -> tuple[
     kernels = numba_kernels()
     columns = scores.array.shape[-1]
     layout = _layout(scores.array)
-    form = _form(kernels, layout, scores.array)
+    form = _form(layout, scores.array)
+    head = (*_arguments(kernels, scores, layout, form), columns)
+    tail = (
+        *_last(kernels, scores),
+        0 if losses is None else losses.ctypes.data,
+        kernels.NONE if bits is None else bits.ctypes.data,
+    )
     run = getattr(kernels, f"loss_{form}")
-    arguments = _arguments(kernels, scores, layout)
-    out = 0 if losses is None else losses.ctypes.data
-
-    def block(start: int, stop: int) -> tuple[float, int]:
-        return run(*arguments, columns, start, stop, *_last(kernels, scores), out)  # type: ignore[no-any-return]
-
-    return _in_blocks(block, scores.target.size, columns, form, limit)
+    return _in_blocks(partial(run, head, tail), scores.target.size, columns, form, limit)
 
 
 def loss_and_grad(
@@ -156,18 +166,59 @@ def loss_and_grad(
     kernels = numba_kernels()
     columns = scores.array.shape[-1]
     layout, to = _layout(scores.array), _layout(grad)
-    form = "rows" if to.offsets is not None else _form(kernels, layout, scores.array)
+    form = "rows" if to.offsets is not None else _form(layout, scores.array)
+    head = (*_arguments(kernels, scores, layout, form), columns)
+    tail = (
+        *_last(kernels, scores),
+        0 if losses is None else losses.ctypes.data,
+        *_destination(kernels, grad, to, form, scale * scores.p, upstream),
+    )
     run = getattr(kernels, f"grad_{form}")
-    arguments = _arguments(kernels, scores, layout)
-    out = 0 if losses is None else losses.ctypes.data
-    offsets = 0 if to.offsets is None else to.offsets.ctypes.data
-    rest = (out, grad.ctypes.data, offsets, to.row_stride, to.step, scale * scores.p)
-    up = 0 if upstream is None else upstream.ctypes.data
+    return _in_blocks(partial(run, head, tail), scores.target.size, columns, form, limit)
 
-    def block(start: int, stop: int) -> tuple[float, int]:
-        return run(*arguments, columns, start, stop, *_last(kernels, scores), *rest, up)  # type: ignore[no-any-return]
 
-    return _in_blocks(block, scores.target.size, columns, form, limit)
+def room_for_bits(scores: Scores) -> np.ndarray | None:
+    """Make room for what the gradient of p = 1 needs of the scores: one bit each.
+
+    Reading them again takes less time where they are few, and where rows are neighbours in memory.
+    """
+    *_, columns = scores.array.shape
+    if (
+        scores.p != 1
+        or scores.array.size < MANY
+        or _form(_layout(scores.array), scores.array) != "rows"
+    ):
+        return None
+    return np.empty(scores.target.size * -(-columns // 8), np.uint8)
+
+
+def grad_of_bits(
+    scores: Scores,
+    limit: int,
+    bits: np.ndarray,
+    grad: np.ndarray,
+    scale: float,
+    upstream: np.ndarray | None,
+) -> None:
+    """Write the gradient that :func:`loss_and_grad` writes, without reading the scores.
+
+    Parameters
+    ----------
+    scores, limit, grad, scale, upstream
+        As in :func:`loss_and_grad`.
+    bits : array
+        What :func:`loss` kept.
+    """
+    kernels = numba_kernels()
+    columns = scores.array.shape[-1]
+    to = _layout(grad)
+    kind, *_, target, weight = _arguments(kernels, scores, to, "rows")
+    run = partial(
+        kernels.bits_rows,
+        (kind, bits.ctypes.data, target, weight, columns),
+        _destination(kernels, grad, to, "rows", scale, upstream),
+    )
+    _in_blocks(run, scores.target.size, columns, "rows", limit)
 
 
 def own_scores(scores: Scores, first: int) -> np.ndarray:
@@ -187,7 +238,7 @@ def own_scores(scores: Scores, first: int) -> np.ndarray:
     """
     kernels, array = numba_kernels(), scores.array
     own = np.empty(scores.target.size, np.float64 if array.dtype == np.float64 else np.float32)
-    arguments = _arguments(kernels, scores, _layout(array))[:-1]
+    arguments = _arguments(kernels, scores, _layout(array), "rows")[:-1]
     kernels.own_rows(*arguments, first, array.shape[-1], own.size, own.ctypes.data)
     return own
 
@@ -209,7 +260,7 @@ def part_sums(scores: Scores, first: int, own: np.ndarray) -> np.ndarray:
     """
     kernels, array = numba_kernels(), scores.array
     sums = np.empty(own.size)
-    arguments = _arguments(kernels, scores, _layout(array))[:-1]
+    arguments = _arguments(kernels, scores, _layout(array), "rows")[:-1]
     kernels.part_rows(
         *arguments,
         first,
@@ -248,25 +299,46 @@ def _layout(array: np.ndarray) -> _Layout:
     return _Layout(offsets.reshape(-1), 0, step)
 
 
-def _form(kernels: Any, layout: _Layout, array: np.ndarray) -> str:
-    """Choose among the kernels for rows, for neighbouring rows, and for many short rows."""
-    if array.size < MANY:
-        return "rows"
-    if layout.offsets is None and 0 < abs(layout.row_stride) < abs(layout.step):
-        return "tiles"
-    return "lots" if array.shape[-1] <= kernels.SHORT else "rows"
+def _form(layout: _Layout, array: np.ndarray) -> str:
+    """Choose between the kernels for rows and for rows that are neighbours in memory."""
+    apart = layout.offsets is not None or not 0 < abs(layout.row_stride) < abs(layout.step)
+    return "rows" if apart or array.size < MANY else "tiles"
 
 
-def _arguments(kernels: Any, scores: Scores, layout: _Layout) -> tuple[Any, ...]:
+def _step(kernels: Any, layout: _Layout, columns: int, form: str) -> Any:
+    """Tell how far classes lie apart, as the kernels want it."""
+    whole_vectors = form == "rows" and layout.step == 1 and columns >= 8
+    return kernels.UNIT if whole_vectors else layout.step
+
+
+def _arguments(kernels: Any, scores: Scores, layout: _Layout, form: str) -> tuple[Any, ...]:
     array, weight = scores.array, scores.weight
     return (
-        getattr(kernels, KINDS[array.dtype.name]),
+        getattr(kernels, KINDS[array.dtype]),
         array.ctypes.data,
         0 if layout.offsets is None else layout.offsets.ctypes.data,
         layout.row_stride,
-        layout.step,
+        _step(kernels, layout, array.shape[-1], form),
         scores.target.ctypes.data,
         0 if weight is None else weight.ctypes.data,
+    )
+
+
+def _destination(
+    kernels: Any,
+    grad: np.ndarray,
+    layout: _Layout,
+    form: str,
+    scale: float,
+    upstream: np.ndarray | None,
+) -> tuple[Any, ...]:
+    return (
+        grad.ctypes.data,
+        0 if layout.offsets is None else layout.offsets.ctypes.data,
+        layout.row_stride,
+        _step(kernels, layout, grad.shape[-1], form),
+        scale,
+        0 if upstream is None else upstream.ctypes.data,
     )
 
 
@@ -275,21 +347,29 @@ def _last(kernels: Any, scores: Scores) -> tuple[float, Any]:
     return scores.margin, kernels.ONE if p == 1 else kernels.TWO if p == 2 else p
 
 
-def _in_blocks(block: Any, rows: int, columns: int, form: str, limit: int) -> tuple[float, int]:
+def _in_blocks(
+    run: Callable[[tuple[int, ...]], bool], rows: int, columns: int, form: str, limit: int
+) -> tuple[float, int]:
     """Run the blocks of rows, and add up what they return."""
     size = max(1, BLOCK // columns)
     if form == "tiles":
         size = max(size, 256)
     count = -(-rows // size)
+    workers = 1 if rows * columns <= SERIAL else min(limit, count)
+    results = np.zeros(1 + 2 * count, np.int64)
+    blocks = rows, size, workers, results.ctypes.data
 
-    def task(i: int) -> tuple[float, int]:
-        start, stop = i * size, min(rows, (i + 1) * size)
-        total, bad = block(start, stop)
-        return total, bad if bad < stop else -1
+    def work(_: int) -> None:
+        try:
+            while run(blocks):
+                pass
+        except BaseException:
+            results[0] = 2 * count  # the other threads need not go on
+            raise
 
-    results = threads.run(task, count, 1 if rows * columns <= SERIAL else limit)
-    bad = next((bad for _, bad in results if bad >= 0), -1)
-    return sum(total for total, _ in results), bad
+    threads.run(work, workers, workers)
+    sums, bads = results[1 : 1 + count].view(np.float64), results[1 + count :]
+    return sum(sums.tolist()), next((bad for bad in bads.tolist() if bad >= 0), -1)
 
 
 def numba_kernels() -> Any:

@@ -32,21 +32,19 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.core.datamodel import models
+from numba.extending import intrinsic, overload, register_model
 
-COLUMNS = 256  # neighbouring classes summed in float32 (by 8 lanes) before the sum goes to float64
-APART = (
-    32  # the same where they are not neighbours: one lane. 512 for both was off by 1e-6 and 8e-6
-)
+COLUMNS = 1024  # neighbouring classes summed by 32 lanes before the sum goes to float64
 TILE = 256  # rows walked together where the classes lie further apart than the rows
-LONG = 4096  # classes from which on a row is read in quarters rather than beside three others
-RUN = 32  # classes of a tile summed in float32 before the sums go to float64
-SHORT = 16  # classes of rows that are turned into tiles; at most RUN
-LOT = 64  # rows turned into a tile at once: 4 kB of float32
+TURNS = 64  # blocks (4 ms) after which Python gets to see a Ctrl-C
+RUN = 32  # classes of a tile summed in one number before the sum goes to float64
 
 # Python's own scalars: Numba recognises their types faster than NumPy's (0.15 microseconds each).
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = 0.0, 0j, False, 0
 ONE, TWO = True, 2
+NONE = False  # no bits are to be kept
+UNIT = True  # the step between classes that are neighbours; needs 8 of them
 _ELEMENTS = {
     types.float64: types.float64,
     types.complex128: types.float32,
@@ -56,6 +54,21 @@ _ELEMENTS = {
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
+_LLVM = {types.float64: _F64, types.float32: _F32, types.int16: _I16, types.uint16: _I16}
+
+
+class Eight(types.Type):  # type: ignore[misc]
+    """A vector of eight numbers, or of their 16 bits."""
+
+    def __init__(self, dtype: Any) -> None:
+        super().__init__(f"Eight({dtype})")
+        self.dtype = dtype
+
+
+@register_model(Eight)
+class _EightModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, ir.VectorType(_LLVM[kind.dtype], 8))
 
 
 def _kernel(function: Any) -> Any:
@@ -260,13 +273,14 @@ def _scopes(builder: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def _plus(typingctx, total, term):  # type: ignore[no-untyped-def]
-    """Add a term to a sum, in whatever order suits."""
+def _take(typingctx, counter):  # type: ignore[no-untyped-def]
+    """Add 1 to the int64 at an address, and return what it was; no two threads get the same."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.fadd(*args, flags=("reassoc", "nsz"))
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
 
-    return total(total, term), codegen
+    return types.int64(counter), codegen
 
 
 @intrinsic
@@ -289,116 +303,355 @@ def _at(typingctx, pointer, index):  # type: ignore[no-untyped-def]
     return pointer(pointer, index), codegen
 
 
-def _term(h, p):  # type: ignore[no-untyped-def]
+# The next four do for one number what they do for eight.
+
+
+@intrinsic
+def _term(typingctx, h, p):  # type: ignore[no-untyped-def]
     """Return h ** p."""
 
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, exponent = args
+        if isinstance(p, types.Boolean):
+            return value
+        return (
+            builder.fmul(value, value)
+            if isinstance(p, types.Integer)
+            else _power(builder, value, exponent)
+        )
 
-def _slope(h, p):  # type: ignore[no-untyped-def]
+    return h(h, p), codegen
+
+
+@intrinsic
+def _slope(typingctx, h, p):  # type: ignore[no-untyped-def]
     """Return h ** (p - 1), and 0 where h is 0."""
 
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, exponent = args
+        if isinstance(p, types.Integer):
+            return value
+        if isinstance(p, types.Boolean):
+            on = builder.fcmp_ordered(">", value, _constant(value, 0.0))
+            return builder.select(on, _constant(value, 1.0), _constant(value, 0.0))
+        return _power(builder, value, builder.fsub(exponent, _F64(1.0)))
 
-def _scaled(pointer, slope, scale, p):  # type: ignore[no-untyped-def]
+    return h(h, p), codegen
+
+
+@intrinsic
+def _scaled(typingctx, pointer, slope, scale, p):  # type: ignore[no-untyped-def]
     """Return slope * scale, rounded to the pointer's kind."""
+    kind = pointer.dtype
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, value, factor, _ = args
+        if not isinstance(p, types.Boolean):
+            return _narrowed(builder, kind, builder.fmul(value, factor))
+        positive = builder.fcmp_ordered(">", value, _constant(value, 0.0))
+        return _on_or_off(builder, kind, positive, factor)
+
+    return (Eight(kind) if isinstance(slope, Eight) else kind)(pointer, slope, scale, p), codegen
 
 
-@overload(_term)
-def _term_of(h, p):  # type: ignore[no-untyped-def]
-    if p == types.boolean:
-        return lambda h, p: h
-    if p == types.int64:
-        return lambda h, p: h * h
-    return lambda h, p: _power(h, p)
+def _on_or_off(builder: Any, kind: Any, on: Any, factor: Any) -> Any:
+    """Return factor * 1 or factor * 0: two values only, which LLVM rounds ahead of the loop."""
+    nothing = builder.fmul(factor, _constant(factor, 0.0))
+    return builder.select(on, *(_narrowed(builder, kind, x) for x in (factor, nothing)))
 
 
-@overload(_slope)
-def _slope_of(h, p):  # type: ignore[no-untyped-def]
-    if p == types.boolean:
-        return lambda h, p: _like(h, 1.0) if h > _like(h, 0.0) else _like(h, 0.0)
-    if p == types.int64:
-        return lambda h, p: h
-    return lambda h, p: _power(h, p - 1.0)
-
-
-@overload(_scaled)
-def _scaled_of(pointer, slope, scale, p):  # type: ignore[no-untyped-def]
-    if p == types.boolean:  # two values only: LLVM rounds them once, ahead of the loop
-
-        def choose(pointer, slope, scale, p):  # type: ignore[no-untyped-def]
-            on, off = _rounded(pointer, scale), _rounded(pointer, scale * _like(scale, 0.0))
-            return on if slope > _like(scale, 0.0) else off
-
-        return choose
-    return lambda pointer, slope, scale, p: _rounded(pointer, slope * scale)
-
-
-@njit(nogil=True)
-def _power(h, exponent):
-    # In float64: an exponent rounded to float32 costs 1e-6 of the power of a large h.
-    zero = _like(h, 0.0)
-    return zero if h == zero else _like(h, np.float64(h) ** exponent)
-
-
-@njit(nogil=True)
-def _hinge(score, same, x_y, margin):
+@intrinsic
+def _hinge(typingctx, score, same, x_y, margin):  # type: ignore[no-untyped-def]
     """Return max(0, z), 0 for the target's own class; NaN stays NaN."""
-    zero = _like(x_y, 0.0)
-    z = (score - x_y) + margin
-    h = zero if z < zero else z
-    return zero if same else h
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _hinge_of(builder, *args)
+
+    return score(score, same, x_y, margin), codegen
 
 
-@njit(nogil=True)
-def _sums(x, y, x_y, n, step, margin, p):
-    """Sum the terms of four rows of n classes at once."""
-    total = (0.0, 0.0, 0.0, 0.0)
-    columns = COLUMNS if step == 1 else APART
-    for first in range(0, n, columns):
-        zero = _like(margin, 0.0)
+def _hinge_of(builder: Any, score: Any, same: Any, x_y: Any, margin: Any) -> Any:
+    z = builder.fadd(builder.fsub(score, x_y), margin)
+    zero = _constant(z, 0.0)
+    counts = builder.and_(builder.fcmp_unordered(">=", z, zero), builder.not_(same))
+    return builder.select(counts, z, zero)
+
+
+def _power(builder: Any, h: Any, exponent: Any) -> Any:
+    # In float64: an exponent rounded to float32 costs 1e-6 of the power of a large h.
+    wide = _as(_F64, h)
+    base = h if h.type == wide else builder.fpext(h, wide)
+    name = "llvm.pow.f64"
+    if isinstance(wide, ir.VectorType):
+        name, exponent = "llvm.pow.v8f64", _all_eight(builder, exponent)
+    signature = ir.FunctionType(wide, [wide, wide])
+    power = builder.module.declare_intrinsic(name, fnty=signature)
+    result = builder.call(power, [base, exponent])
+    if h.type != wide:
+        result = builder.fptrunc(result, h.type)
+    zero = _constant(h, 0.0)
+    return builder.select(builder.fcmp_ordered("==", h, zero), zero, result)
+
+
+def _all_eight(builder: Any, number: Any) -> Any:
+    empty = ir.Constant(ir.VectorType(number.type, 8), ir.Undefined)
+    first = builder.insert_element(empty, number, _I32(0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(_I32, 8), [_I32(0)] * 8))
+
+
+def _places(first: int) -> Any:
+    return ir.Constant(ir.VectorType(_I32, 8), [_I32(first + i) for i in range(8)])
+
+
+@intrinsic
+def _eight(typingctx, number):  # type: ignore[no-untyped-def]
+    """Return a vector of one number."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _all_eight(builder, args[0])
+
+    return Eight(number)(number), codegen
+
+
+@intrinsic
+def _both(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """Add two vectors."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.fadd(*args)
+
+    return a(a, b), codegen
+
+
+@intrinsic
+def _total(typingctx, vector):  # type: ignore[no-untyped-def]
+    """Add the eight numbers of a vector."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        (numbers,) = args
+        for half in (4, 2, 1):
+            low, high = (
+                ir.Constant(ir.VectorType(_I32, half), [_I32(first + i) for i in range(half)])
+                for first in (0, half)
+            )
+            numbers = builder.fadd(
+                builder.shuffle_vector(numbers, numbers, low),
+                builder.shuffle_vector(numbers, numbers, high),
+            )
+        total = builder.extract_element(numbers, _I32(0))
+        return context.cast(builder, total, vector.dtype, types.float64)
+
+    return types.float64(vector), codegen
+
+
+@intrinsic
+def _hinges(typingctx, row, j, more, n, step, y, x_y, margin):  # type: ignore[no-untyped-def]
+    """Return the hinges of the eight classes from j + more on, ``more`` a literal.
+
+    Beyond the row's end, the last class comes again.
+    """
+    kind = row.dtype
+    if not isinstance(more, types.IntegerLiteral):
+        return None
+    shift = more.literal_value
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        row, j, _, n, apart, y, own, m = args
+        own_place = _all_eight(builder, builder.trunc(builder.sub(y, j), _I32))
+        same = builder.icmp_signed("==", own_place, _places(shift))
+        j = builder.add(j, j.type(shift))
+        if isinstance(step, types.Boolean):
+            raw = builder.load(_vector_at(builder, row, j), align=1)
+        else:
+            raw = ir.Constant(ir.VectorType(_LLVM[kind], 8), ir.Undefined)
+            for i, place in enumerate(_elements(builder, row, j, n, apart)):
+                raw = builder.insert_element(raw, builder.load(place), _I32(i))
+        return _hinge_of(builder, _widened(builder, kind, raw), same, own, m)
+
+    return Eight(_computing(kind))(row, j, more, n, step, y, x_y, margin), codegen
+
+
+@intrinsic
+def _put(typingctx, row, j, n, step, eight):  # type: ignore[no-untyped-def]
+    """Store what belongs to the eight classes that _hinges gave."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        row, j, n, apart, numbers = args
+        if isinstance(step, types.Boolean):
+            builder.store(numbers, _vector_at(builder, row, j), align=1)
+        else:
+            for i, place in enumerate(_elements(builder, row, j, n, apart)):
+                builder.store(builder.extract_element(numbers, _I32(i)), place)
+        return context.get_dummy_value()
+
+    return types.none(row, j, n, step, eight), codegen
+
+
+def _vector_at(builder: Any, row: Any, j: Any) -> Any:
+    pointer = builder.gep(row, [j])
+    return builder.bitcast(pointer, ir.VectorType(row.type.pointee, 8).as_pointer())
+
+
+def _elements(builder: Any, row: Any, j: Any, n: Any, step: Any) -> Any:
+    last = builder.sub(n, n.type(1))
+    for i in range(8):
+        place = builder.add(j, j.type(i))
+        place = builder.select(builder.icmp_signed("<", place, last), place, last)
+        yield builder.gep(row, [builder.mul(place, step)])
+
+
+@intrinsic
+def _among(typingctx, vector, first, stop):  # type: ignore[no-untyped-def]
+    """Return a vector with 0 in all places but first <= i < stop."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        numbers, *ends = args
+        low, high = (_all_eight(builder, builder.trunc(end, _I32)) for end in ends)
+        places = _places(0)
+        inside = builder.and_(
+            builder.icmp_signed(">=", places, low), builder.icmp_signed("<", places, high)
+        )
+        return builder.select(inside, numbers, _constant(numbers, 0.0))
+
+    return vector(vector, first, stop), codegen
+
+
+@intrinsic
+def _keep(typingctx, bits, k, h):  # type: ignore[no-untyped-def]
+    """Store which of eight hinges are positive in byte k at an address; nothing where NONE."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        address, k, numbers = args
+        if not isinstance(bits, types.Boolean):
+            positive = builder.fcmp_ordered(">", numbers, _constant(numbers, 0.0))
+            place = builder.inttoptr(builder.add(address, k), ir.IntType(8).as_pointer())
+            builder.store(builder.bitcast(positive, ir.IntType(8)), place)
+        return context.get_dummy_value()
+
+    return types.none(bits, k, h), codegen
+
+
+@intrinsic
+def _byte(typingctx, address, k):  # type: ignore[no-untyped-def]
+    """Load byte k at an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = builder.inttoptr(builder.add(*args), ir.IntType(8).as_pointer())
+        return builder.zext(builder.load(place), ir.IntType(64))
+
+    return types.int64(address, k), codegen
+
+
+@intrinsic
+def _ones(typingctx, byte):  # type: ignore[no-untyped-def]
+    """Count the bits that are set."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ctpop(args[0])
+
+    return types.int64(byte), codegen
+
+
+@intrinsic
+def _chosen(typingctx, pointer, byte, scale):  # type: ignore[no-untyped-def]
+    """Return, in the pointer's kind, the scale where a bit is set, and 0 elsewhere."""
+    kind = pointer.dtype
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, byte, factor = args
+        set_ = builder.bitcast(builder.trunc(byte, ir.IntType(8)), ir.VectorType(ir.IntType(1), 8))
+        return _on_or_off(builder, kind, set_, factor)
+
+    return Eight(kind)(pointer, byte, scale), codegen
+
+
+@njit(nogil=True, forceinline=True)
+def _row_sum(x, y, x_y, n, step, margin, p, bits):
+    """Sum the terms of a row of n classes; keep a bit per class where bits isn't NONE."""
+    own, m, zero = _eight(x_y), _eight(margin), _eight(margin - margin)
+    whole, last, end = n // 8 * 8, max(n - 8, 0), (n - 1) // 8
+    if n < 16:  # the loops below would take twice as long
+        h = _hinges(x, last, 0, n, step, y, own, m)
+        _keep(bits, end, h)
+        if n == 1:
+            return _sum_start(x_y, n)
+        h = _among(h, whole - last, n - last)
+        if n < 8:
+            return _total(_term(h, p))
+        g = _hinges(x, 0, 0, n, step, y, own, m)
+        _keep(bits, 0, g)
+        return _total(_both(_term(g, p), _term(h, p)))
+    total, fours = 0.0, n // 32 * 32
+    for first in range(0, fours, COLUMNS):
         s0, s1, s2, s3 = zero, zero, zero, zero
-        shift = first * step
-        x0, x1, x2, x3 = _at(x[0], shift), _at(x[1], shift), _at(x[2], shift), _at(x[3], shift)
-        y0, y1, y2, y3 = y[0] - first, y[1] - first, y[2] - first, y[3] - first
-        for j in range(min(columns, n - first)):
-            k = j * step
-            s0 = _plus(s0, _term(_hinge(_load(x0, k), _same(j, y0), x_y[0], margin), p))
-            s1 = _plus(s1, _term(_hinge(_load(x1, k), _same(j, y1), x_y[1], margin), p))
-            s2 = _plus(s2, _term(_hinge(_load(x2, k), _same(j, y2), x_y[2], margin), p))
-            s3 = _plus(s3, _term(_hinge(_load(x3, k), _same(j, y3), x_y[3], margin), p))
-        total = (total[0] + s0, total[1] + s1, total[2] + s2, total[3] + s3)
-    return total
+        for j in range(first, min(fours, first + COLUMNS), 32):
+            h0 = _hinges(x, j, 0, n, step, y, own, m)
+            h1 = _hinges(x, j, 8, n, step, y, own, m)
+            h2 = _hinges(x, j, 16, n, step, y, own, m)
+            h3 = _hinges(x, j, 24, n, step, y, own, m)
+            s0, s1 = _both(s0, _term(h0, p)), _both(s1, _term(h1, p))
+            s2, s3 = _both(s2, _term(h2, p)), _both(s3, _term(h3, p))
+            k = j // 8
+            _keep(bits, k, h0)
+            _keep(bits, k + 1, h1)
+            _keep(bits, k + 2, h2)
+            _keep(bits, k + 3, h3)
+        total += _total(_both(_both(s0, s1), _both(s2, s3)))
+    s = zero
+    for j in range(fours, whole, 8):
+        h = _hinges(x, j, 0, n, step, y, own, m)
+        _keep(bits, j // 8, h)
+        s = _both(s, _term(h, p))
+    h = _hinges(x, last, 0, n, step, y, own, m)
+    _keep(bits, end, h)
+    h = _among(h, whole - last, n - last)
+    return total + _total(_both(s, _term(h, p)))
 
 
-@njit(nogil=True)
-def _slopes(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
-    """Sum the terms and the slopes of four rows of n classes at once, and write the gradient."""
-    total = (0.0, 0.0, 0.0, 0.0)
-    slope = (0.0, 0.0, 0.0, 0.0)
-    columns = COLUMNS if step == 1 else APART
-    for first in range(0, n, columns):
-        zero = _like(margin, 0.0)
-        s0, s1, s2, s3 = zero, zero, zero, zero
-        d0, d1, d2, d3 = zero, zero, zero, zero
-        shift, to = first * step, first * grad_step
-        x0, x1, x2, x3 = _at(x[0], shift), _at(x[1], shift), _at(x[2], shift), _at(x[3], shift)
-        g0, g1, g2, g3 = _at(grad[0], to), _at(grad[1], to), _at(grad[2], to), _at(grad[3], to)
-        y0, y1, y2, y3 = y[0] - first, y[1] - first, y[2] - first, y[3] - first
-        for j in range(min(columns, n - first)):
-            k, m = j * step, j * grad_step
-            h0 = _hinge(_load_apart(x0, k, 9), _same(j, y0), x_y[0], margin)
-            h1 = _hinge(_load_apart(x1, k, 9), _same(j, y1), x_y[1], margin)
-            h2 = _hinge(_load_apart(x2, k, 9), _same(j, y2), x_y[2], margin)
-            h3 = _hinge(_load_apart(x3, k, 9), _same(j, y3), x_y[3], margin)
-            s0, s1 = _plus(s0, _term(h0, p)), _plus(s1, _term(h1, p))
-            s2, s3 = _plus(s2, _term(h2, p)), _plus(s3, _term(h3, p))
-            e0, e1, e2, e3 = _slope(h0, p), _slope(h1, p), _slope(h2, p), _slope(h3, p)
-            d0, d1, d2, d3 = _plus(d0, e0), _plus(d1, e1), _plus(d2, e2), _plus(d3, e3)
-            _store_apart(g0, m, _scaled(g0, e0, scale[0], p), 0)
-            _store_apart(g1, m, _scaled(g1, e1, scale[1], p), 1)
-            _store_apart(g2, m, _scaled(g2, e2, scale[2], p), 2)
-            _store_apart(g3, m, _scaled(g3, e3, scale[3], p), 3)
-        total = (total[0] + s0, total[1] + s1, total[2] + s2, total[3] + s3)
-        slope = (slope[0] + d0, slope[1] + d1, slope[2] + d2, slope[3] + d3)
-    return total, slope
+@njit(nogil=True, forceinline=True)
+def _row_of_bits(bits, n, grad, grad_step, scale):
+    """Write a row's gradient from the bits that _row_sum kept; return how many slopes were 1."""
+    c, whole, last = _eight(scale), n // 8 * 8, max(n - 8, 0)
+    byte = _byte(bits, (n - 1) // 8)
+    _put(grad, last, n, grad_step, _chosen(grad, byte, c))
+    slope = _ones((byte & (1 << (n - last)) - 1) >> (whole - last)) if whole < n else 0
+    if 8 <= n < 16:  # the loop would take longer
+        byte = _byte(bits, 0)
+        _put(grad, 0, n, grad_step, _chosen(grad, byte, c))
+        return slope + _ones(byte)
+    for k in range(n // 8):
+        byte = _byte(bits, k)
+        slope += _ones(byte)
+        _put(grad, k * 8, n, grad_step, _chosen(grad, byte, c))
+    return slope
+
+
+@njit(nogil=True, forceinline=True)
+def _row_slope(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
+    """Sum the terms and the slopes of a row of n classes, and write its gradient."""
+    own, m, zero, c = _eight(x_y), _eight(margin), _eight(margin - margin), _eight(scale)
+    total, slope, whole, last = _sum_start(x_y, n), 0.0, n // 8 * 8, max(n - 8, 0)
+    s, d = zero, zero
+    if n < 16:
+        if n >= 8:
+            h = _hinges(x, 0, 0, n, step, y, own, m)
+            s, d = _term(h, p), _slope(h, p)
+            _put(grad, 0, n, grad_step, _scaled(grad, d, c, p))
+    else:
+        for first in range(0, whole, COLUMNS // 4):
+            s, d = zero, zero
+            for j in range(first, min(whole, first + COLUMNS // 4), 8):
+                h = _hinges(x, j, 0, n, step, y, own, m)
+                e = _slope(h, p)
+                s, d = _both(s, _term(h, p)), _both(d, e)
+                _put(grad, j, n, grad_step, _scaled(grad, e, c, p))
+            total += _total(s)
+            slope += _total(d)
+        s, d = zero, zero
+    h = _hinges(x, last, 0, n, step, y, own, m)
+    _put(grad, last, n, grad_step, _scaled(grad, _slope(h, p), c, p))
+    h = _among(h, whole - last, n - last)
+    return total + _total(_both(s, _term(h, p))), slope + _total(_both(d, _slope(h, p)))
 
 
 @njit(nogil=True)
@@ -414,6 +667,28 @@ def _target(y, n_classes, i):
     """Return row i's target, or -1 for one out of range."""
     value = _integers(y)[i]
     return value if 0 <= value < n_classes else -1
+
+
+def _row_bits(bits, n_classes, i):
+    """Return the address of row i's bits."""
+
+
+@overload(_row_bits)
+def _row_bits_of(bits, n_classes, i):  # type: ignore[no-untyped-def]
+    if isinstance(bits, types.Boolean):
+        return lambda bits, n_classes, i: bits
+    return lambda bits, n_classes, i: bits + i * ((n_classes + 7) // 8)
+
+
+@njit(nogil=True)
+def _first_bad(y, n_classes, start, stop, wrong):
+    """Return the first row whose target is out of range if ``wrong`` is negative, else stop."""
+    if wrong >= 0:
+        return stop
+    i = start
+    while _target(y, n_classes, i) >= 0:
+        i += 1
+    return i
 
 
 @njit(nogil=True)
@@ -436,40 +711,6 @@ def _sum_start(x_y, n):
 
 
 @njit(nogil=True)
-def _one_sum(x, y, x_y, n, step, margin, p):
-    """Sum the terms of one row: its four quarters at once, then what is left."""
-    q = n // 4
-    quarters = (x, _at(x, q * step), _at(x, 2 * q * step), _at(x, 3 * q * step))
-    targets = (y, y - q, y - 2 * q, y - 3 * q)
-    s = _sums(quarters, targets, (x_y, x_y, x_y, x_y), q, step, margin, p)
-    total = _sum_start(x_y, n) + ((s[0] + s[1]) + (s[2] + s[3]))
-    for j in range(4 * q, n):
-        total += np.float64(_term(_hinge(_load(x, j * step), j == y, x_y, margin), p))
-    return total
-
-
-@njit(nogil=True)
-def _one_slope(x, y, x_y, n, step, margin, p, grad, grad_step, scale):
-    """Sum the terms and the slopes of one row, and write its gradient, as _one_sum walks it."""
-    q = n // 4
-    quarters = (x, _at(x, q * step), _at(x, 2 * q * step), _at(x, 3 * q * step))
-    targets = (y, y - q, y - 2 * q, y - 3 * q)
-    to = q * grad_step
-    grads = (grad, _at(grad, to), _at(grad, 2 * to), _at(grad, 3 * to))
-    own, scales = (x_y, x_y, x_y, x_y), (scale, scale, scale, scale)
-    s, d = _slopes(quarters, targets, own, q, step, margin, p, grads, grad_step, scales)
-    total = _sum_start(x_y, n) + ((s[0] + s[1]) + (s[2] + s[3]))
-    slope = (d[0] + d[1]) + (d[2] + d[3])
-    for j in range(4 * q, n):
-        h = _hinge(_load(x, j * step), j == y, x_y, margin)
-        e = _slope(h, p)
-        total += np.float64(_term(h, p))
-        slope += np.float64(e)
-        _store(grad, j * grad_step, _scaled(grad, e, scale, p))
-    return total, slope
-
-
-@njit(nogil=True)
 def _end_loss(kind, losses, i, n_classes, loss):
     """Store a row's loss where losses are asked for; it is still to be divided by C."""
     if losses != 0:
@@ -488,71 +729,79 @@ def _end_grad(grad, grad_step, y, n, total, slope, scale):
         _store(grad, y * grad_step, _rounded(grad, -slope * scale))
 
 
-@_kernel
-def loss_rows(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses
+@njit(nogil=True)
+def _loss_rows(
+    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses, bits
 ):
     """Sum the losses, times C, of rows start <= i < stop; store them where losses isn't 0.
 
     Row i begins at offsets[i], or at i * row_stride where offsets is 0; its classes are step apart.
-    Addresses: x, offsets (int64), y (int64), weight (computing type), losses (kind).
+    Addresses: x, offsets (int64), y (int64), weight (computing type), losses (kind), bits. Where
+    bits isn't NONE, ceil(n_classes / 8) bytes per row are written there: which of eight hinges are
+    positive, the last eight classes in the last byte; all bits where the loss is NaN.
 
     Returns the sum, and the first row whose target is out of range, or stop.
     """
-    m = _like(kind, margin)
-    q = (stop - start) // 4 if n_classes < LONG else 0
-    total, bad = 0.0, stop
-    for i in range(start, start + q):
-        i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
-        x0 = _row(kind, x, offsets, row_stride, i)
-        x1 = _row(kind, x, offsets, row_stride, i1)
-        x2 = _row(kind, x, offsets, row_stride, i2)
-        x3 = _row(kind, x, offsets, row_stride, i3)
-        y0, y1 = _target(y, n_classes, i), _target(y, n_classes, i1)
-        y2, y3 = _target(y, n_classes, i2), _target(y, n_classes, i3)
-        v0, v1 = _own_score(x0, y0, step, m), _own_score(x1, y1, step, m)
-        v2, v3 = _own_score(x2, y2, step, m), _own_score(x3, y3, step, m)
-        s = _sums((x0, x1, x2, x3), (y0, y1, y2, y3), (v0, v1, v2, v3), n_classes, step, m, p)
-        start0, start1 = _sum_start(v0, n_classes), _sum_start(v1, n_classes)
-        start2, start3 = _sum_start(v2, n_classes), _sum_start(v3, n_classes)
-        s0 = _end_loss(kind, losses, i, n_classes, (start0 + s[0]) * _weight(m, weight, y0))
-        s1 = _end_loss(kind, losses, i1, n_classes, (start1 + s[1]) * _weight(m, weight, y1))
-        s2 = _end_loss(kind, losses, i2, n_classes, (start2 + s[2]) * _weight(m, weight, y2))
-        s3 = _end_loss(kind, losses, i3, n_classes, (start3 + s[3]) * _weight(m, weight, y3))
-        total += (s0 + s1) + (s2 + s3)
-        if y0 < 0 or y1 < 0 or y2 < 0 or y3 < 0:
-            bad = min(bad, i if y0 < 0 else i1 if y1 < 0 else i2 if y2 < 0 else i3)
-    for i in range(start + 4 * q, stop):
-        row = _row(kind, x, offsets, row_stride, i)
-        y0 = _target(y, n_classes, i)
-        v0 = _own_score(row, y0, step, m)
-        if n_classes < LONG:  # as above, so that a loss doesn't depend on where its row stands
-            s = _sums(
-                (row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p
-            )
-            s0 = _sum_start(v0, n_classes) + s[0]
-        else:
-            s0 = _one_sum(row, y0, v0, n_classes, step, m, p)
-        total += _end_loss(kind, losses, i, n_classes, s0 * _weight(m, weight, y0))
-        if y0 < 0:
-            bad = min(bad, i)
-    return total, bad
-
-
-@_kernel
-def loss_of_arrays(kind, x, y, margin, p):
-    """Do what loss_rows does with all rows of two contiguous NumPy arrays, (N, C) and (N,).
-
-    Numba takes an array apart faster than Python reads its address (1.3 microseconds).
-    """
-    n, c = x.shape
-    return loss_rows(kind, x.ctypes.data, 0, c, 1, y.ctypes.data, 0, c, 0, n, margin, p, 0)
+    m, total, wrong = _like(kind, margin), 0.0, 0
+    for i in range(start, stop):
+        row, target = _row(kind, x, offsets, row_stride, i), _target(y, n_classes, i)
+        own = _own_score(row, target, step, m)
+        kept = _row_bits(bits, n_classes, i)
+        loss = _row_sum(row, target, own, n_classes, step, m, p, kept)
+        if kept and loss != loss:
+            for k in range((n_classes + 7) // 8):
+                _keep(kept, k, _eight(m - m + 1))
+        loss *= _weight(m, weight, target)
+        total += _end_loss(kind, losses, i, n_classes, loss)
+        wrong |= target
+    return total, _first_bad(y, n_classes, start, stop, wrong)
 
 
 @_kernel
 def loss_of_memory(kind, x, y, n, c, margin, p):
-    """Do what loss_rows does with all rows of contiguous memory; fewer arguments take less time."""
-    return loss_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0)
+    """Do what _loss_rows does with all rows of contiguous memory; few arguments save time."""
+    if c < 8:
+        return _loss_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, NONE)
+    return _loss_rows(kind, x, 0, c, UNIT, y, 0, c, 0, n, margin, p, 0, NONE)
+
+
+@_kernel
+def loss_of_arrays(kind, x, y, margin, p):
+    """Do what _loss_rows does with all rows of two contiguous NumPy arrays, (N, C) and (N,).
+
+    Numba takes an array apart faster than Python reads its address (1.3 microseconds).
+    """
+    n, c = x.shape
+    return loss_of_memory(kind, x.ctypes.data, y.ctypes.data, n, c, margin, p)
+
+
+@njit(nogil=True)
+def _bits_rows(
+    kind,
+    bits,
+    y,
+    weight,
+    n_classes,
+    start,
+    stop,
+    grad,
+    grad_offsets,
+    grad_row_stride,
+    grad_step,
+    scale,
+    upstream,
+):
+    """Write the gradient that _grad_rows writes for p = 1, from the bits that _loss_rows kept."""
+    one = _like(kind, 1.0)
+    for i in range(start, stop):
+        to, target = _row(kind, grad, grad_offsets, grad_row_stride, i), _target(y, n_classes, i)
+        c = _row_scale(upstream, scale, _weight(one, weight, target), i)
+        at = _row_bits(bits, n_classes, i)
+        slope = _row_of_bits(at, n_classes, to, grad_step, _like(one, c))
+        # The target's own bit is set only where all of them are.
+        total = np.nan if target < 0 or slope == n_classes else 0.0
+        _end_grad(to, grad_step, target, n_classes, total, np.float64(slope), c)
+    return 0.0, stop
 
 
 @njit(nogil=True)
@@ -562,8 +811,8 @@ def _row_scale(upstream, scale, weight, i):
     return scale * weight * _reals(upstream, 0.0)[i]
 
 
-@_kernel
-def grad_rows(
+@njit(nogil=True)
+def _grad_rows(
     kind,
     x,
     offsets,
@@ -584,86 +833,24 @@ def grad_rows(
     scale,
     upstream,
 ):
-    """Do what loss_rows does, and write the gradient.
+    """Do what _loss_rows does, and write the gradient.
 
     A row's gradient is that of its loss, times C, times scale, times upstream[i] (an address of
     float64) where upstream isn't 0.
     """
-    m = _like(kind, margin)
-    q = (stop - start) // 4 if n_classes < LONG else 0
-    total, bad = 0.0, stop
-    for i in range(start, start + q):
-        i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
-        x0 = _row(kind, x, offsets, row_stride, i)
-        x1 = _row(kind, x, offsets, row_stride, i1)
-        x2 = _row(kind, x, offsets, row_stride, i2)
-        x3 = _row(kind, x, offsets, row_stride, i3)
-        g0 = _row(kind, grad, grad_offsets, grad_row_stride, i)
-        g1 = _row(kind, grad, grad_offsets, grad_row_stride, i1)
-        g2 = _row(kind, grad, grad_offsets, grad_row_stride, i2)
-        g3 = _row(kind, grad, grad_offsets, grad_row_stride, i3)
-        y0, y1 = _target(y, n_classes, i), _target(y, n_classes, i1)
-        y2, y3 = _target(y, n_classes, i2), _target(y, n_classes, i3)
-        v0, v1 = _own_score(x0, y0, step, m), _own_score(x1, y1, step, m)
-        v2, v3 = _own_score(x2, y2, step, m), _own_score(x3, y3, step, m)
-        w0, w1 = _weight(m, weight, y0), _weight(m, weight, y1)
-        w2, w3 = _weight(m, weight, y2), _weight(m, weight, y3)
-        c0, c1 = _row_scale(upstream, scale, w0, i), _row_scale(upstream, scale, w1, i1)
-        c2, c3 = _row_scale(upstream, scale, w2, i2), _row_scale(upstream, scale, w3, i3)
-        s, d = _slopes(
-            (x0, x1, x2, x3),
-            (y0, y1, y2, y3),
-            (v0, v1, v2, v3),
-            n_classes,
-            step,
-            m,
-            p,
-            (g0, g1, g2, g3),
-            grad_step,
-            (_like(m, c0), _like(m, c1), _like(m, c2), _like(m, c3)),
+    m, total, wrong = _like(kind, margin), 0.0, 0
+    for i in range(start, stop):
+        row, target = _row(kind, x, offsets, row_stride, i), _target(y, n_classes, i)
+        to = _row(kind, grad, grad_offsets, grad_row_stride, i)
+        own, w = _own_score(row, target, step, m), _weight(m, weight, target)
+        c = _row_scale(upstream, scale, w, i)
+        loss, slope = _row_slope(
+            row, target, own, n_classes, step, m, p, to, grad_step, _like(m, c)
         )
-        s0, s1 = _sum_start(v0, n_classes) + s[0], _sum_start(v1, n_classes) + s[1]
-        s2, s3 = _sum_start(v2, n_classes) + s[2], _sum_start(v3, n_classes) + s[3]
-        _end_grad(g0, grad_step, y0, n_classes, s0, d[0], c0)
-        _end_grad(g1, grad_step, y1, n_classes, s1, d[1], c1)
-        _end_grad(g2, grad_step, y2, n_classes, s2, d[2], c2)
-        _end_grad(g3, grad_step, y3, n_classes, s3, d[3], c3)
-        s0 = _end_loss(kind, losses, i, n_classes, s0 * w0)
-        s1 = _end_loss(kind, losses, i1, n_classes, s1 * w1)
-        s2 = _end_loss(kind, losses, i2, n_classes, s2 * w2)
-        s3 = _end_loss(kind, losses, i3, n_classes, s3 * w3)
-        total += (s0 + s1) + (s2 + s3)
-        if y0 < 0 or y1 < 0 or y2 < 0 or y3 < 0:
-            bad = min(bad, i if y0 < 0 else i1 if y1 < 0 else i2 if y2 < 0 else i3)
-    for i in range(start + 4 * q, stop):
-        row = _row(kind, x, offsets, row_stride, i)
-        g0 = _row(kind, grad, grad_offsets, grad_row_stride, i)
-        y0 = _target(y, n_classes, i)
-        w0 = _weight(m, weight, y0)
-        c0 = _row_scale(upstream, scale, w0, i)
-        v0 = _own_score(row, y0, step, m)
-        scale0 = _like(m, c0)
-        if n_classes < LONG:
-            s, d = _slopes(
-                (row, row, row, row),
-                (y0, y0, y0, y0),
-                (v0, v0, v0, v0),
-                n_classes,
-                step,
-                m,
-                p,
-                (g0, g0, g0, g0),
-                grad_step,
-                (scale0, scale0, scale0, scale0),
-            )
-            s0, d0 = _sum_start(v0, n_classes) + s[0], d[0]
-        else:
-            s0, d0 = _one_slope(row, y0, v0, n_classes, step, m, p, g0, grad_step, scale0)
-        _end_grad(g0, grad_step, y0, n_classes, s0, d0, c0)
-        total += _end_loss(kind, losses, i, n_classes, s0 * w0)
-        if y0 < 0:
-            bad = min(bad, i)
-    return total, bad
+        _end_grad(to, grad_step, target, n_classes, loss, slope, c)
+        total += _end_loss(kind, losses, i, n_classes, loss * w)
+        wrong |= target
+    return total, _first_bad(y, n_classes, start, stop, wrong)
 
 
 @njit(nogil=True)
@@ -726,11 +913,14 @@ def _move(part, total, count):
         part[t] = 0
 
 
-@_kernel
-def loss_tiles(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses
+@njit(nogil=True)
+def _loss_tiles(
+    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses, bits
 ):
-    """Do what loss_rows does, where neighbours in memory are rows; offsets isn't looked at."""
+    """Do what _loss_rows does, where neighbours in memory are rows; keep no bits.
+
+    Offsets aren't looked at.
+    """
     m = _like(kind, margin)
     own, own_scores, part = np.empty(TILE, np.int32), np.full(TILE, m), np.full(TILE, m - m)
     total, result, bad = np.empty(TILE, np.float64), 0.0, stop
@@ -758,8 +948,8 @@ def loss_tiles(
     return result, bad
 
 
-@_kernel
-def grad_tiles(
+@njit(nogil=True)
+def _grad_tiles(
     kind,
     x,
     offsets,
@@ -780,7 +970,7 @@ def grad_tiles(
     scale,
     upstream,
 ):
-    """Do what grad_rows does, where neighbours in memory are rows; offsets aren't looked at."""
+    """Do what _grad_rows does, where neighbours in memory are rows; offsets aren't looked at."""
     m = _like(kind, margin)
     own, own_scores, part = np.empty(TILE, np.int32), np.full(TILE, m), np.full(TILE, m - m)
     slopes, scales = np.full(TILE, m - m), np.full(TILE, m)
@@ -873,22 +1063,9 @@ def part_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, ow
     m = _like(kind, margin)
     targets, scores = _integers(y), _reals(own, m)
     out = _reals(sums, 0.0)
-    q = count // 4
-    for i in range(q):
-        i1, i2, i3 = i + q, i + 2 * q, i + 3 * q
-        x0 = _row(kind, x, offsets, row_stride, i)
-        x1 = _row(kind, x, offsets, row_stride, i1)
-        x2 = _row(kind, x, offsets, row_stride, i2)
-        x3 = _row(kind, x, offsets, row_stride, i3)
-        places = (targets[i] - first, targets[i1] - first, targets[i2] - first, targets[i3] - first)
-        v = (scores[i], scores[i1], scores[i2], scores[i3])
-        s = _sums((x0, x1, x2, x3), places, v, n_classes, step, m, p)
-        out[i], out[i1], out[i2], out[i3] = s
-    for i in range(4 * q, count):
+    for i in range(count):
         row = _row(kind, x, offsets, row_stride, i)
-        y0, v0 = targets[i] - first, scores[i]
-        s = _sums((row, row, row, row), (y0, y0, y0, y0), (v0, v0, v0, v0), n_classes, step, m, p)
-        out[i] = s[0]
+        out[i] = _row_sum(row, targets[i] - first, scores[i], n_classes, step, m, p, NONE)
 
 
 @_kernel
@@ -898,202 +1075,100 @@ def grad_of_memory(kind, x, y, n, c, margin, p, grad, scale, upstream):
     The upstream gradient is one number of the computing type, at an address.
     """
     factor = scale * np.float64(_reals(upstream, _like(kind, 0.0))[0])
-    return grad_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, grad, 0, c, 1, factor, 0)
+    if c < 8:
+        return _grad_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, grad, 0, c, 1, factor, 0)
+    return _grad_rows(kind, x, 0, c, UNIT, y, 0, c, 0, n, margin, p, 0, grad, 0, c, UNIT, factor, 0)
 
 
-@intrinsic
-def _square(typingctx, source, stride, to, to_stride):  # type: ignore[no-untyped-def]
-    """Copy 8 rows of 8 neighbours to 8 columns of 8 neighbours, from one kind to another.
-
-    The strides lie between the rows of the source and between the columns of the copy.
-    """
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        rows = []
-        for i in range(8):
-            row = builder.load(_vector_at(builder, args[0], args[1], i), align=1)
-            rows.append(_widened(builder, source.dtype, row))
-        for low, high, apart in _EXCHANGES:
-            rows = _exchange(builder, rows, low, high, apart)
-        for i, column in enumerate(rows):
-            number = _narrowed(builder, to.dtype, column)
-            builder.store(number, _vector_at(builder, args[2], args[3], i), align=1)
-        return context.get_dummy_value()
-
-    return types.none(source, stride, to, to_stride), codegen
-
-
-# Each step pairs vectors 1, 2, 4 apart, and says which elements of the pair make the new two.
-_EXCHANGES = (
-    ((0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15), 1),
-    ((0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15), 2),
-    ((0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15), 4),
-)
-
-
-def _exchange(builder: Any, rows: list[Any], low: Any, high: Any, apart: int) -> list[Any]:
-    result = list(rows)
-    for i in range(8):
-        if not i & apart:
-            for choice, place in ((low, i), (high, i + apart)):
-                mask = ir.Constant(ir.VectorType(_I32, 8), [_I32(k) for k in choice])
-                result[place] = builder.shuffle_vector(rows[i], rows[i + apart], mask)
-    return result
-
-
-def _vector_at(builder: Any, pointer: Any, stride: Any, i: int) -> Any:
-    first = builder.gep(pointer, [builder.mul(stride, ir.Constant(stride.type, i))])
-    return builder.bitcast(first, ir.VectorType(pointer.type.pointee, 8).as_pointer())
+# One call of the last five kernels works on a call's blocks until none is left, or for TURNS
+# blocks. All threads take their turns from one counter: had Python handed the blocks out, each
+# would have cost 5 microseconds under the GIL. Turns go round the workers' parts of the memory:
+# threads next to each other wait for the same fresh page of 2 MB.
+#
+# ``head`` and ``tail`` are the arguments of the function that does a block, before and after
+# ``start, stop``; ``blocks`` are the number of rows, the rows of a block, the number of workers,
+# and the address of the counter, followed by each block's sum and each block's first row whose
+# target is out of range, or -1.
 
 
 @njit(nogil=True)
-def _turn(kind, x, offsets, row_stride, step, first, count, n, turned):
-    """Copy rows into a tile, whose classes are LOT elements apart, in the computing precision."""
-    tile = _reals(turned.ctypes.data, turned[0])
-    if offsets != 0 or step != 1:
-        for t in range(count):
-            row = _row(kind, x, offsets, row_stride, first + t)
-            for j in range(n):
-                _store(tile, j * LOT + t, _load(row, j * step))
-        return
-    rows = _at(_pointer(x, kind), first * row_stride)
-    done = count // 8 * 8 if n >= 8 else 0
-    for t in range(0, done, 8):
-        for j in range(0, n, 8):
-            k = min(j, n - 8)
-            _square(_at(rows, t * row_stride + k), row_stride, _at(tile, k * LOT + t), LOT)
-    for j in range(n):
-        for t in range(done, count):
-            _store(tile, j * LOT + t, _load(rows, t * row_stride + j))
+def _next_block(blocks):
+    """Take a block: its number, or -1 where none is left, and its rows."""
+    rows, size, workers, counter = blocks[0], blocks[1], blocks[2], blocks[3]
+    count = (rows + size - 1) // size
+    each = (count + workers - 1) // workers
+    while True:
+        turn = _take(counter)
+        if turn >= each * workers:
+            return -1, 0, 0
+        block = turn % workers * each + turn // workers
+        if block < count:
+            return block, block * size, min(rows, (block + 1) * size)
 
 
 @njit(nogil=True)
-def _turn_back(kind, grad, offsets, row_stride, step, first, count, n, turned):
-    """Copy a tile of gradients into rows."""
-    tile = _reals(turned.ctypes.data, turned[0])
-    if offsets != 0 or step != 1:
-        for t in range(count):
-            row = _row(kind, grad, offsets, row_stride, first + t)
-            for j in range(n):
-                _store(row, j * step, _rounded(row, _load(tile, j * LOT + t)))
-        return
-    rows = _at(_pointer(grad, kind), first * row_stride)
-    done = count // 8 * 8 if n >= 8 else 0
-    for t in range(0, done, 8):
-        for j in range(0, n, 8):
-            k = min(j, n - 8)
-            _square(_at(tile, k * LOT + t), LOT, _at(rows, t * row_stride + k), row_stride)
-    for t in range(done, count):
-        for j in range(n):
-            _store(rows, t * row_stride + j, _rounded(rows, _load(tile, j * LOT + t)))
-
-
-@njit(nogil=True)
-def _lot_targets(y, first, count, n, tile, own, own_scores, part):
-    """Prepare the rows of a tile; return the first one whose target is out of range, or count."""
-    bad = count
-    for t in range(count):
-        target = _target(y, n, first + t)
-        own[t] = target
-        own_scores[t] = _own_score(_at(tile, t), target, LOT, own_scores[0])
-        part[t] = _sum_start(own_scores[t], n)
-        if target < 0:
-            bad = min(bad, t)
-    return bad
-
-
-# A pointer doesn't keep its array alive: each array is used as such within the loop, too.
+def _end_block(blocks, block, stop, total, bad):
+    rows, size, results = blocks[0], blocks[1], blocks[3] + 8
+    count = (rows + size - 1) // size
+    _store(_reals(results, 0.0), block, total)
+    _store(_integers(results), count + block, bad if bad < stop else -1)
 
 
 @_kernel
-def loss_lots(
-    kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses
-):
-    """Do what loss_rows does, where rows are short (SHORT) and many."""
-    m = _like(kind, margin)
-    tile, own = np.full(SHORT * LOT, m), np.empty(LOT, np.int32)
-    own_scores, part = np.full(LOT, m), np.full(LOT, m)
-    columns, result, bad = _reals(tile.ctypes.data, m), 0.0, stop
-    targets, own_at = _ints(own.ctypes.data), _reals(own_scores.ctypes.data, m)
-    part_at = _reals(part.ctypes.data, m)
-    for first in range(start, stop, LOT):
-        count = min(LOT, stop - first)
-        _turn(kind, x, offsets, row_stride, step, first, count, n_classes, tile)
-        wrong = _lot_targets(y, first, count, n_classes, columns, own, own_scores, part)
-        if wrong < count:
-            bad = min(bad, first + wrong)
-        for j in range(n_classes):
-            _tile_sums(_at(columns, j * LOT), j, count, 1, targets, own_at, m, p, part_at)
-        for t in range(count):
-            w = _weight(m, weight, np.int64(own[t]))
-            result += _end_loss(kind, losses, first + t, n_classes, np.float64(part[t]) * w)
-    return result, bad
+def loss_rows(head, tail, blocks):
+    """Sum the losses of blocks of rows; return whether there may be more."""
+    for _ in range(TURNS):
+        block, start, stop = _next_block(blocks)
+        if block < 0:
+            return False
+        total, bad = _loss_rows(*head, start, stop, *tail)
+        _end_block(blocks, block, stop, total, bad)
+    return True
 
 
 @_kernel
-def grad_lots(
-    kind,
-    x,
-    offsets,
-    row_stride,
-    step,
-    y,
-    weight,
-    n_classes,
-    start,
-    stop,
-    margin,
-    p,
-    losses,
-    grad,
-    grad_offsets,
-    grad_row_stride,
-    grad_step,
-    scale,
-    upstream,
-):
-    """Do what grad_rows does, where rows are short (SHORT) and many."""
-    m = _like(kind, margin)
-    tile, out, own = np.full(SHORT * LOT, m), np.full(SHORT * LOT, m), np.empty(LOT, np.int32)
-    own_scores, part, slopes = np.full(LOT, m), np.full(LOT, m), np.full(LOT, m)
-    scales, wide = np.full(LOT, m), np.empty(LOT, np.float64)
-    columns, outs, result, bad = _reals(tile.ctypes.data, m), _reals(out.ctypes.data, m), 0.0, stop
-    targets, own_at = _ints(own.ctypes.data), _reals(own_scores.ctypes.data, m)
-    part_at = _reals(part.ctypes.data, m)
-    slopes_at, scales_at = _reals(slopes.ctypes.data, m), _reals(scales.ctypes.data, m)
-    for first in range(start, stop, LOT):
-        count = min(LOT, stop - first)
-        _turn(kind, x, offsets, row_stride, step, first, count, n_classes, tile)
-        wrong = _lot_targets(y, first, count, n_classes, columns, own, own_scores, part)
-        if wrong < count:
-            bad = min(bad, first + wrong)
-        for t in range(count):
-            w = _weight(m, weight, np.int64(own[t]))
-            wide[t] = _row_scale(upstream, scale, w, first + t)
-            scales[t] = wide[t]
-            slopes[t] = 0.0
-        for j in range(n_classes):
-            _tile_slopes(
-                _at(columns, j * LOT),
-                j,
-                count,
-                1,
-                targets,
-                own_at,
-                m,
-                p,
-                part_at,
-                slopes_at,
-                _at(outs, j * LOT),
-                1,
-                scales_at,
-            )
-        for t in range(count):
-            target, total = np.int64(own[t]), np.float64(part[t])
-            _end_grad(_at(outs, t), LOT, target, n_classes, total, np.float64(slopes[t]), wide[t])
-            w = _weight(m, weight, target)
-            result += _end_loss(kind, losses, first + t, n_classes, total * w)
-        _turn_back(
-            kind, grad, grad_offsets, grad_row_stride, grad_step, first, count, n_classes, out
-        )
-    return result, bad
+def grad_rows(head, tail, blocks):
+    """Sum losses and write gradients of blocks of rows; return whether there may be more."""
+    for _ in range(TURNS):
+        block, start, stop = _next_block(blocks)
+        if block < 0:
+            return False
+        total, bad = _grad_rows(*head, start, stop, *tail)
+        _end_block(blocks, block, stop, total, bad)
+    return True
+
+
+@_kernel
+def loss_tiles(head, tail, blocks):
+    """Do what loss_rows does, where rows are neighbours in memory."""
+    for _ in range(TURNS):
+        block, start, stop = _next_block(blocks)
+        if block < 0:
+            return False
+        total, bad = _loss_tiles(*head, start, stop, *tail)
+        _end_block(blocks, block, stop, total, bad)
+    return True
+
+
+@_kernel
+def grad_tiles(head, tail, blocks):
+    """Do what grad_rows does, where rows are neighbours in memory."""
+    for _ in range(TURNS):
+        block, start, stop = _next_block(blocks)
+        if block < 0:
+            return False
+        total, bad = _grad_tiles(*head, start, stop, *tail)
+        _end_block(blocks, block, stop, total, bad)
+    return True
+
+
+@_kernel
+def bits_rows(head, tail, blocks):
+    """Write gradients of blocks of rows from bits; return whether there may be more."""
+    for _ in range(TURNS):
+        block, start, stop = _next_block(blocks)
+        if block < 0:
+            return False
+        total, bad = _bits_rows(*head, start, stop, *tail)
+        _end_block(blocks, block, stop, total, bad)
+    return True

@@ -105,22 +105,26 @@ def loss_and_grad(
 
 
 class _Loss(torch.autograd.Function):
-    """Keeps references to its arguments for the backward pass, and nothing else."""
+    """Keeps references to its arguments for the backward pass; for p = 1, a bit per score, too."""
 
     @staticmethod
     def forward(ctx: Any, input: Any, target: Any, weight: Any, problem: Problem) -> torch.Tensor:
-        ctx.save_for_backward(input, target, weight)
+        bits = cpu_blocks.room_for_bits(_scores(problem))
+        kept = None if bits is None else from_numpy(bits)
+        ctx.save_for_backward(input, target, weight, kept)
         ctx.problem = problem._replace(input=None, target=None, weight=None, check_target="nan")
-        return _loss(problem)
+        return _loss(problem, bits)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
-        input, target, weight = ctx.saved_tensors
+        input, target, weight, bits = ctx.saved_tensors
         problem = ctx.problem._replace(input=input, target=target, weight=weight)
         if _must_be_followed(grad_output):
             grad = generic.loss_and_grad(problem, grad_output)[1]
-        else:
+        elif bits is None:
             grad = _loss_and_grad(problem, grad_output)[1]
+        else:
+            grad = _grad_of_bits(problem, grad_output, bits.numpy())
         return grad, None, None, None
 
 
@@ -134,19 +138,35 @@ def _must_be_followed(grad_output: torch.Tensor) -> bool:
     )
 
 
-def _loss(problem: Problem) -> torch.Tensor:
+def _loss(problem: Problem, bits: np.ndarray | None = None) -> torch.Tensor:
     scores = _scores(problem)
     losses = _losses(problem)
-    total, bad = cpu_blocks.loss(scores, _limit(), None if losses is None else _array(losses))
+    out = None if losses is None else _array(losses)
+    total, bad = cpu_blocks.loss(scores, _limit(), out, bits)
     return _finish(problem, losses, total, bad)
 
 
 def _loss_and_grad(
     problem: Problem, grad_output: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = problem.input
-    scores = _scores(problem)
     losses = _losses(problem)
+    out = None if losses is None else _array(losses)
+    grad, *rest = _gradient(problem, grad_output)
+    total, bad = cpu_blocks.loss_and_grad(_scores(problem), _limit(), out, *rest)
+    return _finish(problem, losses, total, bad), grad
+
+
+def _grad_of_bits(problem: Problem, grad_output: torch.Tensor, bits: np.ndarray) -> torch.Tensor:
+    grad, *rest = _gradient(problem, grad_output)
+    cpu_blocks.grad_of_bits(_scores(problem), _limit(), bits, *rest)
+    return grad
+
+
+def _gradient(
+    problem: Problem, grad_output: torch.Tensor | None
+) -> tuple[torch.Tensor, np.ndarray, float, np.ndarray | None]:
+    """Make room for a gradient; return it, its view, and its rows' common and own factors."""
+    x = problem.input
     grad = torch.empty_like(x, requires_grad=False)
     _use_large_pages(grad)
     scale, upstream = 1 / x.shape[problem.axis], None
@@ -156,15 +176,7 @@ def _loss_and_grad(
         upstream = grad_output.detach().to(torch.float64).contiguous().reshape(-1).numpy()
     elif grad_output is not None:
         scale *= grad_output.item()
-    total, bad = cpu_blocks.loss_and_grad(
-        scores,
-        _limit(),
-        None if losses is None else _array(losses),
-        np.moveaxis(_array(grad), problem.axis, -1),
-        scale,
-        upstream,
-    )
-    return _finish(problem, losses, total, bad), grad
+    return grad, np.moveaxis(_array(grad), problem.axis, -1), scale, upstream
 
 
 def _limit() -> int:
@@ -209,6 +221,8 @@ def _finish(problem: Problem, losses: torch.Tensor | None, total: float, bad: in
     total /= n_classes
     if problem.reduction == "mean":
         total = total / rows if rows else math.nan
+    if problem.input.dtype == torch.float32:
+        return from_numpy(array(total, float32))  # a third of the time of torch.tensor()
     return torch.tensor(total, dtype=problem.input.dtype)
 
 
@@ -303,7 +317,6 @@ def shortcut(
     total, bad = kernels.loss_of_memory(
         FLOAT32, input.data_ptr(), target.data_ptr(), rows, n_classes, float(margin), exponent
     )
-    # A third of the time of torch.tensor().
     return None if bad < rows else from_numpy(array(total / n_classes / rows, float32))
 
 

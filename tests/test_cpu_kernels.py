@@ -15,7 +15,7 @@ import mml_arrayapi as mml
 pytest.importorskip("numba")
 
 from mml_arrayapi import registry
-from mml_arrayapi.backends import cpu_blocks, numba_kernels, numpy_fused, threads
+from mml_arrayapi.backends import cpu_blocks, numpy_fused, threads
 
 NAME = "numpy-numba"
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "float16": 1e-3}
@@ -53,7 +53,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_every_form_matches_float64(small_blocks, rng, dtype, layout):
-    shapes = (1, 1), (3, 2), (403, 9), (70, 16), (300, 40), (7, 1003)
+    shapes = (1, 1), (3, 2), (40, 8), (403, 9), (70, 16), (300, 39), (7, 2063)
     exponents = {"float32": (1, 2, 1.5), "float16": (1, 2), "float64": (1, 1.5)}[dtype]
     for (n, c), p in itertools.product(shapes, exponents):
         x = LAYOUTS[layout](rng.normal(size=(n, c)).astype(dtype))
@@ -334,11 +334,6 @@ def test_numba_comes_late_and_an_unwritable_cache_is_no_error(tmp_path):
     assert done.stdout.split() == ["0.8", "True"], done.stderr
 
 
-def test_lots_and_tiles_fit_each_other():
-    assert numba_kernels.SHORT <= numba_kernels.RUN
-    assert numba_kernels.SHORT * numba_kernels.LOT * 4 <= 2**14
-
-
 @pytest.fixture
 def leaf(monkeypatch, rng):
     """A small float32 batch of PyTorch that the shortcut takes, with its targets."""
@@ -367,6 +362,48 @@ def test_torch_gradients_of_any_order_match_the_generic_ones(leaf, keywords):
         torch.testing.assert_close(ours, generic)
     name = mml.multi_margin_loss(x, y, p=2, **keywords).grad_fn.name()
     assert name == ("_LossBackward" if keywords else "_SmallLossBackward")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("c", [1, 2, 7, 8, 9, 15, 16, 33, 1001])
+def test_torch_backward_by_bits_equals_the_one_pass_gradient(small_blocks, rng, dtype, c):
+    torch = pytest.importorskip("torch")
+    x = torch.tensor(rng.normal(size=(61, c)), dtype=getattr(torch, dtype))
+    y = torch.tensor(rng.integers(0, c, 61))
+    x[5, -1] = x[7, 0] = math.nan
+    y[9] = c
+    x[11] = x[11, 0]  # at the kink, were it not for the margin
+    upstream = torch.tensor(rng.normal(size=61))
+    weight = torch.tensor(rng.random(c), dtype=x.dtype)
+    layouts = (x, x.flip(0).repeat_interleave(2, 0)[::2].flip(0), x.repeat_interleave(3, 1)[:, ::3])
+    for z, w, reduction in itertools.product(layouts, (None, weight), ("none", "mean", "sum")):
+        keywords = {"weight": w, "reduction": reduction, "margin": 0.5, "check_target": "nan"}
+        leaf = z.detach().requires_grad_()
+        loss = mml.multi_margin_loss(leaf, y, **keywords, backend="torch-cpu-numba")
+        assert loss.grad_fn.saved_tensors[3].numel() == 61 * -(-c // 8)
+        factor = upstream.to(x.dtype) if reduction == "none" else torch.tensor(-2.0, dtype=x.dtype)
+        expected, grad = mml.multi_margin_loss_and_grad(
+            z, y, **keywords, grad_output=factor, backend="torch-cpu-numba"
+        )
+        loss.backward(factor)
+        torch.testing.assert_close(loss.detach(), expected, equal_nan=True)
+        torch.testing.assert_close(leaf.grad, grad, equal_nan=True, rtol=0, atol=0)
+
+
+def test_torch_keeps_bits_only_where_they_pay(monkeypatch, rng):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(cpu_blocks, "MANY", 1000)
+
+    def kept(x, p):
+        y = torch.zeros(len(x), dtype=torch.int64)
+        leaf = x.requires_grad_()
+        loss = mml.multi_margin_loss(leaf, y, p=p, reduction="sum", backend="torch-cpu-numba")
+        return loss.grad_fn.saved_tensors[3] is not None
+
+    assert kept(torch.zeros(100, 10), 1)
+    assert not kept(torch.zeros(100, 10), 2)
+    assert not kept(torch.zeros(99, 10), 1)
+    assert not kept(torch.zeros(10, 100).T, 1)  # read as neighbouring rows
 
 
 def test_torch_explains_what_it_leaves_to_the_generic_implementation(leaf):
