@@ -38,7 +38,7 @@ from numba.extending import intrinsic, overload, register_model
 COLUMNS = 1024  # neighbouring classes summed by 32 lanes before the sum goes to float64
 TILE = 256  # rows walked together where the classes lie further apart than the rows
 TURNS = 64  # blocks (4 ms) after which Python gets to see a Ctrl-C
-RUN = 32  # classes of a tile summed in one number before the sum goes to float64
+RUN = 32  # terms (of a tile, of short rows) summed in one lane before the sum goes to float64
 
 # Python's own scalars: Numba recognises their types faster than NumPy's (0.15 microseconds each).
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = 0.0, 0j, False, 0
@@ -730,6 +730,24 @@ def _end_grad(grad, grad_step, y, n, total, slope, scale):
 
 
 @njit(nogil=True)
+def _short_rows(kind, x, offsets, row_stride, step, y, n, start, stop, margin, p):
+    """Sum the losses of rows of n < 16 classes, lane by lane: a row's own sum isn't asked for."""
+    scalar, result, wrong = _like(kind, margin), 0.0, 0
+    m, zero, last = _eight(scalar), _eight(scalar - scalar), max(n - 8, 0)
+    for first in range(start, stop, RUN):
+        head, tail = zero, zero
+        for i in range(first, min(first + RUN, stop)):
+            row, target = _row(kind, x, offsets, row_stride, i), _target(y, n, i)
+            own = _eight(_own_score(row, target, step, scalar))
+            if n >= 8:
+                head = _both(head, _term(_hinges(row, 0, 0, n, step, target, own, m), p))
+            tail = _both(tail, _term(_hinges(row, last, 0, n, step, target, own, m), p))
+            wrong |= target
+        result += _total(_both(head, _among(tail, n // 8 * 8 - last, n - last)))
+    return result, _first_bad(y, n, start, stop, wrong)
+
+
+@njit(nogil=True)
 def _loss_rows(
     kind, x, offsets, row_stride, step, y, weight, n_classes, start, stop, margin, p, losses, bits
 ):
@@ -742,6 +760,8 @@ def _loss_rows(
 
     Returns the sum, and the first row whose target is out of range, or stop.
     """
+    if not bits and weight == 0 and losses == 0 and 1 < n_classes < 16:
+        return _short_rows(kind, x, offsets, row_stride, step, y, n_classes, start, stop, margin, p)
     m, total, wrong = _like(kind, margin), 0.0, 0
     for i in range(start, stop):
         row, target = _row(kind, x, offsets, row_stride, i), _target(y, n_classes, i)
