@@ -681,6 +681,14 @@ def _row_bits_of(bits, n_classes, i):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
+def _set_lost(bits, n_classes, loss):
+    """Set all of a row's bits where its loss is NaN and bits isn't NONE."""
+    if bits and loss != loss:
+        for k in range((n_classes + 7) // 8):
+            _keep(bits, k, _eight(1.0))
+
+
+@njit(nogil=True)
 def _first_bad(y, n_classes, start, stop, wrong):
     """Return the first row whose target is out of range if ``wrong`` is negative, else stop."""
     if wrong >= 0:
@@ -730,20 +738,31 @@ def _end_grad(grad, grad_step, y, n, total, slope, scale):
 
 
 @njit(nogil=True)
-def _short_rows(kind, x, offsets, row_stride, step, y, n, start, stop, margin, p):
+def _short_rows(kind, x, offsets, row_stride, step, y, n, start, stop, margin, p, bits):
     """Sum the losses of rows of n < 16 classes, lane by lane: a row's own sum isn't asked for."""
     scalar, result, wrong = _like(kind, margin), 0.0, 0
-    m, zero, last = _eight(scalar), _eight(scalar - scalar), max(n - 8, 0)
+    m, zero, last, end = _eight(scalar), _eight(scalar - scalar), max(n - 8, 0), (n - 1) // 8
     for first in range(start, stop, RUN):
-        head, tail = zero, zero
+        s, t = zero, zero
         for i in range(first, min(first + RUN, stop)):
             row, target = _row(kind, x, offsets, row_stride, i), _target(y, n, i)
-            own = _eight(_own_score(row, target, step, scalar))
+            own, kept = _eight(_own_score(row, target, step, scalar)), _row_bits(bits, n, i)
             if n >= 8:
-                head = _both(head, _term(_hinges(row, 0, 0, n, step, target, own, m), p))
-            tail = _both(tail, _term(_hinges(row, last, 0, n, step, target, own, m), p))
+                h = _hinges(row, 0, 0, n, step, target, own, m)
+                _keep(kept, 0, h)
+                s = _both(s, _term(h, p))
+            h = _hinges(row, last, 0, n, step, target, own, m)
+            _keep(kept, end, h)
+            t = _both(t, _term(h, p))
             wrong |= target
-        result += _total(_both(head, _among(tail, n // 8 * 8 - last, n - last)))
+        total = _total(_both(s, _among(t, n // 8 * 8 - last, n - last)))
+        if bits and total != total:  # which rows?
+            for i in range(first, min(first + RUN, stop)):
+                row, target = _row(kind, x, offsets, row_stride, i), _target(y, n, i)
+                own = _own_score(row, target, step, scalar)
+                loss = _row_sum(row, target, own, n, step, scalar, p, NONE)
+                _set_lost(_row_bits(bits, n, i), n, loss)
+        result += total
     return result, _first_bad(y, n, start, stop, wrong)
 
 
@@ -760,17 +779,17 @@ def _loss_rows(
 
     Returns the sum, and the first row whose target is out of range, or stop.
     """
-    if not bits and weight == 0 and losses == 0 and 1 < n_classes < 16:
-        return _short_rows(kind, x, offsets, row_stride, step, y, n_classes, start, stop, margin, p)
+    if weight == 0 and losses == 0 and 1 < n_classes < 16:
+        return _short_rows(
+            kind, x, offsets, row_stride, step, y, n_classes, start, stop, margin, p, bits
+        )
     m, total, wrong = _like(kind, margin), 0.0, 0
     for i in range(start, stop):
         row, target = _row(kind, x, offsets, row_stride, i), _target(y, n_classes, i)
         own = _own_score(row, target, step, m)
         kept = _row_bits(bits, n_classes, i)
         loss = _row_sum(row, target, own, n_classes, step, m, p, kept)
-        if kept and loss != loss:
-            for k in range((n_classes + 7) // 8):
-                _keep(kept, k, _eight(m - m + 1))
+        _set_lost(kept, n_classes, loss)
         loss *= _weight(m, weight, target)
         total += _end_loss(kind, losses, i, n_classes, loss)
         wrong |= target
