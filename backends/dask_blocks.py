@@ -36,13 +36,12 @@ from mml_arrayapi.backends.dask_values import (
 )
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.namespaces import library_of
-from mml_arrayapi.registry import choose_for_job
+from mml_arrayapi.registry import GENERIC, choose_for_job
 
 Array = Any
 
 # Scores per tile: 4 MB of float32. The generic implementation is as fast from 2**17 to 2**21 and
-# needs about six tiles of memory; the Numba kernel takes 82 ns a row of 100 classes at 2**17, 32
-# at 2**20, and 25 on a whole chunk.
+# needs about six tiles of memory.
 TILE = 2**20
 CHUNKS_OF = ("numpy", "cupy")  # libraries whose arrays can be filled tile by tile
 
@@ -210,8 +209,10 @@ class _Graph:
 def _rows_loss(scores: Any, start: Any, target: Array, weight: Any = None, *, call: Call) -> Any:
     block = scores[0] if isinstance(scores, list) else scores
     xp, target = _checked(block, target, start, call)
-    losses = xp.empty(target.shape, dtype=_computing(xp, block))
     how = _how(xp, weight, call)
+    if _at_once(block, target, how):
+        return _closed(sample_losses(block, target, **how), call)
+    losses = xp.empty(target.shape, dtype=_computing(xp, block))
     for where, rows in _tiles(block.shape, call.axis):
         tile = xp.astype(block[where], losses.dtype, copy=False)
         losses[rows] = sample_losses(tile, target[rows], **how)
@@ -222,9 +223,11 @@ def _rows_pair(
     block: Array, start: Any, upstream: Any, target: Array, weight: Any = None, *, call: Call
 ) -> tuple[Any, Array]:
     xp, target = _checked(block, target, _without(start, call.axis), call)
+    scale, how = _scale(xp, upstream, target, call), _how(xp, weight, call)
+    if _at_once(block, target, how):
+        losses, grad = _loss_and_grad(block, target, scale, how)
+        return _closed(losses, call), grad
     losses, grad = xp.empty(target.shape, dtype=_computing(xp, block)), xp.empty_like(block)
-    scale = _scale(xp, upstream, target, call)
-    how = _how(xp, weight, call)
     for where, rows in _tiles(block.shape, call.axis):
         tile = xp.astype(block[where], losses.dtype, copy=False)
         losses[rows], grad[where] = _loss_and_grad(tile, target[rows], scale[rows], how)
@@ -442,6 +445,13 @@ def _loss_and_grad(
 ) -> tuple[Array, Array]:
     kernel = _kernel(tile, target, how)
     return kernel.loss_and_grad(_problem(tile, target, how), scale)
+
+
+def _at_once(block: Array, target: Array, how: dict[str, Any]) -> bool:
+    """Tell whether a chunk needs no tiles: its kernel has no temporaries, and nothing is widened."""
+    if block.dtype.itemsize < 4 or not block.size:
+        return False
+    return _kernel(block, target, how) is not GENERIC
 
 
 def _tiles(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, Any]]:

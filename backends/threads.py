@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -22,12 +22,13 @@ ENVIRONMENT = "MML_ARRAYAPI_NUM_THREADS"
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _size = 0
+_callers = 0  # calls that now share the CPUs
 
 
 def _forget() -> None:
     """Start afresh in a forked child: the threads stayed with the parent, the lock may be held."""
-    global _lock, _pool, _size
-    _lock, _pool, _size = threading.Lock(), None, 0
+    global _lock, _pool, _size, _callers
+    _lock, _pool, _size, _callers = threading.Lock(), None, 0, 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -72,7 +73,8 @@ def run(task: Callable[[int], Result], count: int, threads: int) -> list[Result]
     count : int
         How many tasks there are.
     threads : int
-        How many threads may work, the caller's among them.
+        How many threads may work, the caller's among them. Calls that are made at the same time,
+        by Dask's threads for instance, share them.
 
     Returns
     -------
@@ -93,17 +95,32 @@ def run(task: Callable[[int], Result], count: int, threads: int) -> list[Result]
                 return
             results[i] = task(i)
 
-    futures = _submit(work, threads - 1)
-    try:
-        work()
-    finally:
-        left.clear()
-        waiting = [future for future in futures if not future.cancel()]
-        failures = [future.exception() for future in waiting]
+    with _sharing() as callers:
+        futures = _submit(work, threads // callers - 1)
+        try:
+            work()
+        finally:
+            left.clear()
+            waiting = [future for future in futures if not future.cancel()]
+            failures = [future.exception() for future in waiting]
     for failure in failures:
         if failure is not None:
             raise failure
     return [results[i] for i in range(count)]
+
+
+@contextmanager
+def _sharing() -> Iterator[int]:
+    """Count the calls that are being made, and tell how many there are."""
+    global _callers
+    with _lock:
+        _callers += 1
+        callers = _callers
+    try:
+        yield callers
+    finally:
+        with _lock:
+            _callers -= 1
 
 
 def _submit(work: Callable[[], None], size: int) -> list[Future[None]]:

@@ -221,7 +221,7 @@ def raise_invalid_target(target: Array, n_classes: int) -> None:
         With the first offending position.
     """
     xp = library_of("target", target).namespace
-    signed = xp.astype(target, widest(xp, target)[0])
+    signed = xp.astype(target, widest(xp, target)[0], copy=False)
     bad = (signed < 0) | (signed >= n_classes)
     if not bool(xp.any(bad)):
         return
