@@ -154,10 +154,9 @@ class _Graph:
         """Arguments of a second pass: scores, their place, targets, and the targets' scores."""
         scores = (self.x, self.all, self.first, self.all, self.target, self.rows)
         found = self._over(_own_part, self.all, *scores)
-        own = self._over(
-            _own, self.rows, found, self.all, self.start, self.rows, self.target, self.rows
-        )
-        return (*scores, own, self.rows)
+        # All blocks of the row, as a list: their axis of classes is none of the result's.
+        anywhere = tuple(-1 if i == self.call.axis else i for i in self.all)
+        return (*scores, found, anywhere)
 
     def _upstream(self, problem: Problem, grad_output: Array | None) -> tuple[Any, ...]:
         """Arguments that hold what the gradient is multiplied with, besides ``call.scale``."""
@@ -246,8 +245,22 @@ def _second_of_pair(pair: Any, *, call: Call) -> Array:  # noqa: ARG001
 
 
 def _own_part(block: Array, start: Any, target: Array, *, call: Call) -> Array:
-    """Return the targets' scores where this block holds them, else 0."""
-    xp, target = _checked(block, target, (), call._replace(check_target="nan"))
+    """Return the targets' scores where this block holds them, else 0.
+
+    The blocks of the first classes look after the targets out of range: NaN, or an error.
+    """
+    first = start[call.axis] == 0
+    check_target = call.check_target if first else "nan"
+    place = _without(start, call.axis)
+    xp, target = _checked(block, target, place, call._replace(check_target=check_target))
+    own = _own_scores(xp, block, start, target, call)
+    if first and call.check_target == "nan":
+        wide = xp.astype(target, xp.int64)
+        own = xp.where((wide >= 0) & (wide < call.n_classes), own, math.nan)
+    return own
+
+
+def _own_scores(xp: Any, block: Array, start: Any, target: Array, call: Call) -> Array:
     dtype = _computing(xp, block)
     if not block.shape[call.axis]:
         return xp.zeros(target.shape, dtype=dtype)
@@ -262,18 +275,10 @@ def _own_part(block: Array, start: Any, target: Array, *, call: Call) -> Array:
     return xp.astype(xp.where(inside, own, 0), dtype)
 
 
-def _own(parts: list[Array], start: Any, target: Array, *, call: Call) -> Array:
-    """Return the targets' scores, NaN for a target out of range; or raise."""
-    xp, target = _namespace(parts[0], target)
-    check_targets(target, start, call.n_classes, call.check_target)
-    own = sum(parts[1:], start=parts[0])
-    target = xp.astype(target, xp.int64)
-    return xp.where((target >= 0) & (target < call.n_classes), own, math.nan)
-
-
-def _part(block: Array, start: Any, target: Array, own: Array, *, call: Call) -> Array:
+def _part(block: Array, start: Any, target: Array, found: list[Array], *, call: Call) -> Array:
     """Return each row's sum over the classes of this block, but the target's."""
     xp, target = _namespace(block, target)
+    own = sum(found[1:], start=found[0])
     numba = _numba_scores(block, target, call)
     if numba is not None:
         from mml_arrayapi.backends import cpu_blocks
@@ -308,7 +313,7 @@ def _part_pair(
     block: Array,
     start: Any,
     target: Array,
-    own: Array,
+    found: list[Array],
     upstream: Any,
     weight: Any = None,
     *,
@@ -318,7 +323,7 @@ def _part_pair(
     xp, target = _namespace(block, target)
     n, axis = block.shape[call.axis], call.axis
     sums, slopes = (xp.empty(target.shape, dtype=xp.float64) for _ in range(2))
-    grad = xp.empty_like(block)
+    grad, own = xp.empty_like(block), sum(found[1:], start=found[0])
     inside, place = _place(xp, block, start, target, call)
     scale = _scale(xp, upstream, target, call) * _factor(xp, target, weight, call) * (n + 1)
     how = _how(xp, None, call)
@@ -448,7 +453,7 @@ def _loss_and_grad(
 
 
 def _at_once(block: Array, target: Array, how: dict[str, Any]) -> bool:
-    """Tell whether a chunk needs no tiles: its kernel has no temporaries, and nothing is widened."""
+    """Tell whether a chunk needs no tiles: neither kernel nor widening make temporaries."""
     if block.dtype.itemsize < 4 or not block.size:
         return False
     return _kernel(block, target, how) is not GENERIC
