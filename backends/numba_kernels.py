@@ -11,16 +11,13 @@ What keeps the numbers right:
 
 - No function is compiled with fast-math: a callee inherits it, and with ``reassoc`` LLVM turns
   ``(x_j - x_y) + margin`` into ``x_j + (margin - x_y)``, which loses the margin of large scores.
-  Only the additions of ``_plus`` may be reordered, which is what lets LLVM use vectors; NaN and
-  infinities go through.
-- float32 sums hold at most ``COLUMNS`` or ``APART`` terms, then go to float64.
+- A lane adds at most 32 numbers in float32, then the sum goes to float64.
 - A block of rows is always the same rows summed in the same order, so results do not depend on
   who runs it.
 
-What makes it fast: four rows (or the four quarters of one long row) are read at once, far apart
-from each other. One stream of loads reached 19 GB/s on one core of an EPYC 7003, four 27 GB/s. The
-target is left out by comparing 32-bit indices, which costs a vector two instructions and no
-branch.
+What makes it fast: rows are walked in explicit vectors (``Eight``), whose last one overlaps the one
+before it, so that no row ends in single steps. The target is left out by comparing 32-bit indices,
+which costs a vector two instructions and no branch.
 
 Everything is in this one file, as Numba's cache on disk sees no change in a callee elsewhere.
 """
@@ -223,9 +220,9 @@ def _store(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
     return types.none(pointer, index, pointer.dtype), codegen
 
 
-# In a loop that reads and writes four rows at once, LLVM must be told that they don't overlap: it
-# checks fewer pairs at run time than these are. Only such loops may use the next two: LLVM may
-# take what they touch to be apart from whatever else they touch, in any order.
+# In the loops of tiles, LLVM must be told that what they read and write doesn't overlap: it checks
+# fewer pairs at run time than these are. Only such loops may use the next two: LLVM may take what
+# they touch to be apart from whatever else they touch, in any order.
 
 
 @intrinsic

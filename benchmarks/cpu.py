@@ -2,9 +2,10 @@
 
     python benchmarks/cpu.py [--quick] [--dtype float32] [--p 1] [--out benchmarks/results]
 
-One run makes one table. All candidates of a row are called in turn, round after round, so that
-what else the machine does hits them alike; a time is the median of its rounds, a ratio is one of
-medians of the same rows. Scores are normal: with uniform scores every hinge is active, PyTorch's
+One run makes one table. All candidates of a row are called in turn, each five times in a row, round
+after round, so that what else the machine does hits them alike; a time is the median of all its
+calls, a ratio is one of medians of the same rows. (Called once each, a call that needs fresh memory
+took up to twice as long: freed memory goes back to a virtual machine's host within seconds.) Scores are normal: with uniform scores every hinge is active, PyTorch's
 eager loop, which branches on each, is predicted without a miss and takes a third of the time.
 """
 
@@ -22,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 SHAPES = ((32, 10), (512, 512), (65536, 1000), (1_000_000, 10), (4096, 32000))
-BUDGET = 6.0  # seconds of rounds for one row of the table
+BUDGET = 3.0  # seconds of rounds for one row of the table
 
 
 def measure(calls, budget):
@@ -54,7 +55,7 @@ def _in_turn(calls, budget):
     for name, call in calls.items():
         call()  # compiles
         # Small calls are compiled once a thousand were made, large ones find their memory again.
-        warm = time.perf_counter() + 1.0
+        warm = time.perf_counter() + 0.5
         while time.perf_counter() < warm:
             call()
         begin = time.perf_counter()
@@ -62,12 +63,13 @@ def _in_turn(calls, budget):
         repeat[name] = max(1, int(1e-3 / max(time.perf_counter() - begin, 1e-9)))
     times = {name: [] for name in calls}
     end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 10:
         for name, call in calls.items():
-            begin = time.perf_counter()
-            for _ in range(repeat[name]):
-                call()
-            times[name].append((time.perf_counter() - begin) / repeat[name])
+            for _ in range(5):
+                begin = time.perf_counter()
+                for _ in range(repeat[name]):
+                    call()
+                times[name].append((time.perf_counter() - begin) / repeat[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -4,10 +4,14 @@ Run ``python benchmarks/dask_growth.py`` (a few minutes, 5 GB of disk under ``--
 figure is the median of the repetitions; results, with the machine, go to ``benchmarks/results``:
 ``dask_growth.json``, ``.md`` and ``.png``.
 
-- In memory: 2e6 x 100 float32 in chunks of 1e5 rows, on threads; also chunked on both axes.
+- In memory: 2e6 x 100 float32 in chunks of 1e5 rows, on threads; also chunked on both axes. Each
+  chunk is an array of its own, as one that was read or computed is.
 - Growth: rows x 10 float32 in a Zarr store (chunks of 1e6 rows, or the whole if it has fewer), rows
   from 1e5 to 1e8, on threads and on a cluster of one process per core; time, tasks, and the peak of
-  this process's memory beyond what it was before (on threads).
+  this process's memory beyond what it was before (on threads). The store is not compressed (random
+  floats don't shrink; a compressed chunk would stand beside the decoded one), and the C library is
+  told to give freed memory back, by the variable that Dask sets for its workers. One size is also
+  measured without either.
 """
 
 from __future__ import annotations
@@ -83,7 +87,7 @@ def in_memory(repeats):
     y = da.from_array(target, chunks=100_000, name="y")
     found = []
     for chunks in ((100_000, 100), (100_000, 50), (100_000, 25)):
-        x = da.from_array(scores, chunks=chunks, name=f"x{chunks}")
+        x = da.from_array(scores, chunks=chunks).map_blocks(np.array).persist(scheduler="threads")
         for name, method in METHODS.items():
             if "map_blocks" in name and chunks[1] != 100:
                 continue
@@ -96,8 +100,8 @@ def in_memory(repeats):
     return found
 
 
-def make_store(folder, rows):
-    """Write the largest data set; smaller ones are its first rows."""
+def make_store(folder, rows, compressors=None):
+    """Write a data set."""
     import zarr
 
     rng = np.random.default_rng(0)
@@ -105,7 +109,9 @@ def make_store(folder, rows):
     for name, shape, dtype in (("x", (rows, CLASSES), "float32"), ("y", (rows,), "int64")):
         path = os.path.join(folder, f"{name}.zarr")
         chunks = (min(CHUNK, rows), *shape[1:])
-        store = zarr.create_array(store=path, shape=shape, chunks=chunks, dtype=dtype)
+        store = zarr.create_array(
+            store=path, shape=shape, chunks=chunks, dtype=dtype, compressors=compressors
+        )
         for start in range(0, rows, CHUNK):
             n = min(CHUNK, rows - start)
             part = rng.standard_normal((n, CLASSES), dtype=np.float32)
@@ -158,18 +164,34 @@ def growth(scratch, sizes, slow_rows):
             for name in METHODS:
                 if rows > slow_rows and name in ("generic graph", "map_blocks, PyTorch"):
                     continue
-                found += one_size(folder, rows, name)
+                found.append(one_size(folder, rows, name, "threads", GIVE_BACK))
         finally:
             shutil.rmtree(folder)
+    folder = tempfile.mkdtemp(dir=scratch)
+    try:
+        make_store(folder, slow_rows, "auto")
+        where = "threads, compressed, as is"
+        found += [one_size(folder, slow_rows, name, where, {}) for name in ("kernel", "bare sum")]
+    finally:
+        shutil.rmtree(folder)
     return found
 
 
-def one_size(folder, rows, name):
+GIVE_BACK = {"MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def one_size(folder, rows, name, where, variables):
     code = ALONE.format(here=str(Path(__file__).parent), folder=folder, method=name)
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    local = {"rows": rows, "method": name, "where": "threads", **json.loads(out.stdout)}
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    local = {"rows": rows, "method": name, "where": where, **json.loads(out.stdout)}
     print(local, flush=True)
-    return [local]
+    return local
 
 
 def on_cluster(scratch, sizes):
@@ -296,7 +318,7 @@ def main():
     ):
         if part in parts:
             where = "threads" if part == "growth" else "cluster"
-            kept = [r for r in results["growth"] if r["where"] != where or r["rows"] not in sizes]
+            kept = [r for r in results["growth"] if not r["where"].startswith(where)]
             results["growth"] = sorted(kept + function(), key=lambda r: (r["where"], r["rows"]))
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -46,8 +46,10 @@ def test_cancellation_and_subnormals_are_exact():
     assert exact_sum([1.0] + [2.0**-53] * 2).over(1) == 1 + 2.0**-52
 
 
-def test_many_values_in_blocks_are_exact():
-    values = np.random.default_rng(0).standard_exponential(200_003) * 1e3
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_many_values_in_blocks_are_exact(dtype):
+    values = np.random.default_rng(0).standard_exponential(200_003).astype(dtype) * 1000
+    values[::1000] *= dtype(1e-12)  # far below their neighbours
     assert exact_sum(values).over(1) == math.fsum(values)
     assert exact_sum(values).over(7) == float(sum(map(Fraction, values.tolist())) / 7)
 

@@ -1,5 +1,6 @@
 """The thread pool: order, failures, many callers, forks, Dask's threads, the number of threads."""
 
+import ctypes
 import multiprocessing
 import os
 import sys
@@ -54,6 +55,38 @@ def test_a_call_ends_while_all_workers_are_busy():
     release.set()
     blocker.join()
     assert released == [True, True]  # nobody waited until the tasks gave up
+
+
+def test_calls_at_the_same_time_share_the_threads():
+    begun, release = threading.Event(), threading.Event()
+
+    def task(_):
+        begun.set()
+        release.wait(20)
+
+    other = threading.Thread(target=threads.run, args=(task, 2, 2))
+    other.start()
+    begun.wait(20)
+    assert set(threads.run(lambda _: threading.get_ident(), 20, 2)) == {threading.get_ident()}
+    release.set()
+    other.join()
+
+
+def test_an_interrupted_call_stops_its_other_threads(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(cpu_blocks, "SERIAL", 0)
+    monkeypatch.setattr(cpu_blocks, "BLOCK", 10)
+    caller, count = threading.current_thread(), 100
+
+    def run(blocks):
+        if threading.current_thread() is caller:
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        time.sleep(0.001)
+        return ctypes.c_int64.from_address(blocks[3]).value < count
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu_blocks._in_blocks(run, rows=10 * count, columns=1, form="rows", limit=2)
 
 
 def test_number_of_threads(monkeypatch):
