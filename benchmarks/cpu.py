@@ -5,8 +5,9 @@
 One run makes one table. All candidates of a row are called in turn, each five times in a row, round
 after round, so that what else the machine does hits them alike; a time is the median of all its
 calls, a ratio is one of medians of the same rows. (Called once each, a call that needs fresh memory
-took up to twice as long: freed memory goes back to a virtual machine's host within seconds.) Scores are normal: with uniform scores every hinge is active, PyTorch's
-eager loop, which branches on each, is predicted without a miss and takes a third of the time.
+took up to twice as long: freed memory goes back to a virtual machine's host within seconds.) Scores
+are normal: with uniform scores every hinge is active, PyTorch's eager loop, which branches on each,
+is predicted without a miss and takes a third of the time.
 """
 
 from __future__ import annotations
