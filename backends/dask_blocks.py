@@ -278,7 +278,7 @@ def _own_scores(xp: Any, block: Array, start: Any, target: Array, call: Call) ->
 def _part(block: Array, start: Any, target: Array, found: list[Array], *, call: Call) -> Array:
     """Return each row's sum over the classes of this block, but the target's."""
     xp, target = _namespace(block, target)
-    own = sum(found[1:], start=found[0])
+    own: Array = sum(found[1:], start=found[0])
     numba = _numba_scores(block, target, call)
     if numba is not None:
         from mml_arrayapi.backends import cpu_blocks
@@ -323,7 +323,8 @@ def _part_pair(
     xp, target = _namespace(block, target)
     n, axis = block.shape[call.axis], call.axis
     sums, slopes = (xp.empty(target.shape, dtype=xp.float64) for _ in range(2))
-    grad, own = xp.empty_like(block), sum(found[1:], start=found[0])
+    grad = xp.empty_like(block)
+    own: Array = sum(found[1:], start=found[0])
     inside, place = _place(xp, block, start, target, call)
     scale = _scale(xp, upstream, target, call) * _factor(xp, target, weight, call) * (n + 1)
     how = _how(xp, None, call)

@@ -152,14 +152,14 @@ def _loss_and_grad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses = _losses(problem)
     out = None if losses is None else _array(losses)
-    grad, *rest = _gradient(problem, grad_output)
-    total, bad = cpu_blocks.loss_and_grad(_scores(problem), _limit(), out, *rest)
+    grad, into, scale, upstream = _gradient(problem, grad_output)
+    total, bad = cpu_blocks.loss_and_grad(_scores(problem), _limit(), out, into, scale, upstream)
     return _finish(problem, losses, total, bad), grad
 
 
 def _grad_of_bits(problem: Problem, grad_output: torch.Tensor, bits: np.ndarray) -> torch.Tensor:
-    grad, *rest = _gradient(problem, grad_output)
-    cpu_blocks.grad_of_bits(_scores(problem), _limit(), bits, *rest)
+    grad, into, scale, upstream = _gradient(problem, grad_output)
+    cpu_blocks.grad_of_bits(_scores(problem), _limit(), bits, into, scale, upstream)
     return grad
 
 
