@@ -177,19 +177,27 @@ def loss_and_grad(
     return _in_blocks(partial(run, head, tail), scores.target.size, columns, form, limit)
 
 
-def room_for_bits(scores: Scores) -> np.ndarray | None:
+def room_for_bits(array: np.ndarray, p: float) -> np.ndarray | None:
     """Make room for what the gradient of p = 1 needs of the scores: one bit each.
 
     Reading them again takes less time where they are few, and where rows are neighbours in memory.
+
+    Parameters
+    ----------
+    array : array, shape (*batch, C)
+        The scores.
+    p : float
+        The exponent.
+
+    Returns
+    -------
+    array of uint8 or None
+        Whole bytes for each row.
     """
-    *_, columns = scores.array.shape
-    if (
-        scores.p != 1
-        or scores.array.size < MANY
-        or _form(_layout(scores.array), scores.array) != "rows"
-    ):
+    if p != 1 or array.size < MANY or _form(_layout(array), array) != "rows":
         return None
-    return np.empty(scores.target.size * -(-columns // 8), np.uint8)
+    columns = array.shape[-1]
+    return np.empty(array.size // columns * -(-columns // 8), np.uint8)
 
 
 def grad_of_bits(
@@ -238,7 +246,8 @@ def own_scores(scores: Scores, first: int) -> np.ndarray:
     """
     kernels, array = numba_kernels(), scores.array
     own = np.empty(scores.target.size, np.float64 if array.dtype == np.float64 else np.float32)
-    arguments = _arguments(kernels, scores, _layout(array), "rows")[:-1]
+    layout = _layout(array)  # a name of its own keeps the offsets while the kernel reads them
+    arguments = _arguments(kernels, scores, layout, "rows")[:-1]
     kernels.own_rows(*arguments, first, array.shape[-1], own.size, own.ctypes.data)
     return own
 
@@ -260,7 +269,8 @@ def part_sums(scores: Scores, first: int, own: np.ndarray) -> np.ndarray:
     """
     kernels, array = numba_kernels(), scores.array
     sums = np.empty(own.size)
-    arguments = _arguments(kernels, scores, _layout(array), "rows")[:-1]
+    layout = _layout(array)
+    arguments = _arguments(kernels, scores, layout, "rows")[:-1]
     kernels.part_rows(
         *arguments,
         first,

@@ -110,7 +110,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Any, target: Any, weight: Any, problem: Problem) -> torch.Tensor:
-        bits = cpu_blocks.room_for_bits(_scores(problem))
+        array = np.moveaxis(_array(input), problem.axis, -1)
+        bits = cpu_blocks.room_for_bits(array, problem.p)
         kept = None if bits is None else from_numpy(bits)
         ctx.save_for_backward(input, target, weight, kept)
         ctx.problem = problem._replace(input=None, target=None, weight=None, check_target="nan")
