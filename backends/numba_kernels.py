@@ -300,7 +300,7 @@ def _at(typingctx, pointer, index):  # type: ignore[no-untyped-def]
     return pointer(pointer, index), codegen
 
 
-# The next four do for one number what they do for eight.
+# The next three do for one number what they do for eight.
 
 
 @intrinsic
@@ -311,11 +311,9 @@ def _term(typingctx, h, p):  # type: ignore[no-untyped-def]
         value, exponent = args
         if isinstance(p, types.Boolean):
             return value
-        return (
-            builder.fmul(value, value)
-            if isinstance(p, types.Integer)
-            else _power(builder, value, exponent)
-        )
+        if isinstance(p, types.Integer):
+            return builder.fmul(value, value)
+        return _power(builder, value, exponent)
 
     return h(h, p), codegen
 
@@ -334,21 +332,6 @@ def _slope(typingctx, h, p):  # type: ignore[no-untyped-def]
         return _power(builder, value, builder.fsub(exponent, _F64(1.0)))
 
     return h(h, p), codegen
-
-
-@intrinsic
-def _scaled(typingctx, pointer, slope, scale, p):  # type: ignore[no-untyped-def]
-    """Return slope * scale, rounded to the pointer's kind."""
-    kind = pointer.dtype
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, value, factor, _ = args
-        if not isinstance(p, types.Boolean):
-            return _narrowed(builder, kind, builder.fmul(value, factor))
-        positive = builder.fcmp_ordered(">", value, _constant(value, 0.0))
-        return _on_or_off(builder, kind, positive, factor)
-
-    return (Eight(kind) if isinstance(slope, Eight) else kind)(pointer, slope, scale, p), codegen
 
 
 def _on_or_off(builder: Any, kind: Any, on: Any, factor: Any) -> Any:
@@ -547,6 +530,21 @@ def _ones(typingctx, byte):  # type: ignore[no-untyped-def]
         return builder.ctpop(args[0])
 
     return types.int64(byte), codegen
+
+
+@intrinsic
+def _scaled(typingctx, pointer, slope, scale, p):  # type: ignore[no-untyped-def]
+    """Return eight times slope * scale, rounded to the pointer's kind."""
+    kind = pointer.dtype
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, value, factor, _ = args
+        if not isinstance(p, types.Boolean):
+            return _narrowed(builder, kind, builder.fmul(value, factor))
+        positive = builder.fcmp_ordered(">", value, _constant(value, 0.0))
+        return _on_or_off(builder, kind, positive, factor)
+
+    return Eight(kind)(pointer, slope, scale, p), codegen
 
 
 @intrinsic
@@ -1125,6 +1123,8 @@ def grad_of_memory(kind, x, y, n, c, margin, p, grad, scale, upstream):
 # ``start, stop``; ``blocks`` are the number of rows, the rows of a block, the number of workers,
 # and the address of the counter, followed by each block's sum and each block's first row whose
 # target is out of range, or -1.
+#
+# The loop stands in each: Numba doesn't keep on disk what takes the function as an argument.
 
 
 @njit(nogil=True)

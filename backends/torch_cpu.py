@@ -10,8 +10,7 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
-from numpy import array
-from numpy import float32 as single
+from numpy import array, single
 from torch import Tensor, float32, from_numpy, int64, strided
 from torch.autograd import forward_ad
 
@@ -110,8 +109,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Any, target: Any, weight: Any, problem: Problem) -> torch.Tensor:
-        array = np.moveaxis(_array(input), problem.axis, -1)
-        bits = cpu_blocks.room_for_bits(array, problem.p)
+        scores = np.moveaxis(_array(input), problem.axis, -1)
+        bits = cpu_blocks.room_for_bits(scores, problem.p)
         kept = None if bits is None else from_numpy(bits)
         ctx.save_for_backward(input, target, weight, kept)
         ctx.problem = problem._replace(input=None, target=None, weight=None, check_target="nan")
