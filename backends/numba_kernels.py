@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import njit, typeof, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
@@ -74,6 +74,14 @@ def _kernel(function: Any) -> Any:
         return njit(nogil=True, cache=True)(function)
     except (RuntimeError, OSError):  # no directory for the cache can be written
         return njit(nogil=True)(function)
+
+
+def compiled(kernel: Any, *arguments: Any) -> Any:
+    """Compile a kernel for scalars of these types; what comes takes them without looking at them.
+
+    A look at seven arguments takes 0.16 microseconds, a third of the time of a small batch.
+    """
+    return kernel.compile(tuple(typeof(argument) for argument in arguments))
 
 
 def _computing(kind: Any) -> Any:
@@ -792,21 +800,23 @@ def _loss_rows(
 
 
 @_kernel
-def loss_of_memory(kind, x, y, n, c, margin, p):
-    """Do what _loss_rows does with all rows of contiguous memory; few arguments save time."""
+def mean_of_memory(kind, x, y, n, c, margin, p):
+    """Compute the mean loss of contiguous memory, -1 where a target is out of range."""
     if c < 8:
-        return _loss_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, NONE)
-    return _loss_rows(kind, x, 0, c, UNIT, y, 0, c, 0, n, margin, p, 0, NONE)
+        total, bad = _loss_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, NONE)
+    else:
+        total, bad = _loss_rows(kind, x, 0, c, UNIT, y, 0, c, 0, n, margin, p, 0, NONE)
+    return -1.0 if bad < n else total / c / n
 
 
 @_kernel
-def loss_of_arrays(kind, x, y, margin, p):
-    """Do what _loss_rows does with all rows of two contiguous NumPy arrays, (N, C) and (N,).
+def mean_of_arrays(kind, x, y, margin, p):
+    """Do what mean_of_memory does with two contiguous NumPy arrays, (N, C) and (N,).
 
     Numba takes an array apart faster than Python reads its address (1.3 microseconds).
     """
     n, c = x.shape
-    return loss_of_memory(kind, x.ctypes.data, y.ctypes.data, n, c, margin, p)
+    return mean_of_memory(kind, x.ctypes.data, y.ctypes.data, n, c, margin, p)
 
 
 @njit(nogil=True)

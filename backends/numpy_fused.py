@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ def _finish(
 
 
 NUMBERS = (int, float)
+LARGEST = sys.float_info.max
 INT64 = np.dtype(np.int64)
 _small: dict[tuple[np.dtype, float], tuple[Any, ...]] = {}  # dtype, p: kernel, kind, exponent
 
@@ -102,7 +104,7 @@ def _ready_shortcut(problem: Problem) -> None:
     if problem.reduction == "mean" and p in (1, 2) and x.dtype.name in ("float32", "float64"):
         kernels = cpu_blocks.numba_kernels()
         kind = kernels.FLOAT32 if x.dtype == np.float32 else kernels.FLOAT64
-        _small[x.dtype, p] = kernels.loss_of_arrays, kind, kernels.ONE if p == 1 else kernels.TWO
+        _small[x.dtype, p] = kernels.mean_of_arrays, kind, kernels.ONE if p == 1 else kernels.TWO
 
 
 def shortcut(
@@ -122,6 +124,7 @@ def shortcut(
         or weight is not None
         or reduction != "mean"
         or axis != -1
+        or type(axis) is not int
         or check_target != "auto"
         or type(p) not in NUMBERS
         or type(margin) not in NUMBERS
@@ -137,15 +140,15 @@ def shortcut(
         # Contiguous, aligned, writeable: a read-only array is another type to Numba.
         or not input.flags.carray
         or not target.flags.carray
-        or not -math.inf < margin < math.inf
+        or not -LARGEST <= margin <= LARGEST
     ):
         return None
     rows, n_classes = input.shape
     if target.size != rows or not 0 < rows * n_classes <= cpu_blocks.BLOCK:
         return None
     kernel, kind, exponent = small
-    total, bad = kernel(kind, input, target, float(margin), exponent)
-    return None if bad < rows else dtype.type(total / n_classes / rows)
+    mean = kernel(kind, input, target, float(margin), exponent)
+    return None if mean < 0 else dtype.type(mean)
 
 
 KERNEL = Kernel("numpy-numba", "numpy", refuses, loss, loss_and_grad, waits, shortcut)

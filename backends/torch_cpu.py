@@ -10,8 +10,8 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
-from numpy import array, single
-from torch import Tensor, float32, from_numpy, int64, strided
+from numpy import array
+from torch import Tensor, empty_like, float32, from_numpy, int64, strided
 from torch.autograd import forward_ad
 
 from mml_arrayapi import generic
@@ -19,16 +19,17 @@ from mml_arrayapi.arguments import raise_invalid_target, settle_targets
 from mml_arrayapi.backends import cpu_blocks, threads
 from mml_arrayapi.kernel import Kernel, Problem
 
-is_compiling = torch.compiler.is_compiling
+is_compiling = torch.compiler.is_dynamo_compiling  # half the time of is_compiling()
 is_grad_enabled = torch.is_grad_enabled
 functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
 is_batched = torch._C._functorch.is_legacy_batchedtensor
-tracing_state = torch._C._get_tracing_state
+is_tracing = torch._C._is_tracing
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+SINGLE = np.dtype(np.float32)
 
 
 def refuses(problem: Problem) -> str | None:
@@ -60,7 +61,7 @@ def _transformed() -> str | None:
         return "forward-mode differentiation is active, which the generic implementation follows"
     if dispatch_modes() or function_modes():
         return "a mode that intercepts PyTorch's operations is active (fake tensors, make_fx ...)"
-    if tracing_state() is not None:
+    if is_tracing():
         return "torch.jit.trace is active, which records the generic implementation"
     return None
 
@@ -223,12 +224,9 @@ def _finish(problem: Problem, losses: torch.Tensor | None, total: float, bad: in
     if problem.reduction == "mean":
         total = total / rows if rows else math.nan
     if problem.input.dtype == torch.float32:
-        return from_numpy(array(total, single))  # a third of the time of torch.tensor()
+        return from_numpy(array(total, SINGLE))  # a third of the time of torch.tensor()
     return torch.tensor(total, dtype=problem.input.dtype)
 
-
-INFINITY = math.inf
-LARGEST = cpu_blocks.BLOCK  # elements that the shortcut serves
 
 LARGE = 2**22  # bytes from which NumPy asks for large pages too
 
@@ -257,16 +255,23 @@ def _use_large_pages(tensor: torch.Tensor) -> None:
     _advise(first, address + size - first, 14)  # MADV_HUGEPAGE; a refusal changes nothing
 
 
+LARGEST = sys.float_info.max
+MOST = cpu_blocks.BLOCK  # elements that the shortcut serves
 FLOAT32 = 0j  # numba_kernels.FLOAT32; Numba is imported when it is wanted
-_small: dict[float, tuple[Any, Any, Any]] = {}  # p, once compiled: both kernels, the exponent
+_small: dict[float, tuple[Any, Any, Any]] = {}  # p: the exponent, the kernels of both passes
+small_kernels = _small.get
 
 
 def _ready_shortcut(problem: Problem) -> None:
-    """Let the shortcut take calls like this one."""
-    if problem.input.dtype == torch.float32 and problem.p in (1, 2):
+    """Compile the shortcut's kernels for a call that it could take."""
+    p = problem.p
+    if problem.input.dtype == torch.float32 and p in (1, 2) and p not in _small:
         kernels = cpu_blocks.numba_kernels()
-        exponent = kernels.ONE if problem.p == 1 else kernels.TWO
-        _small[problem.p] = kernels.loss_of_memory, kernels.grad_of_memory, exponent
+        exponent = kernels.ONE if p == 1 else kernels.TWO
+        memory = FLOAT32, 0, 0, 0, 0, 0.0, exponent
+        forward = kernels.compiled(kernels.mean_of_memory, *memory)
+        backward = kernels.compiled(kernels.grad_of_memory, *memory, 0, 0.0, 0)
+        _small[p] = exponent, forward, backward
 
 
 def shortcut(
@@ -288,61 +293,60 @@ def shortcut(
         or weight is not None
         or reduction != "mean"
         or axis != -1
+        or type(axis) is not int
         or check_target != "auto"
         or (type(p) is not int and type(p) is not float)
         or (type(margin) is not float and type(margin) is not int)
-        or p not in _small
+        or not -LARGEST <= margin <= LARGEST
+        or (small := small_kernels(p)) is None
         or input.dtype is not float32
         or target.dtype is not int64
-        or input.ndim != 2
         or target.ndim != 1
         or not input.is_cpu
         or not target.is_cpu
         or input.layout is not strided
         or not input.is_contiguous()
         or not target.is_contiguous()
-        or not -INFINITY < margin < INFINITY
         or functorch_active()
         or forward_ad._current_level >= 0
         or dispatch_modes()
         or function_modes()
-        or tracing_state() is not None
+        or is_tracing()
     ):
         return None
-    rows, n_classes = input.shape
-    if target.numel() != rows or not 0 < rows * n_classes <= LARGEST:
+    try:
+        rows, n_classes = input.shape
+    except ValueError:  # not two axes
+        return None
+    if target.numel() != rows or not 0 < rows * n_classes <= MOST:
         return None
     if input.requires_grad and is_grad_enabled():
-        return _apply_small(input, target, p, float(margin))  # type: ignore[no-any-return]
-    kernel, _, exponent = _small[p]
-    total, bad = kernel(
-        FLOAT32, input.data_ptr(), target.data_ptr(), rows, n_classes, float(margin), exponent
-    )
-    return None if bad < rows else from_numpy(array(total / n_classes / rows, single))
+        return _apply_small(input, target, (rows, n_classes, margin, small))  # type: ignore[no-any-return]
+    exponent, kernel, _ = small
+    mean = kernel(FLOAT32, input.data_ptr(), target.data_ptr(), rows, n_classes, margin, exponent)
+    return None if mean < 0 else from_numpy(array(mean, SINGLE))
 
 
 class _SmallLoss(torch.autograd.Function):
     """What :class:`_Loss` is to the kernel, for the shortcut."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, y: Any, p: float, margin: float) -> torch.Tensor | None:
+    def forward(ctx: Any, x: Any, y: Any, numbers: tuple[Any, ...]) -> torch.Tensor | None:
         ctx.save_for_backward(x, y)
-        ctx.numbers = p, margin
-        rows, n_classes = x.shape
-        kernel, _, exponent = _small[p]
-        total, bad = kernel(FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, margin, exponent)
-        return None if bad < rows else from_numpy(array(total / n_classes / rows, single))
+        ctx.numbers = numbers
+        rows, n_classes, margin, (exponent, kernel, _) = numbers
+        mean = kernel(FLOAT32, x.data_ptr(), y.data_ptr(), rows, n_classes, margin, exponent)
+        return None if mean < 0 else from_numpy(array(mean, SINGLE))
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
         x, y = ctx.saved_tensors
-        p, margin = ctx.numbers
+        rows, n_classes, margin, (exponent, _, kernel) = ctx.numbers
+        p = float(exponent)  # of 1 and 2 the exponents are equal to what they stand for
         if _must_be_followed(grad_output):
-            problem = Problem(xp, "torch", x, y, None, p, margin, "mean", 1, "nan")
-            return generic.loss_and_grad(problem, grad_output)[1], None, None, None
-        rows, n_classes = x.shape
-        _, kernel, exponent = _small[p]
-        grad = torch.empty_like(x)
+            problem = Problem(xp, "torch", x, y, None, p, float(margin), "mean", 1, "nan")
+            return generic.loss_and_grad(problem, grad_output)[1], None, None
+        grad = empty_like(x)
         kernel(
             FLOAT32,
             x.data_ptr(),
@@ -355,7 +359,7 @@ class _SmallLoss(torch.autograd.Function):
             p / n_classes / rows,
             grad_output.data_ptr(),
         )
-        return grad, None, None, None
+        return grad, None, None
 
 
 # What _SmallLoss.apply comes to where no transform is active, as the shortcut has made sure: 2.4

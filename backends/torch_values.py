@@ -22,6 +22,12 @@ def sight(tensor: torch.Tensor) -> str:
     return HOST if tensor.device.type == "cpu" else DEVICE
 
 
+def unusable(tensor: torch.Tensor) -> str | None:
+    """Tell what a tensor is that isn't dense; PyTorch has few operations for those."""
+    layout = tensor.layout
+    return None if layout is torch.strided else f"a tensor of layout {layout}"
+
+
 def on_host(tensor: torch.Tensor) -> np.ndarray:
     """Return the values as a NumPy array: PyTorch can't compare its wide unsigned integers."""
     # Within torch.func.grad and the like, what an operation returns has no values to read.

@@ -171,7 +171,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
             f"grad_output must have the loss's shape, {wanted}, but has shape {shape} "
             f"(reduction is {problem.reduction!r})"
         )
-    library = library_of("grad_output", grad_output)
+    library = _usable("grad_output", grad_output)
     _check_real("grad_output", library.namespace, grad_output)
     _check_together("grad_output", grad_output, library, problem.input, problem.library)
     if problem.reduction == "none" and shape != problem.target.shape:
@@ -258,18 +258,26 @@ def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
 
 def _check_types(input: Array, target: Array, weight: Array | None) -> tuple[Library, Any]:
     """Check dtypes, then libraries and devices; return the library and namespace of input."""
-    library = library_of("input", input)
+    library = _usable("input", input)
     _check_real("input", library.namespace, input)
-    target_library = library_of("target", target)
+    target_library = _usable("target", target)
     kinds = target_library.namespace
     if not kinds.isdtype(target.dtype, "integral"):
         raise TypeError(f"target must have an integer dtype, but has dtype {target.dtype}")
     if weight is not None:
-        _check_real("weight", library_of("weight", weight).namespace, weight)
+        _check_real("weight", _usable("weight", weight).namespace, weight)
     _check_together("target", target, target_library, input, library.name)
     if weight is not None:
         _check_together("weight", weight, library_of("weight", weight), input, library.name)
     return library, library.namespace
+
+
+def _usable(argument: str, array: Array) -> Library:
+    """Return an array's library, if it can compute with arrays like this one."""
+    library = library_of(argument, array)
+    if (form := library.unusable(array)) is not None:
+        raise TypeError(f"{argument} must be a dense array, but is {form}")
+    return library
 
 
 def _check_real(argument: str, xp: Any, array: Array) -> None:
@@ -334,7 +342,12 @@ def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 def _real_number(argument: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{argument} must be a real number, but is {_a(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{argument} must be a finite real number, but is too large for a float"
+        ) from None
 
 
 def _a(value: object) -> str:

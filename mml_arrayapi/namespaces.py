@@ -47,6 +47,8 @@ class Library:
     settle : callable or None
         For a lazy library, ``settle(problem)``: the problem with arrays of the library only, whose
         targets raise when they are computed, if ``check_target`` says so.
+    unusable : callable
+        ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Library:
     arange: Callable[[int, Any, Array], Array]
     place: Callable[[Array], Any]
     settle: Callable[[Problem], Problem] | None = None
+    unusable: Callable[[Array], str | None] = lambda _: None
 
 
 def device_of(array: Array) -> Any:
@@ -83,7 +86,8 @@ def _torch() -> Library:
 
     from mml_arrayapi.backends import torch_values as values
 
-    return Library("torch", xp, values.sight, values.on_host, values.arange, device_of)
+    row = Library("torch", xp, values.sight, values.on_host, values.arange, device_of)
+    return replace(row, unusable=values.unusable)
 
 
 def _cupy() -> Library:

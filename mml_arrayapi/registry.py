@@ -201,9 +201,8 @@ def shortcut_for(input: Array) -> Callable[..., Array | None] | None:
     callable or None
         See :class:`Kernel`; None where a kernel is asked for by name.
     """
-    if _state.forced is not None or _environment is not None:
-        return None
-    return _shortcuts.get(type(input))
+    # Where the environment names a kernel, choose() has filled in none.
+    return _shortcuts.get(type(input)) if _state.forced is None else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ BAD_ARGUMENTS = [
     ({"margin": None}, TypeError, r"margin must be a real number, but is None of type NoneType"),
     ({"margin": np.nan}, ValueError, r"margin must be a finite real number, but is nan"),
     ({"margin": -np.inf}, ValueError, r"margin must be a finite real number, but is -inf"),
+    ({"margin": -(10**400)}, ValueError, r"margin must be a finite real .* too large for a float"),
+    ({"p": 10**400}, ValueError, r"p must be a finite real number, but is too large for a float"),
     (
         {"check_target": "no"},
         ValueError,

@@ -275,6 +275,8 @@ def test_shortcut_gives_what_the_checked_call_gives(rng):
         (x, y, True, 1.0, None, "mean", -1, "auto"),
         (x, y, 1, math.inf, None, "mean", -1, "auto"),
         (x, y, 1, math.nan, None, "mean", -1, "auto"),
+        (x, y, 1, 10**400, None, "mean", -1, "auto"),
+        (x, y, 1, 1.0, None, "mean", -1.0, "auto"),
         (x, y, 1, 1.0, x[0], "mean", -1, "auto"),
         (x, y, 1, 1.0, None, "none", -1, "auto"),
         (x, y, 1, 1.0, None, "mean", 0, "auto"),
@@ -343,6 +345,52 @@ def leaf(monkeypatch, rng):
     y = torch.tensor(rng.integers(0, 10, 32))
     mml.multi_margin_loss(x, y, p=2)
     return torch, x, y
+
+
+def test_torch_shortcut_gives_what_the_checked_call_gives(leaf):
+    torch, x, y = leaf
+    torch_cpu = pytest.importorskip("mml_arrayapi.backends.torch_cpu")
+    plain = x.detach()
+    with mml.use_backend("torch-cpu-numba"):
+        first = mml.multi_margin_loss(plain, y, p=2, margin=3)
+    for z in (plain, x):
+        quick = torch_cpu.shortcut(z, y, 2, 3, None, "mean", -1, "auto")
+        assert torch.equal(quick, first)
+        assert quick.requires_grad == z.requires_grad
+    assert torch_cpu.shortcut(plain, y, 3, 3, None, "mean", -1, "auto") is None
+    usual = (plain, y, 2, 1.0, None, "mean", -1, "auto")
+    for place, other in (
+        (0, plain.numpy()),
+        (0, plain.double()),
+        (0, plain[0]),
+        (0, plain[None]),
+        (0, plain[1:]),
+        (0, plain[:0]),
+        (0, plain[:, ::2]),
+        (0, plain.to("meta")),
+        (0, plain.to_mkldnn()),
+        (0, torch.nn.Parameter(plain)),
+        (1, y.int()),
+        (1, y.numpy()),
+        (1, y + 10),
+        (1, y - 10),
+        (1, y.repeat_interleave(2)[::2]),
+        (1, y[:, None]),
+        (1, y.to("meta")),
+        (1, y.to_sparse()),
+        (2, True),
+        (2, 3),
+        (3, math.inf),
+        (3, 10**400),
+        (3, False),
+        (4, plain[0]),
+        (5, "sum"),
+        (6, 0),
+        (6, -1.0),
+        (7, "nan"),
+    ):
+        arguments = (*usual[:place], other, *usual[place + 1 :])
+        assert torch_cpu.shortcut(*arguments) is None, (place, other)
 
 
 @pytest.mark.parametrize("keywords", [{}, {"reduction": "sum"}])  # by the shortcut, and not

@@ -267,3 +267,16 @@ def test_gradient_mode_is_respected(batch):
     assert multi_margin_loss(scores, target).requires_grad
     expected, _ = reference(scores.detach().numpy(), target.numpy())
     assert multi_margin_loss(scores, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("to", ["to_sparse_coo", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_tensor_that_is_not_dense_is_named(to):
+    x, y = torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"input must be a dense array, but is a tensor of layout"):
+        multi_margin_loss(getattr(x, to)(), y)
+    for name in ("target", "weight", "grad_output"):
+        arguments = {"target": y, "weight": torch.ones(4), "grad_output": torch.ones(3)}
+        arguments[name] = arguments[name].to_sparse_coo()
+        with pytest.raises(TypeError, match=rf"{name} must be a dense array.*torch.sparse_coo"):
+            multi_margin_loss_and_grad(x, reduction="none", **arguments)
