@@ -800,23 +800,23 @@ def _loss_rows(
 
 
 @_kernel
-def mean_of_memory(kind, x, y, n, c, margin, p):
-    """Compute the mean loss of contiguous memory, -1 where a target is out of range."""
+def mean_of_memory(kind, x, y, weight, n, c, margin, p):
+    """Compute the mean loss of contiguous memory; None where a target is out of range."""
     if c < 8:
-        total, bad = _loss_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, NONE)
+        total, bad = _loss_rows(kind, x, 0, c, 1, y, weight, c, 0, n, margin, p, 0, NONE)
     else:
-        total, bad = _loss_rows(kind, x, 0, c, UNIT, y, 0, c, 0, n, margin, p, 0, NONE)
-    return -1.0 if bad < n else total / c / n
+        total, bad = _loss_rows(kind, x, 0, c, UNIT, y, weight, c, 0, n, margin, p, 0, NONE)
+    return None if bad < n else total / c / n
 
 
 @_kernel
-def mean_of_arrays(kind, x, y, margin, p):
+def mean_of_arrays(kind, x, y, weight, margin, p):
     """Do what mean_of_memory does with two contiguous NumPy arrays, (N, C) and (N,).
 
     Numba takes an array apart faster than Python reads its address (1.3 microseconds).
     """
     n, c = x.shape
-    return mean_of_memory(kind, x.ctypes.data, y.ctypes.data, n, c, margin, p)
+    return mean_of_memory(kind, x.ctypes.data, y.ctypes.data, weight, n, c, margin, p)
 
 
 @njit(nogil=True)
@@ -1113,15 +1113,16 @@ def part_rows(kind, x, offsets, row_stride, step, y, first, n_classes, count, ow
 
 
 @_kernel
-def grad_of_memory(kind, x, y, n, c, margin, p, grad, scale, upstream):
+def grad_of_memory(kind, x, y, weight, n, c, margin, p, grad, scale, upstream):
     """Write the gradient of all rows of contiguous memory.
 
     The upstream gradient is one number of the computing type, at an address.
     """
-    factor = scale * np.float64(_reals(upstream, _like(kind, 0.0))[0])
+    k = scale * np.float64(_reals(upstream, _like(kind, 0.0))[0])
     if c < 8:
-        return _grad_rows(kind, x, 0, c, 1, y, 0, c, 0, n, margin, p, 0, grad, 0, c, 1, factor, 0)
-    return _grad_rows(kind, x, 0, c, UNIT, y, 0, c, 0, n, margin, p, 0, grad, 0, c, UNIT, factor, 0)
+        _grad_rows(kind, x, 0, c, 1, y, weight, c, 0, n, margin, p, 0, grad, 0, c, 1, k, 0)
+    else:
+        _grad_rows(kind, x, 0, c, UNIT, y, weight, c, 0, n, margin, p, 0, grad, 0, c, UNIT, k, 0)
 
 
 # One call of the last five kernels works on a call's blocks until none is left, or for TURNS

@@ -293,6 +293,7 @@ def main():
     parser.add_argument("--p", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--from-json", type=Path, help="only write the table and plot of a run")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cpu.json"
     if options.from_json:
         result = json.loads(options.from_json.read_text())

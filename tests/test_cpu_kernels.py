@@ -267,17 +267,23 @@ def test_the_generic_implementation_serves_until_compiling_pays(monkeypatch, rng
 
 def test_shortcut_gives_what_the_checked_call_gives(rng):
     x, y = rng.normal(size=(32, 10)).astype(np.float32), rng.integers(0, 10, 32)
-    first = mml.multi_margin_loss(x, y, backend=NAME)
-    quick = numpy_fused.shortcut(x, y, 1, 1.0, None, "mean", -1, "auto")
-    assert quick == first
-    assert type(quick) is np.float32
+    for weight in (None, -np.abs(x[0])):
+        mml.multi_margin_loss(x, y, weight=weight, backend=NAME)
+        quick = numpy_fused.shortcut(x, y, 1, 1.0, weight, "mean", -1, "auto")
+        checked = mml.multi_margin_loss(x, y, weight=weight, backend="generic")
+        np.testing.assert_allclose(quick, checked, rtol=1e-6)
+        assert type(quick) is np.float32
     refused = [
         (x, y, True, 1.0, None, "mean", -1, "auto"),
         (x, y, 1, math.inf, None, "mean", -1, "auto"),
         (x, y, 1, math.nan, None, "mean", -1, "auto"),
         (x, y, 1, 10**400, None, "mean", -1, "auto"),
         (x, y, 1, 1.0, None, "mean", -1.0, "auto"),
-        (x, y, 1, 1.0, x[0], "mean", -1, "auto"),
+        (x, y, 1, 1.0, x[0, 1:], "mean", -1, "auto"),
+        (x, y, 1, 1.0, x[0].astype(np.float64), "mean", -1, "auto"),
+        (x, y, 1, 1.0, x.T[:, 0][::-1], "mean", -1, "auto"),
+        (x, y, 1, 1.0, list(x[0]), "mean", -1, "auto"),
+        (x, y + 10, 1, 1.0, -np.abs(x[0]), "mean", -1, "auto"),
         (x, y, 1, 1.0, None, "none", -1, "auto"),
         (x, y, 1, 1.0, None, "mean", 0, "auto"),
         (x, y, 1, 1.0, None, "mean", -1, "maybe"),
@@ -351,11 +357,10 @@ def test_torch_shortcut_gives_what_the_checked_call_gives(leaf):
     torch, x, y = leaf
     torch_cpu = pytest.importorskip("mml_arrayapi.backends.torch_cpu")
     plain = x.detach()
-    with mml.use_backend("torch-cpu-numba"):
-        first = mml.multi_margin_loss(plain, y, p=2, margin=3)
-    for z in (plain, x):
-        quick = torch_cpu.shortcut(z, y, 2, 3, None, "mean", -1, "auto")
-        assert torch.equal(quick, first)
+    for z, weight in itertools.product((plain, x), (None, -plain[0].abs())):
+        checked = mml.multi_margin_loss(plain, y, p=2, margin=3, weight=weight, backend="generic")
+        quick = torch_cpu.shortcut(z, y, 2, 3, weight, "mean", -1, "auto")
+        torch.testing.assert_close(quick.detach(), checked, rtol=1e-6, atol=0)
         assert quick.requires_grad == z.requires_grad
     assert torch_cpu.shortcut(plain, y, 3, 3, None, "mean", -1, "auto") is None
     usual = (plain, y, 2, 1.0, None, "mean", -1, "auto")
@@ -383,7 +388,14 @@ def test_torch_shortcut_gives_what_the_checked_call_gives(leaf):
         (3, math.inf),
         (3, 10**400),
         (3, False),
-        (4, plain[0]),
+        (4, plain[0].numpy()),
+        (4, plain[0].double()),
+        (4, plain[0, 1:]),
+        (4, plain[:10, 0]),
+        (4, plain[0].to_sparse()),
+        (4, plain[0].to_mkldnn()),
+        (4, plain[0].to("meta")),
+        (4, x[0]),
         (5, "sum"),
         (6, 0),
         (6, -1.0),
@@ -393,9 +405,11 @@ def test_torch_shortcut_gives_what_the_checked_call_gives(leaf):
         assert torch_cpu.shortcut(*arguments) is None, (place, other)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("keywords", [{}, {"reduction": "sum"}])  # by the shortcut, and not
-def test_torch_gradients_of_any_order_match_the_generic_ones(leaf, keywords):
+def test_torch_gradients_of_any_order_match_the_generic_ones(leaf, keywords, weighted):
     torch, x, y = leaf
+    keywords = keywords | {"weight": torch.linspace(-1, 2, 10) if weighted else None}
 
     def derivatives(**more):
         loss = mml.multi_margin_loss(x, y, p=2, **keywords, **more) * 3
@@ -409,7 +423,7 @@ def test_torch_gradients_of_any_order_match_the_generic_ones(leaf, keywords):
     for ours, generic in zip(derivatives(), derivatives(backend="generic"), strict=True):
         torch.testing.assert_close(ours, generic)
     name = mml.multi_margin_loss(x, y, p=2, **keywords).grad_fn.name()
-    assert name == ("_LossBackward" if keywords else "_SmallLossBackward")
+    assert name == ("_LossBackward" if "reduction" in keywords else "_SmallLossBackward")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])

@@ -86,7 +86,7 @@ def test_an_interrupted_call_stops_its_other_threads(monkeypatch):
         return ctypes.c_int64.from_address(blocks[3]).value < count
 
     with pytest.raises(KeyboardInterrupt):
-        cpu_blocks._in_blocks(run, rows=10 * count, columns=1, form="rows", limit=2)
+        cpu_blocks._in_blocks(run, rows=10 * count, columns=1, form="rows", setting=2)
 
 
 def test_number_of_threads(monkeypatch):
