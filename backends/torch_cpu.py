@@ -317,11 +317,17 @@ def shortcut(
         return None
     if target.numel() != rows or not 0 < rows * n_classes <= MOST:
         return None
-    if weight is not None and not _plain_weight(weight, n_classes):
-        return None
+    weights = 0
+    if weight is not None:
+        if not _plain_weight(weight, n_classes):
+            return None
+        weights = weight.data_ptr()
     if input.requires_grad and is_grad_enabled():
         return _apply_small(input, target, weight, (rows, n_classes, margin, small))  # type: ignore[no-any-return]
-    return _small_mean(input, target, weight, rows, n_classes, margin, small)
+    exponent, kernel, _ = small
+    x, y = input.data_ptr(), target.data_ptr()
+    mean = kernel(FLOAT32, x, y, weights, rows, n_classes, margin, exponent)
+    return None if mean is None else from_numpy(array(mean, SINGLE))
 
 
 def _plain_weight(weight: Any, n_classes: int) -> bool:
@@ -336,21 +342,6 @@ def _plain_weight(weight: Any, n_classes: int) -> bool:
     )
 
 
-def _small_mean(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    rows: int,
-    n_classes: int,
-    margin: float,
-    small: tuple[Any, Any, Any],
-) -> Tensor | None:
-    exponent, kernel, _ = small
-    weights = 0 if weight is None else weight.data_ptr()
-    mean = kernel(FLOAT32, x.data_ptr(), y.data_ptr(), weights, rows, n_classes, margin, exponent)
-    return None if mean is None else from_numpy(array(mean, SINGLE))
-
-
 class _SmallLoss(torch.autograd.Function):
     """What :class:`_Loss` is to the kernel, for the shortcut."""
 
@@ -358,7 +349,11 @@ class _SmallLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Any, y: Any, weight: Any, numbers: tuple[Any, ...]) -> Tensor | None:
         ctx.save_for_backward(x, y, weight)
         ctx.numbers = numbers
-        return _small_mean(x, y, weight, *numbers)
+        rows, n_classes, margin, (exponent, kernel, _) = numbers
+        weights = 0 if weight is None else weight.data_ptr()
+        x, y = x.data_ptr(), y.data_ptr()
+        mean = kernel(FLOAT32, x, y, weights, rows, n_classes, margin, exponent)
+        return None if mean is None else from_numpy(array(mean, SINGLE))
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
