@@ -278,7 +278,7 @@ def plot(result, path):
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log")
         axis.set_xticks([i + 0.33 for i in range(len(chosen))])
-        axis.set_xticklabels([f"{r['shape'][0]} x {r['shape'][1]}" for r in chosen])
+        axis.set_xticklabels([f"{r['shape'][0]} x {r['shape'][1]}" for r in chosen], fontsize=8)
         axis.set_title("forward + gradient" if gradient else "forward")
         axis.set_ylabel("time, in units of mml torch (float32, p = 1)")
     axes[0].legend(fontsize=8)
