@@ -8,6 +8,7 @@ sums are added in order, so a result has the same bits for any number of threads
 from __future__ import annotations
 
 import array as arrays
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
@@ -22,6 +23,11 @@ SERIAL = 2**19  # elements: below, waking a thread costs more than it saves
 MANY = 2**20  # elements: below, kernels for a layout, compiled by themselves, aren't worth it
 WAIT = 2**22  # elements that the generic implementation serves before a kernel is compiled
 CALL = 2**12  # what a call counts on top of its elements
+
+# What the shortcuts for small calls look at. Python keeps one object of each of the first three;
+# another with the same value goes through the checks.
+MEAN, LAST, AUTO = "mean", -1, "auto"
+LARGEST = sys.float_info.max
 
 KINDS = {
     np.dtype("float64"): "FLOAT64",
@@ -186,23 +192,24 @@ def loss_and_grad(
     return _in_blocks(partial(run, head, tail), scores.target.size, columns, form, setting)
 
 
-def room_for_bits(array: np.ndarray) -> np.ndarray | None:
+def room_for_bits(array: np.ndarray, p: float) -> np.ndarray | None:
     """Make room for what the gradient of p = 1 needs of the scores: one bit each.
 
-    Reading them again takes less time where rows are neighbours in memory, and where they are less
-    than ``MANY``.
+    Reading them again takes less time where they are few, and where rows are neighbours in memory.
 
     Parameters
     ----------
     array : array, shape (*batch, C)
         The scores.
+    p : float
+        The exponent.
 
     Returns
     -------
     array of uint8 or None
         Whole bytes for each row.
     """
-    if _form(_layout(array), array) != "rows":
+    if p != 1 or array.size < MANY or _form(_layout(array), array) != "rows":
         return None
     columns = array.shape[-1]
     return np.empty(array.size // columns * -(-columns // 8), np.uint8)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -278,7 +279,7 @@ def _own_scores(xp: Any, block: Array, start: Any, target: Array, call: Call) ->
 def _part(block: Array, start: Any, target: Array, found: list[Array], *, call: Call) -> Array:
     """Return each row's sum over the classes of this block, but the target's."""
     xp, target = _namespace(block, target)
-    own: Array = sum(found[1:], start=found[0])
+    own: Array = reduce(add, found)
     numba = _numba_scores(block, target, call)
     if numba is not None:
         from mml_arrayapi.backends import cpu_blocks
@@ -324,7 +325,7 @@ def _part_pair(
     n, axis = block.shape[call.axis], call.axis
     sums, slopes = (xp.empty(target.shape, dtype=xp.float64) for _ in range(2))
     grad = xp.empty_like(block)
-    own: Array = sum(found[1:], start=found[0])
+    own: Array = reduce(add, found)
     inside, place = _place(xp, block, start, target, call)
     scale = _scale(xp, upstream, target, call) * _factor(xp, target, weight, call) * (n + 1)
     how = _how(xp, None, call)
@@ -365,7 +366,7 @@ def _complete_grad(part: Any, totals: Any, target: Array, start: Any, *, call: C
 
 def _parts_loss(parts: Any, target: Array, weight: Any = None, *, call: Call) -> Any:
     """Return the losses from each row's sums: blocks of them, or a pair that begins with them."""
-    sums = parts[0] if isinstance(parts, tuple) else sum(parts[1:], start=parts[0])
+    sums = parts[0] if isinstance(parts, tuple) else reduce(add, parts)
     xp, target = _namespace(sums, target)
     losses = sums * _factor(xp, target, weight, call)
     return _closed(xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32), call)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
 
 from mml_arrayapi.arguments import raise_invalid_target
 from mml_arrayapi.backends import cpu_blocks
+from mml_arrayapi.backends.cpu_blocks import AUTO, LARGEST, LAST, MEAN
 from mml_arrayapi.kernel import Kernel, Problem
 
 PLAIN = (np.ndarray, np.memmap)  # other subclasses (masked arrays, matrices) have their own meaning
@@ -93,9 +93,6 @@ def _finish(problem: Problem, losses: np.ndarray | None, total: float, bad: int)
 
 
 NUMBERS = (int, float)
-# Python keeps one object of each of these; another with the same value goes through the checks.
-MEAN, LAST, AUTO = "mean", -1, "auto"
-LARGEST = sys.float_info.max
 INT64 = np.dtype(np.int64)
 _small: dict[tuple[np.dtype, float], tuple[Any, ...]] = {}  # dtype, p: kernel, kind, exponent
 

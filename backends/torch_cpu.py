@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from mml_arrayapi import generic
 from mml_arrayapi.arguments import raise_invalid_target, settle_targets
 from mml_arrayapi.backends import cpu_blocks
+from mml_arrayapi.backends.cpu_blocks import AUTO, LARGEST, LAST, MEAN
 from mml_arrayapi.kernel import Kernel, Problem
 
 is_compiling = torch.compiler.is_dynamo_compiling  # half the time of is_compiling()
@@ -106,11 +107,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Any, target: Any, weight: Any, problem: Problem) -> torch.Tensor:
-        bits = kept = None
-        if problem.p == 1 and input.numel() >= cpu_blocks.MANY:
-            scores = cpu_blocks.classes_last(_array(input), problem.axis)
-            bits = cpu_blocks.room_for_bits(scores)
-            kept = None if bits is None else from_numpy(bits)
+        scores = cpu_blocks.classes_last(_array(input), problem.axis)
+        bits = cpu_blocks.room_for_bits(scores, problem.p)
+        kept = None if bits is None else from_numpy(bits)
         ctx.save_for_backward(input, target, weight, kept)
         ctx.problem = problem._replace(input=None, target=None, weight=None, check_target="nan")
         return _loss(problem, bits)
@@ -252,9 +251,6 @@ def _use_large_pages(tensor: torch.Tensor) -> None:
     _advise(first, address + size - first, 14)  # MADV_HUGEPAGE; a refusal changes nothing
 
 
-# Python keeps one object of each of these; another with the same value goes through the checks.
-MEAN, LAST, AUTO = "mean", -1, "auto"
-LARGEST = sys.float_info.max
 MOST = cpu_blocks.BLOCK  # elements that the shortcut serves
 FLOAT32 = 0j  # numba_kernels.FLOAT32; Numba is imported when it is wanted
 _small: dict[float, tuple[Any, Any, Any]] = {}  # p: the exponent, the kernels of both passes

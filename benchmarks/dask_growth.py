@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -158,22 +157,16 @@ print(json.dumps({{"seconds": took, "tasks": n_tasks(array), "peak MB": (peak - 
 def growth(scratch, sizes, slow_rows):
     found = []
     for rows in sizes:
-        folder = tempfile.mkdtemp(dir=scratch)
-        try:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             make_store(folder, rows)
             for name in METHODS:
                 if rows > slow_rows and name in ("generic graph", "map_blocks, PyTorch"):
                     continue
                 found.append(one_size(folder, rows, name, "threads", GIVE_BACK))
-        finally:
-            shutil.rmtree(folder)
-    folder = tempfile.mkdtemp(dir=scratch)
-    try:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         make_store(folder, slow_rows, "auto")
         where = "threads, compressed, as is"
         found += [one_size(folder, slow_rows, name, where, {}) for name in ("kernel", "bare sum")]
-    finally:
-        shutil.rmtree(folder)
     return found
 
 
@@ -205,8 +198,7 @@ def on_cluster(scratch, sizes):
         Client(cluster),
     ):
         for rows in sizes:
-            folder = tempfile.mkdtemp(dir=scratch)
-            try:
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 make_store(folder, rows)
                 x, y = open_store(folder)
                 for name, method in METHODS.items():
@@ -214,8 +206,6 @@ def on_cluster(scratch, sizes):
                     row = {"rows": rows, "method": name, "where": "cluster"}
                     found.append({**row, "seconds": took})
                     print(found[-1], flush=True)
-            finally:
-                shutil.rmtree(folder)
     return found
 
 

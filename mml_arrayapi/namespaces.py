@@ -86,8 +86,15 @@ def _torch() -> Library:
 
     from mml_arrayapi.backends import torch_values as values
 
-    row = Library("torch", xp, values.sight, values.on_host, values.arange, device_of)
-    return replace(row, unusable=values.unusable)
+    return Library(
+        "torch",
+        xp,
+        values.sight,
+        values.on_host,
+        values.arange,
+        device_of,
+        unusable=values.unusable,
+    )
 
 
 def _cupy() -> Library:

@@ -268,10 +268,13 @@ def test_the_generic_implementation_serves_until_compiling_pays(monkeypatch, rng
 def test_shortcut_gives_what_the_checked_call_gives(rng):
     x, y = rng.normal(size=(32, 10)).astype(np.float32), rng.integers(0, 10, 32)
     for weight in (None, -np.abs(x[0])):
-        mml.multi_margin_loss(x, y, weight=weight, backend=NAME)
+        first = mml.multi_margin_loss(x, y, weight=weight, backend=NAME)
         quick = numpy_fused.shortcut(x, y, 1, 1.0, weight, "mean", -1, "auto")
-        checked = mml.multi_margin_loss(x, y, weight=weight, backend="generic")
-        np.testing.assert_allclose(quick, checked, rtol=1e-6)
+        assert quick == first
+        checked = {"weight": weight, "check_target": "nan"}  # not by the shortcut
+        assert quick == mml.multi_margin_loss(x, y, backend=NAME, **checked)
+        generic = mml.multi_margin_loss(x, y, backend="generic", **checked)
+        np.testing.assert_allclose(quick, generic, rtol=1e-6)
         assert type(quick) is np.float32
     refused = [
         (x, y, True, 1.0, None, "mean", -1, "auto"),
@@ -358,9 +361,12 @@ def test_torch_shortcut_gives_what_the_checked_call_gives(leaf):
     torch_cpu = pytest.importorskip("mml_arrayapi.backends.torch_cpu")
     plain = x.detach()
     for z, weight in itertools.product((plain, x), (None, -plain[0].abs())):
-        checked = mml.multi_margin_loss(plain, y, p=2, margin=3, weight=weight, backend="generic")
+        options = {"p": 2, "margin": 3, "weight": weight, "check_target": "nan"}
+        checked = mml.multi_margin_loss(plain, y, backend="torch-cpu-numba", **options)
+        generic = mml.multi_margin_loss(plain, y, backend="generic", **options)
         quick = torch_cpu.shortcut(z, y, 2, 3, weight, "mean", -1, "auto")
-        torch.testing.assert_close(quick.detach(), checked, rtol=1e-6, atol=0)
+        assert torch.equal(quick, checked)  # which the shortcut didn't serve
+        torch.testing.assert_close(quick.detach(), generic, rtol=1e-6, atol=0)
         assert quick.requires_grad == z.requires_grad
     assert torch_cpu.shortcut(plain, y, 3, 3, None, "mean", -1, "auto") is None
     usual = (plain, y, 2, 1.0, None, "mean", -1, "auto")
