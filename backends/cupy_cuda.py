@@ -8,9 +8,9 @@ from typing import Any
 import cupy
 import numpy as np
 
-from mml_arrayapi.arguments import raise_invalid_target
 from mml_arrayapi.backends import cuda_launch
 from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.validation import raise_invalid_target
 
 
 def refuses(problem: Problem) -> str | None:

@@ -5,7 +5,7 @@ classes are chunked too, a target's score is first found in whichever chunk hold
 the other chunks of its rows; then each chunk sums its own classes. Within a chunk the scores are
 walked in tiles, so that temporaries stay small whichever kernel runs.
 
-The losses of the samples are added without rounding (see :mod:`mml_arrayapi.accumulate`): the
+The losses of the samples are added without rounding (see :mod:`mml_arrayapi.accumulator`): the
 total does not depend on the chunks of the rows, nor on the order in which workers finish.
 
 Arguments of the functions that run in tasks: blocks of arrays; a list of them along an axis that
@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
-from mml_arrayapi.accumulate import ExactSum, sample_losses
-from mml_arrayapi.arguments import check
 from mml_arrayapi.backends.dask_values import (
     aligned,
     check_length,
@@ -35,9 +33,12 @@ from mml_arrayapi.backends.dask_values import (
     unknown,
     whole,
 )
+from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.kernel import Kernel, Problem
-from mml_arrayapi.namespaces import library_of
+from mml_arrayapi.libraries import library_of
+from mml_arrayapi.loss import sample_losses
 from mml_arrayapi.registry import GENERIC, choose_for_job
+from mml_arrayapi.validation import check
 
 Array = Any
 

@@ -15,8 +15,8 @@ import dask.array as da
 import numpy as np
 from dask.layers import ArrayValuesDep
 
-from mml_arrayapi.arguments import InvalidTargetError, raise_invalid_target
 from mml_arrayapi.kernel import Problem
+from mml_arrayapi.validation import InvalidTargetError, raise_invalid_target
 
 
 def settle(problem: Problem) -> Problem:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mml_arrayapi.namespaces import DEVICE, HOST, TRACED
+from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 
 
 def sight(array: jax.Array) -> str:

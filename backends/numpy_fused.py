@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mml_arrayapi.arguments import raise_invalid_target
 from mml_arrayapi.backends import cpu_blocks
 from mml_arrayapi.backends.cpu_blocks import AUTO, LARGEST, LAST, MEAN
 from mml_arrayapi.kernel import Kernel, Problem
+from mml_arrayapi.validation import raise_invalid_target
 
 PLAIN = (np.ndarray, np.memmap)  # other subclasses (masked arrays, matrices) have their own meaning
 

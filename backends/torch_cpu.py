@@ -14,11 +14,11 @@ from numpy import array
 from torch import Tensor, empty_like, float32, from_numpy, get_num_threads, int64, strided
 from torch.autograd import forward_ad
 
-from mml_arrayapi import generic
-from mml_arrayapi.arguments import raise_invalid_target, settle_targets
+from mml_arrayapi import formula
 from mml_arrayapi.backends import cpu_blocks
 from mml_arrayapi.backends.cpu_blocks import AUTO, LARGEST, LAST, MEAN
 from mml_arrayapi.kernel import Kernel, Problem
+from mml_arrayapi.validation import raise_invalid_target, settle_targets
 
 is_compiling = torch.compiler.is_dynamo_compiling  # half the time of is_compiling()
 is_grad_enabled = torch.is_grad_enabled
@@ -98,7 +98,7 @@ def loss_and_grad(
         grad_output is not None and grad_output.requires_grad
     )
     if followed and torch.is_grad_enabled():
-        return generic.loss_and_grad(settle_targets(problem), grad_output)
+        return formula.loss_and_grad(settle_targets(problem), grad_output)
     return _loss_and_grad(problem, grad_output)
 
 
@@ -119,7 +119,7 @@ class _Loss(torch.autograd.Function):
         input, target, weight, bits = ctx.saved_tensors
         problem = ctx.problem._replace(input=input, target=target, weight=weight)
         if _must_be_followed(grad_output):
-            grad = generic.loss_and_grad(problem, grad_output)[1]
+            grad = formula.loss_and_grad(problem, grad_output)[1]
         elif bits is None:
             grad = _loss_and_grad(problem, grad_output)[1]
         else:
@@ -358,7 +358,7 @@ class _SmallLoss(torch.autograd.Function):
         p = float(exponent)  # of 1 and 2 the exponents are equal to what they stand for
         if _must_be_followed(grad_output):
             problem = Problem(xp, "torch", x, y, weight, p, float(margin), "mean", 1, "nan")
-            return generic.loss_and_grad(problem, grad_output)[1], None, None, None
+            return formula.loss_and_grad(problem, grad_output)[1], None, None, None
         grad = empty_like(x)
         kernel(
             FLOAT32,

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from mml_arrayapi import generic
-from mml_arrayapi.arguments import raise_invalid_target
+from mml_arrayapi import formula
 from mml_arrayapi.backends import cuda_driver, cuda_launch, torch_values
 from mml_arrayapi.kernel import Kernel, Problem
+from mml_arrayapi.validation import raise_invalid_target
 
 is_compiling = torch.compiler.is_compiling
 is_grad_enabled = torch.is_grad_enabled
@@ -92,7 +92,7 @@ def loss_and_grad(
     if followed and torch.is_grad_enabled():
         if strict:
             raise_invalid_target(torch_values.on_host(target), x.shape[-1])
-        return generic.loss_and_grad(problem._replace(check_target="nan"), grad_output)
+        return formula.loss_and_grad(problem._replace(check_target="nan"), grad_output)
     options = (problem.p, problem.margin, problem.reduction, strict)
     return _run("loss_grad", x, target, weight, grad_output, *options)  # type: ignore[no-any-return]
 
@@ -154,7 +154,7 @@ def _generic_gradient(
     problem = Problem(
         xp, "torch", input, target, weight, p, margin, reduction, input.ndim - 1, "nan"
     )
-    return generic.loss_and_grad(problem, grad_output)[1]
+    return formula.loss_and_grad(problem, grad_output)[1]
 
 
 # --------------------------------------------------------------------------------------------------

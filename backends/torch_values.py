@@ -7,7 +7,7 @@ import torch
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mml_arrayapi.namespaces import DEVICE, HOST, TRACED
+from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 
 
 def sight(tensor: torch.Tensor) -> str:

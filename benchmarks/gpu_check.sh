@@ -57,14 +57,14 @@ step() { # NAME SECONDS COMMAND...: run within a time, keep the log, note a fail
 python3 -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device'" || exit 2
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || exit 2
 test="python3 -m pytest -q -p no:cacheprovider -o filterwarnings=default"
-step device-tests 150 $test tests/gpu/test_cuda_device.py tests/gpu/test_launch.py
+step device-tests 150 $test tests/backends/cuda/test_cuda_device.py tests/backends/cuda/test_launch.py
 GIT_DIR=$root/.git step benchmark 180 python3 benchmarks/gpu.py --out "$results"
 for library in cupy torch; do
     device=()
     [ $library = torch ] && device=(--device cuda:0)
     step conformance-$library 40 python3 -m mml_arrayapi.conformance --xp $library "${device[@]}"
 done
-step tests-cupy 40 $test tests -k "cupy and not host" --ignore tests/gpu
+step tests-cupy 40 $test tests -k "cupy and not host" --ignore tests/backends/cuda
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         # Without PyTorch's caching allocator, so that what lies behind an array is nobody's.

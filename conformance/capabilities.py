@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from mml_arrayapi import arguments, generic, namespaces
+from mml_arrayapi import formula, libraries, validation
 from mml_arrayapi.conformance.context import DTYPES, INTEGERS, Context
-from mml_arrayapi.namespaces import DEVICE, HOST, LAZY, TRACED
+from mml_arrayapi.libraries import DEVICE, HOST, LAZY, TRACED
 
 _SIGHT = {
     HOST: "at hand: a target out of range raises",
@@ -36,7 +36,7 @@ def functions_needed() -> tuple[str, ...]:
     """
     names = {
         node.attr
-        for code in (generic, arguments, namespaces._plain, namespaces.widest)
+        for code in (formula, validation, libraries._plain, libraries.widest)
         for node in ast.walk(ast.parse(inspect.getsource(code)))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)

@@ -11,7 +11,7 @@ from typing import Any
 from mml_arrayapi import InvalidTargetError
 from mml_arrayapi.conformance.context import Context, Fail
 from mml_arrayapi.conformance.suite import check
-from mml_arrayapi.namespaces import TRACED
+from mml_arrayapi.libraries import TRACED
 
 TOPIC = "arguments"
 

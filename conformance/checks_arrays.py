@@ -13,7 +13,7 @@ from unittest import mock
 from mml_arrayapi.conformance.context import Context, Fail, NotRun
 from mml_arrayapi.conformance.reference import Reference, reference
 from mml_arrayapi.conformance.suite import check
-from mml_arrayapi.namespaces import LAZY
+from mml_arrayapi.libraries import LAZY
 
 TOPIC = "arrays"
 AGREEMENT = "agreement"

@@ -9,7 +9,7 @@ from typing import Any, cast
 from mml_arrayapi import InvalidTargetError
 from mml_arrayapi.conformance.context import C, Context, Fail, N, NotRun
 from mml_arrayapi.conformance.suite import check
-from mml_arrayapi.namespaces import HOST, LAZY, TRACED
+from mml_arrayapi.libraries import HOST, LAZY, TRACED
 
 TOPIC = "targets out of range"
 

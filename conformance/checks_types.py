@@ -7,7 +7,7 @@ from math import isfinite, prod
 from mml_arrayapi.conformance.context import INTEGERS, Context, Fail, rounded
 from mml_arrayapi.conformance.reference import EPS, reference
 from mml_arrayapi.conformance.suite import check
-from mml_arrayapi.namespaces import device_of
+from mml_arrayapi.libraries import device_of
 
 TOPIC = "types and precision"
 

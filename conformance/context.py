@@ -18,7 +18,7 @@ from typing import Any
 
 import mml_arrayapi as mml
 from mml_arrayapi.conformance.reference import Reference, difference
-from mml_arrayapi.namespaces import HOST, LAZY, LIBRARIES, TRACED, library_of
+from mml_arrayapi.libraries import HOST, LAZY, LIBRARIES, TRACED, library_of
 
 Array = Any
 

@@ -21,12 +21,12 @@ TOP = Path(__file__).resolve().parent.parent
 PAGE = TOP / "docs" / "conformance-results.md"
 MARK = "\n<!-- other libraries -->\n"
 
-sys.path.insert(0, str(TOP))  # for tests.broken
+sys.path.insert(0, str(TOP))  # for tests.conformance.broken
 
 from mml_arrayapi import registry  # noqa: E402
 from mml_arrayapi.conformance import Context, all_checks  # noqa: E402
 from mml_arrayapi.conformance.report import as_markdown, from_json, header  # noqa: E402
-from tests.broken import kernels, libraries  # noqa: E402
+from tests.conformance.broken import kernels, libraries  # noqa: E402
 
 STRICT = "array_api_strict"
 # Title, options, environment.
@@ -187,7 +187,7 @@ Written by `docs/make_conformance_results.py`; what the words mean is in
 
 ## Broken on purpose
 
-The checks are tested on kernels and libraries with one fault each (`tests/broken`).
+The checks are tested on kernels and libraries with one fault each (`tests/conformance/broken`).
 
 {broken()}
 

@@ -4,15 +4,20 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
+from pathlib import Path as _Path
+
+# In a checkout the folders "backends" and "conformance" stand beside this one; installed, they
+# are inside it. Nothing is appended in an installed copy: there is no pyproject.toml beside it.
+if (_Path(__file__).parent.parent / "pyproject.toml").is_file():
+    __path__.append(str(_Path(__file__).parent.parent))
+
 from mml_arrayapi._version import __version__
-from mml_arrayapi.accumulate import LossAccumulator
-from mml_arrayapi.arguments import InvalidTargetError
-from mml_arrayapi.evaluate import evaluate
+from mml_arrayapi.accumulator import LossAccumulator
+from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
 from mml_arrayapi.kernel import Kernel
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
-from mml_arrayapi.registry import backends, register_kernel, use_backend
-from mml_arrayapi.sources import InputError, WorkerError
-from mml_arrayapi.tally import Evaluation
+from mml_arrayapi.registry import list_backends, register_kernel, use_backend
+from mml_arrayapi.validation import InvalidTargetError
 
 __all__ = [
     "Evaluation",
@@ -22,9 +27,9 @@ __all__ = [
     "LossAccumulator",
     "WorkerError",
     "__version__",
-    "backends",
     "evaluate",
     "explain",
+    "list_backends",
     "multi_margin_loss",
     "multi_margin_loss_and_grad",
     "register_kernel",

@@ -14,8 +14,8 @@ from typing import Any
 from mml_arrayapi import demo
 from mml_arrayapi._version import __version__
 from mml_arrayapi.conformance import command as conformance
-from mml_arrayapi.evaluate import add_parser as add_evaluate
-from mml_arrayapi.registry import backends
+from mml_arrayapi.evaluation import command as evaluation
+from mml_arrayapi.registry import list_backends
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say
 
@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    # mml_arrayapi.evaluate is the function; its module is not reached by that name.
-    for add_parser in (demo.add_parser, add_evaluate, conformance.add_parser):
-        add_parser(commands)
+    for command in (demo, evaluation, conformance):
+        command.add_parser(commands)
     listing = commands.add_parser("backends", help="list the kernels there are, and why not others")
     listing.set_defaults(run=_backends)
     arguments = parser.parse_args(argv)
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _backends(_: Any) -> int:
     rows = [("kernel", "arrays of", "available", "")]
-    rows += [(b.name, b.library, "yes" if b.available else "no", b.reason) for b in backends()]
+    rows += [(b.name, b.library, "yes" if b.available else "no", b.reason) for b in list_backends()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         start = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))

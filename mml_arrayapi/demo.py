@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
+from mml_arrayapi.evaluation import evaluate
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 
 Array = Any
@@ -172,9 +173,8 @@ def _run(arguments: argparse.Namespace) -> int:
     command = ["evaluate", str(logits), str(targets), "--p", str(P)]
     print(f"\nThe held-out images' scores are in {logits}. Evaluating them:")
     print(f"$ mml-arrayapi {' '.join(command)}\n", flush=True)
-    from mml_arrayapi.cli import main
-
-    return main(command)
+    print(evaluate(str(logits), str(targets), p=P))
+    return 0
 
 
 def _train_everywhere(images: Digits) -> dict[str, Result]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from mml_arrayapi import arguments, registry
+from mml_arrayapi import registry, validation
 from mml_arrayapi.kernel import Problem
+from mml_arrayapi.libraries import library_of
 
 Array = Any
 
@@ -55,7 +57,7 @@ def multi_margin_loss(
         computed) and gives NaN where reading them would stall a device or can't be done (CUDA;
         ``jit``, ``vmap``, ``torch.compile``).
     backend : str, optional
-        Name of the kernel that must run; see :func:`mml_arrayapi.backends`.
+        Name of the kernel that must run; see :func:`mml_arrayapi.list_backends`.
 
     Returns
     -------
@@ -94,7 +96,7 @@ def multi_margin_loss(
         loss = shortcut(input, target, p, margin, weight, reduction, axis, check_target)
         if loss is not None:
             return loss
-    problem = arguments.check(
+    problem = validation.check(
         input,
         target,
         p=p,
@@ -154,7 +156,7 @@ def multi_margin_loss_and_grad(
     >>> print(round(float(loss), 6), grad.round(6))
     0.166667 [[-0.333333  0.333333  0.      ]]
     """
-    problem = arguments.check(
+    problem = validation.check(
         input,
         target,
         p=p,
@@ -165,7 +167,7 @@ def multi_margin_loss_and_grad(
         check_target=check_target,
     )
     if grad_output is not None:
-        grad_output = arguments.check_grad_output(problem, target.shape, grad_output)
+        grad_output = validation.check_grad_output(problem, target.shape, grad_output)
     loss, grad = registry.choose(problem, backend).loss_and_grad(problem, grad_output)
     if input.ndim == 0:
         grad = problem.xp.reshape(grad, ())
@@ -204,7 +206,7 @@ def explain(
     >>> explain(np.zeros((2, 3)), np.asarray([0, 1]), backend="generic").kernel
     'generic'
     """
-    problem = arguments.check(
+    problem = validation.check(
         input,
         target,
         p=p,
@@ -222,3 +224,51 @@ def _in_targets_shape(problem: Problem, target: Array, loss: Array) -> Array:
     if problem.reduction == "none" and loss.ndim != target.ndim:
         return problem.xp.reshape(loss, target.shape)
     return loss
+
+
+def sample_losses(
+    input: Array,
+    target: Array,
+    *,
+    p: float,
+    margin: float,
+    weight: Array | None,
+    check_target: str,
+    axis: int = -1,
+    backend: str | None = None,
+    elements: float = math.inf,
+) -> Array:
+    """Compute the losses of a part of a job.
+
+    Parameters
+    ----------
+    input, target, p, margin, weight, check_target, axis, backend
+        As in :func:`mml_arrayapi.multi_margin_loss`.
+    elements : float
+        The size of the whole job's input; the kernel depends on it, but on nothing that this
+        process has done before.
+
+    Returns
+    -------
+    array
+        One loss per sample, in float32 for 16-bit scores.
+    """
+    input = at_least_float32(library_of("input", input).namespace, input)
+    problem = validation.check(
+        input,
+        target,
+        p=p,
+        margin=margin,
+        weight=weight,
+        reduction="none",
+        axis=axis,
+        check_target=check_target,
+    )
+    return registry.choose_for_job(problem, backend, elements).loss(problem)
+
+
+def at_least_float32(xp: Any, input: Array) -> Array:
+    """Widen 16-bit scores, so that their losses are not rounded to 16 bits one by one."""
+    if xp.isdtype(input.dtype, "real floating") and xp.finfo(input.dtype).bits == 16:
+        return xp.astype(input, xp.float32)
+    return input

@@ -22,9 +22,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from mml_arrayapi import backends as built_in
-from mml_arrayapi import generic
-from mml_arrayapi.arguments import settle_targets
+from mml_arrayapi import formula
 from mml_arrayapi.kernel import Array, Kernel, Problem, _never_waits
+from mml_arrayapi.validation import settle_targets
 
 ENTRY_POINTS = "mml_arrayapi.backends"
 ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
@@ -32,11 +32,11 @@ LARGE = 2**22  # elements of a job from which on compiling a kernel for it pays
 
 
 def _generic_loss(problem: Problem) -> Array:
-    return generic.loss(settle_targets(problem))
+    return formula.loss(settle_targets(problem))
 
 
 def _generic_loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
-    return generic.loss_and_grad(settle_targets(problem), grad_output)
+    return formula.loss_and_grad(settle_targets(problem), grad_output)
 
 
 GENERIC = Kernel(
@@ -256,7 +256,7 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One line of :func:`backends`.
+    """One line of :func:`list_backends`.
 
     Attributes
     ----------
@@ -274,7 +274,7 @@ class Backend:
     reason: str
 
 
-def backends() -> tuple[Backend, ...]:
+def list_backends() -> tuple[Backend, ...]:
     """List the kernels there are, available or not, and why. Imports no array library.
 
     Returns
@@ -283,8 +283,8 @@ def backends() -> tuple[Backend, ...]:
 
     Examples
     --------
-    >>> from mml_arrayapi import backends
-    >>> backends()[-1].name
+    >>> from mml_arrayapi import list_backends
+    >>> list_backends()[-1].name
     'generic'
     """
     found = [_status_of_offer(offer) for offer in built_in.OFFERS]

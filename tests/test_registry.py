@@ -12,8 +12,8 @@ import pytest
 
 from mml_arrayapi import (
     Kernel,
-    backends,
     explain,
+    list_backends,
     multi_margin_loss,
     multi_margin_loss_and_grad,
     register_kernel,
@@ -151,7 +151,7 @@ def test_a_loader_that_fails_refuses_with_the_reason(empty, monkeypatch):
     assert explain(X, T).considered[0] == ("broken", "cannot be imported: libfoo.so.3 is missing")
     with pytest.raises(ValueError, match=r"libfoo\.so\.3 is missing"):
         multi_margin_loss(X, T, backend="broken")
-    rows = {b.name: b for b in backends()}
+    rows = {b.name: b for b in list_backends()}
     assert not rows["broken"].available
     assert rows["broken"].reason == "cannot be imported: libfoo.so.3 is missing"
     assert rows["absent"].reason == "not installed: no_such_module.sub"
@@ -161,7 +161,7 @@ def test_a_loader_that_fails_refuses_with_the_reason(empty, monkeypatch):
 
 
 def test_backends_lists_every_built_in_kernel():
-    names = [b.name for b in backends()]
+    names = [b.name for b in list_backends()]
     assert names[-1] == "generic"
     assert {"numpy-numba", "torch-cpu-numba", "torch-cuda", "cupy-cuda", "dask-blocks"} <= set(
         names
@@ -190,7 +190,7 @@ def test_importing_the_package_imports_no_array_library():
     code = f"""
 import sys
 import mml_arrayapi, mml_arrayapi.cli
-mml_arrayapi.backends()
+mml_arrayapi.list_backends()
 print([name for name in {LIBRARIES} if name in sys.modules])
 """
     assert run_python(code) == "[]"
@@ -244,7 +244,7 @@ import mml_arrayapi as mml
 import numpy
 mml.multi_margin_loss(numpy.zeros((2, 3)), numpy.asarray([0, 1]))
 before = "tiny_arrays" in sys.modules
-listed = [b.reason for b in mml.backends() if b.library == "tiny_arrays"]
+listed = [b.reason for b in mml.list_backends() if b.library == "tiny_arrays"]
 import tiny_arrays
 x, t = tiny_arrays.asarray([[0.1, 0.2, 0.4, 0.8]]), tiny_arrays.asarray([3])
 loss = float(mml.multi_margin_loss(x, t))

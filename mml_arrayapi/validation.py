@@ -12,7 +12,7 @@ import numbers
 from typing import Any
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.namespaces import HOST, LAZY, TRACED, Library, library_of, widest
+from mml_arrayapi.libraries import HOST, LAZY, TRACED, Library, library_of, widest
 
 Array = Any
 

@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from mml_arrayapi.sources import InputError, WorkerError
+from mml_arrayapi.evaluation.inputs import InputError, WorkerError
 
 Task = Callable[..., Any]
 Jobs = Sequence[tuple[int, tuple[Any, ...]]]  # a number, and the task's arguments

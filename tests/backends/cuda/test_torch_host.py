@@ -8,12 +8,12 @@ import pytest
 
 from mml_arrayapi import (
     InvalidTargetError,
-    arguments,
     explain,
     multi_margin_loss,
     multi_margin_loss_and_grad,
     registry,
     use_backend,
+    validation,
 )
 
 torch = pytest.importorskip("torch")
@@ -389,7 +389,7 @@ def test_the_shortcut_serves_what_was_chosen_unasked(launched, known, batch, mon
     kernels = tuple(k for k in registry._kernels_of("torch") if k.name in (NAME, "generic"))
     monkeypatch.setitem(registry._loaded, "torch", kernels)
     taken = []
-    monkeypatch.setattr(arguments, "check", spy(arguments.check, taken))
+    monkeypatch.setattr(validation, "check", spy(validation.check, taken))
     for _ in range(3):
         multi_margin_loss(scores, target, check_target="nan")
     assert len(taken) == 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from mml_arrayapi._version import __version__
-from mml_arrayapi.tally import BAR, ClassFigures, Evaluation
+from mml_arrayapi.evaluation.metrics import BAR, ClassFigures, Evaluation
 
 ROWS = 1000  # classes in the table; of more, those of highest mean loss
 COLUMNS = 60  # classes, or groups of them, in the plot

@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mml_arrayapi.accumulate import ExactSum, exact_sums, sample_losses
-from mml_arrayapi.arguments import raise_invalid_target
+from mml_arrayapi.exact_sum import ExactSum, exact_sums
+from mml_arrayapi.loss import sample_losses
+from mml_arrayapi.validation import raise_invalid_target
 
 if TYPE_CHECKING:
     import numpy as np

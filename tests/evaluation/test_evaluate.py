@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
-from mml_arrayapi.accumulate import sample_losses
-from mml_arrayapi.evaluate import add_parser
-from mml_arrayapi.journal import NAME
-from mml_arrayapi.sources import _open
+from mml_arrayapi.evaluation.command import add_parser
+from mml_arrayapi.evaluation.inputs import _open
+from mml_arrayapi.evaluation.journal import NAME
+from mml_arrayapi.loss import sample_losses
 
 N, C = 700, 6
 
@@ -589,7 +589,7 @@ def test_the_report_is_one_page_that_loads_nothing(files, wanted, capsys):
     ids=["empty", "nan", "negative", "many"],
 )
 def test_odd_evaluations_have_a_report_too(figures):
-    from mml_arrayapi.report import to_html
+    from mml_arrayapi.evaluation.report import to_html
 
     page = Page()
     page.feed(to_html(figures(), "x", "y"))

@@ -5,7 +5,7 @@ import pytest
 from mml_arrayapi import Kernel, registry
 from mml_arrayapi.conformance import Context, all_checks
 from mml_arrayapi.conformance.suite import FAIL, MISSING, NOT_RUN, PASS, UNSUPPORTED
-from tests.broken import kernels, libraries
+from tests.conformance.broken import kernels, libraries
 
 CHECKS = {check.name: check for check in all_checks()}
 LIBRARY = libraries.SOUND.__name__
@@ -163,16 +163,16 @@ def test_arguments_that_are_not_checked(name, monkeypatch):
 
 
 def test_checks_in_another_order(monkeypatch):
-    from mml_arrayapi import arguments
+    from mml_arrayapi import validation
 
-    original = arguments.check
+    original = validation.check
 
     def p_first(input, target, **keywords):
         if keywords["p"] < 1:
             raise ValueError("p must be >= 1, but is 0.5")
         return original(input, target, **keywords)
 
-    monkeypatch.setattr(arguments, "check", p_first)
+    monkeypatch.setattr(validation, "check", p_first)
     result = outcome("faults are found in the documented order", "numpy")
     assert result.failed
     assert "reduction comes first" in result.reason

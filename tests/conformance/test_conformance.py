@@ -110,7 +110,7 @@ def command(*words):
 
 
 QUICK = ("--check", "gradient rows sum to 0", "--check", "read only inputs are accepted")
-BROKEN = "tests.broken.counts_from_1"
+BROKEN = "tests.conformance.broken.counts_from_1"
 
 
 def test_a_good_library_gives_0(capsys):
@@ -218,7 +218,8 @@ def test_reports(tmp_path, capsys):
     markdown = text.read_text("utf-8")
     assert "| float64 reference agrees | **FAIL** (1, 2, 3) | pass | pass |" in markdown
     assert (
-        "```python\nimport mml_arrayapi as mml\nimport tests.broken.counts_from_1 as xp" in markdown
+        "```python\nimport mml_arrayapi as mml\nimport tests.conformance.broken.counts_from_1 as xp"
+        in markdown
     )
 
 

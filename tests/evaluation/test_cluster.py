@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
-from mml_arrayapi import schedule
-from mml_arrayapi.evaluate import add_parser
-from mml_arrayapi.journal import NAME
+from mml_arrayapi.evaluation import schedule
+from mml_arrayapi.evaluation.command import add_parser
+from mml_arrayapi.evaluation.journal import NAME
 
 distributed = pytest.importorskip("distributed")
 da = pytest.importorskip("dask.array")
@@ -131,8 +131,8 @@ def test_a_target_out_of_range_is_found_by_a_worker(folder, client):
 
 def lose_a_file(folder, address):
     """Remove a file after it has been looked at, before the workers read it."""
-    from mml_arrayapi.sources import rows_of, tally_piece
-    from mml_arrayapi.tally import Loss
+    from mml_arrayapi.evaluation.inputs import rows_of, tally_piece
+    from mml_arrayapi.evaluation.metrics import Loss
 
     np.save(folder / "gone.npy", np.zeros((N, C)))
     rows = rows_of(folder / "gone.npy", folder / "y.npy", -1, None)

@@ -9,7 +9,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
-from mml_arrayapi import InvalidTargetError, generic
+from mml_arrayapi import InvalidTargetError, formula
 from mml_arrayapi.backends import cuda_launch
 from mml_arrayapi.kernel import Problem
 
@@ -104,7 +104,7 @@ def test_value_and_gradient_equal_the_generic_ones(cupy_cuda, problem, rng, dtyp
     rtol = 1e-3 if dtype == "float16" else 1e-6
     for upstream in (None, fake(rng.normal(size=shape)), fake(np.ones(shape, dtype))):
         given = None if upstream is None else np.asarray(upstream)
-        expected, expected_grad = generic.loss_and_grad(plain(problem), given)
+        expected, expected_grad = formula.loss_and_grad(plain(problem), given)
         value, grad = cupy_cuda.KERNEL.loss_and_grad(problem, upstream)
         np.testing.assert_allclose(value, expected, rtol=rtol)
         np.testing.assert_allclose(grad, expected_grad, rtol=rtol, atol=1e-7)
@@ -125,7 +125,7 @@ def test_layouts(cupy_cuda, problem, rng, spell):
     problem = problem._replace(
         input=x, target=target, weight=None, axis=x.ndim - 1, reduction="none"
     )
-    expected = generic.loss_and_grad(plain(problem), None)
+    expected = formula.loss_and_grad(plain(problem), None)
     for got, wanted in zip(cupy_cuda.KERNEL.loss_and_grad(problem, None), expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
         assert got.shape == wanted.shape

@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mml_arrayapi.arguments import InvalidTargetError
-from mml_arrayapi.tally import Loss, Tally
+from mml_arrayapi.evaluation.metrics import Loss, Tally
+from mml_arrayapi.validation import InvalidTargetError
 
 Array = Any
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from mml_arrayapi.sources import InputError
-from mml_arrayapi.tally import Tally
+from mml_arrayapi.evaluation.inputs import InputError
+from mml_arrayapi.evaluation.metrics import Tally
 
 NAME = "journal.jsonl"
 

@@ -22,7 +22,7 @@ import math
 from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.namespaces import arange, widest
+from mml_arrayapi.libraries import arange, widest
 
 Array = Any
 

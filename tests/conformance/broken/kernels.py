@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from mml_arrayapi import Kernel
-from mml_arrayapi.arguments import raise_invalid_target
+from mml_arrayapi.validation import raise_invalid_target
 
 # What is wrong -> the check that must find it, and the dtype with which it does.
 FAULTS = {

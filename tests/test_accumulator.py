@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mml_arrayapi import InvalidTargetError, LossAccumulator
-from mml_arrayapi.accumulate import UNIT, ExactSum, exact_sums, sample_losses
+from mml_arrayapi.exact_sum import UNIT, ExactSum, exact_sums
+from mml_arrayapi.loss import sample_losses
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 

@@ -377,7 +377,7 @@ def test_chunks_of_other_libraries_are_refused():
     strict = pytest.importorskip("array_api_strict")
     scores, target = data()
     lazy = rows(scores, 10)
-    problem = mml.arguments.check(
+    problem = mml.validation.check(
         lazy, target, p=1, margin=1, weight=None, reduction="mean", axis=1, check_target="auto"
     )
     assert dask_blocks.KERNEL.refuses(problem) is None

@@ -2,7 +2,7 @@
 
 import array_api_compat.numpy as np
 
-from tests.broken.arrays import Array, ComputingArray, LazyArray, Namespace
+from tests.conformance.broken.arrays import Array, ComputingArray, LazyArray, Namespace
 
 
 def _narrow_targets(x, dtype, **keywords):

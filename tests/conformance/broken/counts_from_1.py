@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.broken.arrays import Namespace
-from tests.broken.libraries import arange_from_1
+from tests.conformance.broken.arrays import Namespace
+from tests.conformance.broken.libraries import arange_from_1
 
 sys.modules[__name__] = Namespace(__name__, arange=arange_from_1)
