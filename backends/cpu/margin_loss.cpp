@@ -210,16 +210,14 @@ template <> class Sum<double> {
     }
 };
 
-// ---- Exponents. A term is h ** p, a slope is h ** (p - 1); FACTOR times that is the derivative.
+// ---- Exponents. A term is h ** p, a slope is h ** (p - 1); factor times that is the derivative.
 
 struct One {
     template <class E> using Computing = typename std::conditional<sizeof(E) == 8, double, float>::type;
     explicit One(double) {}
     static constexpr double factor = 1;
     template <class F> INLINE F term(F h) const { return h; }
-    template <class F> INLINE F slope(F h) const {
-        return bits_as<F>(bits_as<decltype(h > 0)>(F{} + 1) & (h > 0));
-    }
+    template <class F> INLINE F slope(F h) const { return h; }  // 1 where that is positive
 };
 struct Two {
     template <class E> using Computing = One::Computing<E>;
@@ -241,6 +239,31 @@ struct Other {
         for (unsigned k = 0; k < sizeof h / sizeof h[0]; k++)
             if (h[k] != 0) h[k] = std::pow(h[k], p);
         return h;
+    }
+};
+
+// A row's sum of slopes; for p = 1 a count.
+template <class T, class P> class Slopes {
+    using L = Lanes<T>;
+    typename L::F part{};
+    Sum<T> sum;
+
+  public:
+    INLINE void add(typename L::F slope) { part += slope; }
+    INLINE void flush() { sum.add(part), part = typename L::F{}; }
+    INLINE double total() const { return sum.total(); }
+};
+template <class T> class Slopes<T, One> {
+    using L = Lanes<T>;
+    typename L::I minus{};
+
+  public:
+    INLINE void add(typename L::F slope) { minus += slope > 0; }
+    INLINE void flush() {}
+    INLINE double total() const {
+        int64_t result = 0;
+        for (int k = 0; k < L::W; k++) result -= minus[k];
+        return double(result);
     }
 };
 
@@ -332,11 +355,12 @@ template <class E, class P, bool UNIT> struct Kernel {
     const F margin;
     const int64_t n, whole, last;  // classes; those in whole vectors; where the last vector begins
     const int64_t bytes;           // of a row's bits
+    const double common;           // factor of all rows' gradients
     const I rest;                  // the lanes of the last vector that no other covers
 
     explicit Kernel(const Call &c)
         : c(c), power(c.p), margin(L::all(T(One::Computing<E>(c.margin)))), n(c.classes),
-          whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)),
+          whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
                (L::iota() < (I{} + typename L::Index(n - last)))) {}
 
@@ -405,38 +429,38 @@ template <class E, class P, bool UNIT> struct Kernel {
             if (j == y || z <= 0) continue;
             Vec<double, 2> h = {double(z), 0};
             s.terms += power.term(h)[0] / unit;
-            s.slopes += power.slope(h)[0] / unit;
+            s.slopes += (std::is_same<P, One>::value ? h[0] > 0 : power.slope(h)[0]) / unit;
         }
         return s;
     }
     // A row's gradient times ``scale``, and its sums; the target's class is left for later.
     INLINE Sums gradient(const char *row, int64_t y, T own_, char *to, double scale_) const {
-        F own = L::all(own_), scale = L::all(T(scale_));
-        if (std::is_same<P, One>::value) scale = rounded(scale);
-        Sum<T> terms, slopes;
+        F own = L::all(own_), scale = rounded_for_one(L::all(T(scale_)));
+        Sum<T> terms;
+        Slopes<T, P> slopes;
         int64_t j = 0;
         while (j + 2 * W <= n) {
-            F s0{}, s1{}, d0{}, d1{};
-            int64_t stop = n < j + LANE_TERMS * 2 * W ? n : j + LANE_TERMS * 2 * W;
+            F s0{}, s1{};
+            int64_t stop = n < j + LANE_TERMS * W ? n : j + LANE_TERMS * W;
             for (; j + 2 * W <= stop; j += 2 * W) {
                 I at = place(y, j);
                 F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
                 F e0 = power.slope(h0), e1 = power.slope(h1);
-                s0 += power.term(h0), s1 += power.term(h1), d0 += e0, d1 += e1;
+                s0 += power.term(h0), s1 += power.term(h1), slopes.add(e0), slopes.add(e1);
                 put(to, j, slope_times(h0, e0, scale));
                 put(to, j + W, slope_times(h1, e1, scale));
             }
-            terms.add(s0 + s1), slopes.add(d0 + d1);
+            terms.add(s0 + s1), slopes.flush();
         }
-        F s{}, d{};
+        F s{};
         if (j + W <= n) {
             F h = hinge(row, j, 0, place(y, j), own), e = power.slope(h);
-            s = power.term(h), d = e;
+            s = power.term(h), slopes.add(e);
             put(to, j, slope_times(h, e, scale));
         }
         F h = hinge(row, last, 0, place(y, last), own), e = power.slope(h);
         put(to, last, slope_times(h, e, scale));
-        terms.add(s + L::only(power.term(h), rest)), slopes.add(d + L::only(e, rest));
+        terms.add(s + L::only(power.term(h), rest)), slopes.add(L::only(e, rest)), slopes.flush();
         return {terms.total(), slopes.total(), 1};
     }
     static INLINE F slope_times(F h, F slope, F scale) {
@@ -460,17 +484,17 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     INLINE void put(char *to, int64_t j, F g) const {
         auto values = in_element_type(g);
-        if (UNIT && c.grad.step == int64_t(sizeof(E))) return write(to + j * int64_t(sizeof(E)), values);
-        for (int k = 0; k < W; k++) write(to + (j + k < n ? j + k : n - 1) * c.grad.step, values[j + k < n ? k : n - 1 - j]);
+        if constexpr (UNIT) write(to + j * int64_t(sizeof(E)), values);
+        else
+            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * c.grad.step, values[k]);
     }
     static INLINE auto in_element_type(F g) {
         if constexpr (sizeof(E) == 8) return g;
         else return round_to<W>(convert<Vec<float, W>>(g), E{});
     }
     INLINE double scale_of(int64_t i, double weight) const {
-        double scale = c.part ? c.scale : c.scale * weight / double(n);
-        if (c.upstream.data) scale *= load_float(c.upstream.at(i), c.upstream.type);
-        return scale * power.factor;
+        double scale = common * weight;
+        return c.upstream.data ? scale * load_float(c.upstream.at(i), c.upstream.type) : scale;
     }
 
     // What a row adds to the results, beside its gradient. Returns its loss times C.
@@ -546,7 +570,54 @@ template <class E, class P, bool UNIT> struct Kernel {
             if (BITS && loss != loss) std::memset(bits, 255, size_t(bytes));
         }
     }
+    // The same for gradients. NaN must not be lost among other rows: then it is not finite.
+    INLINE bool short_gradients(int64_t start, const Group<T> &g, Result &result) const {
+        Sum<T> sum;
+        int64_t count = 0;
+        bool bad = false;
+        F s{};
+        for (int t = 0; t < g.count; t++) {
+            int64_t i = start + t;
+            if (g.y[t] == IGNORED) {
+                ignore(i);
+                continue;
+            }
+            char *to = c.grad.at(i);
+            double scale = scale_of(i, double(g.weight[t]));
+            F own = L::all(g.own[t]), scales = rounded_for_one(L::all(T(scale)));
+            F h = hinge(g.row[t], last, 0, place(g.y[t], last), own), e = power.slope(h);
+            put(to, last, slope_times(h, e, scales));
+            F term = L::only(power.term(h), rest);
+            double slope = sum_of_slopes(L::only(e, rest));
+            if (n >= W) {
+                h = hinge(g.row[t], 0, 0, place(g.y[t], 0), own), e = power.slope(h);
+                put(to, 0, slope_times(h, e, scales));
+                term += power.term(h);
+                slope += sum_of_slopes(e);
+            }
+            s += term * L::all(g.weight[t]);
+            if (g.y[t] >= 0) store_rounded<E>(to + g.y[t] * c.grad.step, double(T(-(slope * scale))));
+            bad |= g.y[t] < 0;
+            count++;
+            if (t % (LANE_TERMS / 2) == 0) sum.add(s), s = F{};
+        }
+        sum.add(s);
+        double total = sum.total();
+        if (total - total != 0) return false;
+        result.sum += total * c.shrink;
+        result.count += count;
+        result.bad |= bad;
+        return true;
+    }
+    static INLINE double sum_of_slopes(F e) {
+        if constexpr (std::is_same<P, One>::value) return __builtin_popcount(unsigned(L::to_bits(e > 0)));
+        Sum<T> sum;
+        sum.add(e);
+        return sum.total();
+    }
+    static INLINE F rounded_for_one(F scale) { return std::is_same<P, One>::value ? rounded(scale) : scale; }
     void gradients(int64_t start, const Group<T> &g, Result &result) const {
+        if (n > 1 && n < 2 * W && !c.losses.data && !c.part && short_gradients(start, g, result)) return;
         for (int t = 0; t < g.count; t++) {
             int64_t i = start + t;
             if (g.y[t] == IGNORED) {
@@ -573,13 +644,14 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     Sums part(const char *row, int64_t y, T own_) const {
         F own = L::all(own_);
-        Sum<T> terms, slopes;
+        Sum<T> terms;
+        Slopes<T, P> slopes;
         for (int64_t j = 0; j < whole; j += W) {
             F h = hinge(row, j, 0, place(y, j), own);
-            terms.add(power.term(h)), slopes.add(power.slope(h));
+            terms.add(power.term(h)), slopes.add(power.slope(h)), slopes.flush();
         }
         F h = hinge(row, last, 0, place(y, last), own);
-        terms.add(L::only(power.term(h), rest)), slopes.add(L::only(power.slope(h), rest));
+        terms.add(L::only(power.term(h), rest)), slopes.add(L::only(power.slope(h), rest)), slopes.flush();
         Sums s = {terms.total(), slopes.total(), 1};
         if (own_ != own_) s.terms = NOT_A_NUMBER;
         return s.terms == INFINITY ? careful(row, y, own_) : s;
@@ -653,7 +725,8 @@ template <class P, class F> Block with_kernel(const Call &c, F f) {
     return with_float(c.x.type, [&](auto e) -> Block {
         using E = decltype(e);
         // Whole vectors can be loaded.
-        bool unit = c.x.step == int64_t(sizeof(E)) && c.classes >= Lanes<typename P::template Computing<E>>::W;
+        int64_t size = sizeof(E);
+        bool unit = c.x.step == size && (!c.grad.data || c.grad.step == size) && c.classes >= Lanes<typename P::template Computing<E>>::W;
         return unit ? f(static_cast<Kernel<E, P, true> *>(nullptr)) : f(static_cast<Kernel<E, P, false> *>(nullptr));
     });
 }
