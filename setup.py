@@ -17,8 +17,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "backends/cpu"
-SOURCES = ("dlpack.h", "margin_loss.cpp", "margin_loss.h", "module.cpp")
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SOURCES = (
+    "dlpack.h",
+    "margin_loss.cpp",
+    "margin_loss.h",
+    "module.cpp",
+    "pool.cpp",
+    "pool.h",
+)
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no stable ABI
 
 
