@@ -4,12 +4,14 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
-from pathlib import Path as _Path
+import os.path as _path
 
 # In a checkout the folders "backends" and "conformance" stand beside this one; installed, they
-# are inside it. Nothing is appended in an installed copy: there is no pyproject.toml beside it.
-if (_Path(__file__).parent.parent / "pyproject.toml").is_file():
-    __path__.append(str(_Path(__file__).parent.parent))
+# are inside it, and nothing is added, whatever lies beside the package.
+if not _path.isdir(_path.join(__path__[0], "backends")) and _path.isfile(
+    _path.join(__path__[0], _path.pardir, "pyproject.toml")
+):
+    __path__.append(_path.dirname(__path__[0]))
 
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
