@@ -16,9 +16,9 @@ if not _path.isdir(_path.join(__path__[0], "backends")) and _path.isfile(
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
 from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
-from mml_arrayapi.kernel import Kernel
+from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
-from mml_arrayapi.registry import list_backends, register_kernel, use_backend
+from mml_arrayapi.registry import list_backends, register_kernel, unregister_kernel, use_backend
 from mml_arrayapi.validation import InvalidTargetError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "InvalidTargetError",
     "Kernel",
     "LossAccumulator",
+    "Problem",
     "WorkerError",
     "__version__",
     "evaluate",
@@ -35,5 +36,6 @@ __all__ = [
     "multi_margin_loss",
     "multi_margin_loss_and_grad",
     "register_kernel",
+    "unregister_kernel",
     "use_backend",
 ]

@@ -159,6 +159,7 @@ def test_public_names():
         "InvalidTargetError",
         "Kernel",
         "LossAccumulator",
+        "Problem",
         "WorkerError",
         "__version__",
         "evaluate",
@@ -167,6 +168,7 @@ def test_public_names():
         "multi_margin_loss",
         "multi_margin_loss_and_grad",
         "register_kernel",
+        "unregister_kernel",
         "use_backend",
     }
     for name in mml_arrayapi.__all__:
