@@ -12,11 +12,10 @@ LIBRARY = libraries.SOUND.__name__
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered():
     """Register kernels for one test only."""
-    monkeypatch.setattr(registry, "_registered", list(registry._registered))
-    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
-    return registry.register_kernel
+    with registry.isolated(built_in_kernels=True):
+        yield registry.register_kernel
 
 
 def outcome(name, xp, dtype="float32", **keywords):
