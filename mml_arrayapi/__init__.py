@@ -4,15 +4,7 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
-import os.path as _path
-
-# In a checkout the folders "backends" and "conformance" stand beside this one; installed, they
-# are inside it, and nothing is added, whatever lies beside the package.
-if not _path.isdir(_path.join(__path__[0], "backends")) and _path.isfile(
-    _path.join(__path__[0], _path.pardir, "pyproject.toml")
-):
-    __path__.append(_path.dirname(__path__[0]))
-
+from mml_arrayapi import _checkout  # noqa: F401, I001 - before anything in those folders
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
 from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate

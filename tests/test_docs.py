@@ -47,5 +47,5 @@ def test_pages(page):
 def test_every_public_function_has_an_example():
     for name in mml_arrayapi.__all__:
         value = getattr(mml_arrayapi, name)
-        if inspect.isfunction(value) and name != "register_kernel":
+        if inspect.isfunction(value) and name != "unregister_kernel":  # register_kernel's has both
             assert ">>>" in value.__doc__, name
