@@ -4,7 +4,7 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
-from mml_arrayapi import _checkout  # noqa: F401, I001 - before anything in those folders
+from mml_arrayapi import _checkout  # noqa: F401 - before anything in those folders
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
 from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
