@@ -157,6 +157,9 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
     "array_api_strict": _array_api_strict,
 }
 
+SUPPORTED = tuple(name for name in LIBRARIES if name != "jaxlib")  # where JAX's arrays come from
+"""The libraries that are tested, shown and measured: the one list of them."""
+
 _by_module: dict[str, Library] = {}
 _by_namespace: dict[str, Library] = {}
 
