@@ -14,9 +14,9 @@ if (_Path(__file__).parent.parent / "pyproject.toml").is_file():
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
 from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
-from mml_arrayapi.kernel import Kernel
+from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
-from mml_arrayapi.registry import list_backends, register_kernel, use_backend
+from mml_arrayapi.registry import list_backends, register_kernel, unregister_kernel, use_backend
 from mml_arrayapi.validation import InvalidTargetError
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "InvalidTargetError",
     "Kernel",
     "LossAccumulator",
+    "Problem",
     "WorkerError",
     "__version__",
     "evaluate",
@@ -33,5 +34,6 @@ __all__ = [
     "multi_margin_loss",
     "multi_margin_loss_and_grad",
     "register_kernel",
+    "unregister_kernel",
     "use_backend",
 ]
