@@ -53,7 +53,7 @@ def _torch_cuda() -> Kernel:
 
 
 def _cupy_cuda() -> Kernel:
-    from mml_arrayapi.backends.cupy_cuda import KERNEL
+    from mml_arrayapi.backends.cuda.cupy import KERNEL
 
     return KERNEL
 
