@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_tree(built):
     installed = {name for name in wheel if ".dist-info/" not in name}
     assert installed == set(tree().values())
     assert "mml_arrayapi/py.typed" in wheel
-    assert "mml_arrayapi/backends/margin_loss.cu" in wheel
+    assert "mml_arrayapi/backends/cuda/margin_loss.cu" in wheel
     assert {name.partition("/")[0] for name in installed} == {"mml_arrayapi"}
 
 

@@ -45,14 +45,15 @@ class Engine(NamedTuple):
     refuses : callable
         ``refuses(problem)``: why the engine can't run a problem, or None.
     loss : callable
-        ``loss(input, target, weight, options, keep)`` returns the loss, and with ``keep`` (p = 1)
-        the mask: which hinges are positive, a bit each, ``(rows, mask_bytes)``.
+        ``loss(input, target, weight, options, keep_mask)`` returns the loss and, with
+        ``keep_mask`` (p = 1) and where it pays, the mask: which hinges are positive, in bits.
     grad : callable
         ``grad(grad_output, input, target, weight, mask, options)``; with a mask it reads no score.
+        A mask of zeros is none.
     loss_and_grad : callable
         ``loss_and_grad(input, target, weight, grad_output, options)``.
-    mask_bytes : callable
-        ``mask_bytes(dtype, n_classes)``: the mask's bytes per row.
+    mask_shape : callable
+        ``mask_shape(dtype, rows, n_classes)``: the mask's shape, in bytes.
     """
 
     device: str
@@ -60,7 +61,7 @@ class Engine(NamedTuple):
     loss: Callable[..., tuple[Tensor, Tensor | None] | None]
     grad: Callable[..., Tensor | None]
     loss_and_grad: Callable[..., tuple[Tensor, Tensor] | None]
-    mask_bytes: Callable[[torch.dtype, int], int]
+    mask_shape: Callable[[torch.dtype, int, int], tuple[int, ...]]
 
 
 _engines: dict[str, Engine] = {}
@@ -165,12 +166,14 @@ def _implement(engine: Engine) -> None:
     """Register what the operators run on a type of device."""
 
     def loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
-        *options, keep = options  # type: ignore[assignment]
-        made = engine.loss(input, target, weight, options, keep)
+        *options, keep_mask = options  # type: ignore[assignment]
+        made = engine.loss(input, target, weight, options, keep_mask)
         if made is None:
             made = _formula_loss(input, target, weight, options), None
         value, mask = made
-        return value, _no_mask(input) if mask is None else mask
+        if mask is None:
+            mask = _empty_mask(engine, input, target, options) if keep_mask else _no_mask(input)
+        return value, mask
 
     def gradient(
         grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, *options: Any
@@ -193,7 +196,12 @@ def _implement(engine: Engine) -> None:
 
 
 def _no_mask(input: Tensor) -> Tensor:
-    return input.new_empty((0, 0), dtype=torch.uint8)
+    return input.new_empty(0, dtype=torch.uint8)
+
+
+def _empty_mask(engine: Engine, input: Tensor, target: Tensor, options: Options) -> Tensor:
+    shape = engine.mask_shape(input.dtype, target.numel(), input.shape[options[4]])
+    return input.new_zeros(shape, dtype=torch.uint8)
 
 
 def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
@@ -219,12 +227,11 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
 
 @torch.library.register_fake(_loss, lib=_library)
 def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    _, _, reduction, _, axis, _, keep_mask = options
-    loss = input.new_empty(target.shape if reduction == "none" else ())
+    *options, keep_mask = options  # type: ignore[assignment]
+    loss = input.new_empty(target.shape if options[2] == "none" else ())
     if not keep_mask:
         return loss, _no_mask(input)
-    width = _engines[input.device.type].mask_bytes(input.dtype, input.shape[axis])
-    return loss, input.new_empty((target.numel(), width), dtype=torch.uint8)
+    return loss, _empty_mask(_engines[input.device.type], input, target, options)
 
 
 @torch.library.register_fake(_gradient, lib=_library)
