@@ -67,7 +67,7 @@ def _dask_blocks() -> Kernel:
 KERNELS = (
     LazyKernel("numpy-cpu", "numpy", ("numpy", "numba"), _numpy_cpu),
     LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu),
-    LazyKernel("torch-cuda", "torch", ("torch", "cuda.bindings"), _torch_cuda),
+    LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda),
     LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
     LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
 )

@@ -111,6 +111,8 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
             if weight is not None and weight.requires_grad:
                 return None
             if input.requires_grad:
+                if target.ndim + 1 != input.ndim:  # one sample, spelled in another way
+                    return None
                 return _Loss.apply(input, target, weight, options, options[0] == 1, engine)  # type: ignore[no-any-return]
         made = engine.loss(input, target, weight, options, False)
         return None if made is None else made[0]
@@ -343,14 +345,16 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     input = _as_saved("input", input, device, dtype, shape)
     target = _as_saved("target", target, device, target_dtype, target_shape)
     arguments = grad_output, input, target, weight, mask
+    p, margin, reduction, ignore_index, axis, _ = ctx.options
+    options = p, margin, reduction, ignore_index, axis % input.ndim, "nan"  # the loss has looked
     if state.is_mapped(grad_output):
-        return _formula_loss_and_grad(input, target, weight, grad_output, _unchecked(ctx.options))[1]
+        return _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
     if ctx.engine is not None and ordinary() and not is_grad_enabled():
         if all(tensor is None or readable(tensor) for tensor in arguments):
-            grad = ctx.engine.grad(*arguments, ctx.options)
+            grad = ctx.engine.grad(*arguments, options)
             if grad is not None:
                 return grad
-    return _gradient(*arguments, *_unchecked(ctx.options))  # type: ignore[no-any-return]
+    return _gradient(*arguments, *options)  # type: ignore[no-any-return]
 
 
 def _as_saved(
@@ -393,6 +397,107 @@ class _Gradient(state.SingleLevelFunction):
         with torch.enable_grad():
             grad = _formula_loss_and_grad(input, target, weight, grad_output, ctx.options)[1]
             wanted = [t for t in (grad_output, input) if t.requires_grad]
-            found = iter(torch.autograd.grad(grad, wanted, tangent, create_graph=create_graph))
+            if not grad.requires_grad:  # p = 1, for the scores alone: steps have no slope
+                return (None,) * 6
+            found = iter(
+                torch.autograd.grad(
+                    grad, wanted, tangent, create_graph=create_graph, allow_unused=True
+                )
+            )
         grads = (next(found) if t.requires_grad else None for t in (grad_output, input))
         return *grads, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.func.vmap: the mapped axis becomes the first of the batch's, each sample's loss is computed,
+# and the reduction is done here. A mapped weight is left to the formula.
+
+
+@torch.library.register_vmap(_loss, lib=_library)
+def _map_loss(
+    info: Any, in_dims: Any, input: Any, target: Any, weight: Any, *options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    *options, _ = options  # type: ignore[assignment]
+    if _formula_must_map(in_dims[1], target, in_dims[2], options):
+
+        def one(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+            return _formula_loss(input, target, weight, options)
+
+        losses = torch.vmap(one, in_dims[:3], randomness=info.randomness)(input, target, weight)
+        return (losses, _no_mask(input)), (0, None)
+    x, y = _first(info, in_dims[0], input), _first(info, in_dims[1], target)
+    if x.itemsize == 2 and options[2] != "none":
+        x = x.float()
+    losses, _ = _loss(x, y, weight, *_per_sample(options), False)
+    if options[2] != "none":
+        losses = losses.reshape(info.batch_size, -1).sum(1, dtype=torch.float64)
+        if options[2] == "mean":
+            losses = losses / _count(y, options[3])
+    return (losses.to(input.dtype), _no_mask(input)), (0, None)
+
+
+@torch.library.register_vmap(_gradient, lib=_library)
+def _map_gradient(
+    info: Any,
+    in_dims: Any,
+    grad_output: Any,
+    input: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,  # noqa: ARG001
+    *options: Any,
+) -> tuple[Tensor, int]:
+    if _formula_must_map(in_dims[2], target, in_dims[3], options):
+
+        def one(upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+            return _formula_loss_and_grad(input, target, weight, upstream, options)[1]
+
+        mapped = torch.vmap(one, in_dims[:4], randomness=info.randomness)
+        return mapped(grad_output, input, target, weight), 0
+    x, y = _first(info, in_dims[1], input), _first(info, in_dims[2], target)
+    upstream = _first(info, in_dims[0], grad_output)
+    if options[2] != "none":
+        upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
+        if options[2] == "mean":
+            upstream = upstream / _count(y, options[3])
+        upstream = upstream.reshape(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
+    return _gradient(upstream, x, y, weight, None, *_per_sample(options)), 0
+
+
+@torch.library.register_vmap(_loss_and_grad, lib=_library)
+def _map_loss_and_grad(
+    info: Any, in_dims: Any, input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    (losses, _), _ = _map_loss(info, in_dims, input, target, weight, *options, False)
+    upstream, at = (grad_output, in_dims[3]) if grad_output is not None else (torch.ones_like(losses), 0)
+    grad, _ = _map_gradient(
+        info, (at, *in_dims[:3], None), upstream, input, target, weight, None, *options
+    )
+    return (losses, grad), (0, 0)
+
+
+def _formula_must_map(
+    target_dim: int | None, target: Tensor, weight_dim: int | None, options: Options
+) -> bool:
+    """Tell whether a weight is mapped, or labels can't be compared with ``ignore_index``."""
+    wide = target_dim is not None and not target.dtype.is_signed and target.itemsize > 1
+    return weight_dim is not None or (wide and options[3] is not None)
+
+
+def _first(info: Any, dim: int | None, tensor: Tensor) -> Tensor:
+    """Bring the mapped axis to the front, where need be by repeating without a copy."""
+    if dim is None:
+        return tensor.expand(info.batch_size, *tensor.shape)
+    return tensor.movedim(dim, 0)
+
+
+def _per_sample(options: Options) -> Options:
+    """Return the options for one more batch axis in front, without reduction."""
+    p, margin, _, ignore_index, axis, check_target = options
+    return p, margin, "none", ignore_index, axis + 1, check_target
+
+
+def _count(target: Tensor, ignore_index: int | None) -> Any:
+    """Count the samples of each mean."""
+    rows = target.reshape(target.shape[0], -1)
+    return rows.shape[1] if ignore_index is None else (rows != ignore_index).sum(1)

@@ -56,7 +56,6 @@ def grad(
     bits = None
     if mask is not None and mask.numel() and mask[-1]:
         bits = mask[:-1]
-    options = (*options[:5], "nan")  # the loss has looked
     return native.grad(  # type: ignore[no-any-return]
         input, target, weight, options, into, grad_output, bits, get_num_threads
     )
