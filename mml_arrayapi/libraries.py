@@ -93,17 +93,16 @@ def _numpy() -> Library:
 def _torch() -> Library:
     import array_api_compat.torch as xp
 
-    from mml_arrayapi.backends import torch_loaded  # noqa: F401
-    from mml_arrayapi.backends import torch_values as values
+    from mml_arrayapi.backends.pytorch import loaded, state  # noqa: F401
 
     return Library(
         "torch",
         xp,
-        values.sight,
-        values.on_host,
-        values.arange,
+        state.value_access,
+        state.on_host,
+        state.arange,
         device_of,
-        unusable=values.unusable,
+        unusable=state.unsupported_layout,
     )
 
 
