@@ -65,7 +65,7 @@ def _cupy_cuda() -> Kernel:
 
 
 def _dask_blocks() -> Kernel:
-    from mml_arrayapi.backends.dask_blocks import KERNEL
+    from mml_arrayapi.backends.dask.graph import KERNEL
 
     return KERNEL
 

@@ -344,8 +344,11 @@ def large_inputs_agree_with_small_ones(ctx: Context) -> None:
         for p in (1, 2):
             wanted, what = reference(rows, target, p=p), f"{times * n} x {n_classes}, p={p}"
             loss, grad = ctx.loss_and_grad(x, y, p=p)
-            ctx.same(loss, *wanted.total("mean"), f"{what}: mean")
-            ctx.same(ctx.loss(x, y, p=p), *wanted.total("mean"), f"{what}: mean alone")
+            mean, scale = wanted.total("mean")
+            if ctx.dtype == "float64":
+                scale *= 2**7  # rounding errors of plain sums over so many samples
+            ctx.same(loss, mean, scale, f"{what}: mean")
+            ctx.same(ctx.loss(x, y, p=p), mean, scale, f"{what}: mean alone")
             part = wanted.scaled([1 / (n * times)] * n)
             losses = ctx.loss(x, y, p=p, reduction="none")
             for start in (0, n * (times // 2), n * (times - 1)):
