@@ -4,13 +4,7 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
-from pathlib import Path as _Path
-
-# In a checkout the folders "backends" and "conformance" stand beside this one; installed, they
-# are inside it. Nothing is appended in an installed copy: there is no pyproject.toml beside it.
-if (_Path(__file__).parent.parent / "pyproject.toml").is_file():
-    __path__.append(str(_Path(__file__).parent.parent))
-
+from mml_arrayapi import _checkout  # noqa: F401 - before anything in those folders
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
 from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
