@@ -12,6 +12,12 @@ def _nothing_missing() -> str | None:
     return None
 
 
+def _cpu_kernels_missing() -> str | None:
+    from mml_arrayapi.backends import cpu
+
+    return cpu.reason()
+
+
 class LazyKernel(NamedTuple):
     """A kernel that is loaded when it is needed.
 
@@ -35,7 +41,7 @@ class LazyKernel(NamedTuple):
 
 
 def _numpy_cpu() -> Kernel:
-    from mml_arrayapi.backends.numpy_fused import KERNEL
+    from mml_arrayapi.backends.cpu.numpy import KERNEL
 
     return KERNEL
 
@@ -59,14 +65,14 @@ def _cupy_cuda() -> Kernel:
 
 
 def _dask_blocks() -> Kernel:
-    from mml_arrayapi.backends.dask_blocks import KERNEL
+    from mml_arrayapi.backends.dask.graph import KERNEL
 
     return KERNEL
 
 
 KERNELS = (
-    LazyKernel("numpy-cpu", "numpy", ("numpy", "numba"), _numpy_cpu),
-    LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu),
+    LazyKernel("numpy-cpu", "numpy", ("numpy",), _numpy_cpu, _cpu_kernels_missing),
+    LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu, _cpu_kernels_missing),
     LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda),
     LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
     LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),

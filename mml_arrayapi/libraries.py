@@ -106,9 +106,9 @@ def _dask() -> Library:
     import array_api_compat.dask.array as xp
     from dask import compute
 
-    from mml_arrayapi.backends.dask_values import settle
+    from mml_arrayapi.backends.dask.alignment import check_targets_lazily
 
-    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle, compute=compute)
+    return replace(_plain("dask", xp, lambda _: LAZY), settle=check_targets_lazily, compute=compute)
 
 
 def _jax() -> Library:
