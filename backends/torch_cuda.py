@@ -15,7 +15,9 @@ import torch
 from torch.autograd import forward_ad
 
 from mml_arrayapi import formula
-from mml_arrayapi.backends import cuda_driver, cuda_launch, torch_values
+from mml_arrayapi.backends import torch_values
+from mml_arrayapi.backends.cuda import driver as cuda_driver
+from mml_arrayapi.backends.cuda import plan as cuda_plan
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.validation import raise_invalid_target
 
@@ -24,10 +26,10 @@ is_grad_enabled = torch.is_grad_enabled
 
 DEVICE = "cuda"
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-SCALARS = {getattr(torch, name): scalar for name, scalar in cuda_launch.SCALARS.items()}
+SCALARS = {getattr(torch, name): scalar for name, scalar in cuda_plan.SCALARS.items()}
 KINDS = {
     getattr(torch, name): getattr(torch, name).itemsize * (1 if name.startswith("int") else -1)
-    for name in cuda_launch.INTEGERS
+    for name in cuda_plan.INTEGERS
 }
 
 
@@ -49,7 +51,7 @@ def refuses(problem: Problem) -> str | None:
         return "this PyTorch is built for ROCm, the kernels are for CUDA"
     if problem.weight is not None and problem.weight.requires_grad and torch.is_grad_enabled():
         return "weight requires a gradient, which the generic implementation gives"
-    return cuda_launch.refusal(problem) or _transformed()
+    return cuda_plan.refusal(problem) or _transformed()
 
 
 def _transformed() -> str | None:
@@ -241,7 +243,7 @@ def _fake_loss(input, target, weight, p, margin, reduction, strict):  # type: ig
 
 def _fake_loss_mask(input, target, weight, p, margin, reduction, strict):  # type: ignore[no-untyped-def]
     rows, classes = target.numel(), input.shape[-1]
-    kernels, _, mask_row = cuda_launch.share(SCALARS[input.dtype], int(classes))
+    kernels, _, mask_row = cuda_plan.share(SCALARS[input.dtype], int(classes))
     mask = input.new_empty((rows, mask_row), dtype=torch.uint8)
     counts = input.new_empty((0 if kernels == "tiles" else rows,), dtype=torch.int32)
     return _fake_loss(input, target, weight, p, margin, reduction, strict), mask, counts
@@ -306,9 +308,9 @@ class _Known(NamedTuple):
     """What to launch for a plain call that has come before."""
 
     device: int  # its number
-    loss: cuda_launch.Plan
-    train: cuda_launch.Plan  # the loss, and what the backward pass reads
-    backward: cuda_launch.Plan
+    loss: cuda_plan.Plan
+    train: cuda_plan.Plan  # the loss, and what the backward pass reads
+    backward: cuda_plan.Plan
     counts: int  # where in its scratch memory these begin, in bytes
     mask: int
     scratch: int  # bytes for training; the loss alone needs the first ``counts`` bytes
@@ -339,21 +341,21 @@ def _remember(problem: Problem) -> None:
     scalar, index = SCALARS[x.dtype], x.device.index
     kind, processors = KINDS[target.dtype], _properties(index)[0]
     # Autograd's gradient for the loss is one number of the loss's own dtype.
-    call = cuda_launch.Call(
+    call = cuda_plan.Call(
         scalar, rows, classes, classes, 1, kind, False, 0, False, True, p, margin,
         problem.reduction, processors,
     )  # fmt: skip
     forward, backward = ("loss_mask", "grad_mask") if p == 1 else ("loss", "grad")
-    train = cuda_launch.plan(call, forward)
+    train = cuda_plan.make_plan(call, forward)
     counts = 8 * train.partials
     mask = counts + (4 * train.counts if p == 1 else 0)
     if len(_known) >= MOST:
         _known.clear()
     _known[key] = _Known(
         index,
-        cuda_launch.plan(call, "loss"),
+        cuda_plan.make_plan(call, "loss"),
         train,
-        cuda_launch.plan(call, backward),
+        cuda_plan.make_plan(call, backward),
         counts,
         mask,
         mask + (math.prod(train.mask) if p == 1 else 0),
@@ -495,7 +497,7 @@ def _launch(
     if upstream is not None:
         upstream = _readable(upstream, dtype, real).resolve_neg().reshape(-1)
         addresses["upstream"] = upstream.data_ptr()
-    call = cuda_launch.Call(
+    call = cuda_plan.Call(
         SCALARS[dtype],
         rows,
         classes,
@@ -511,7 +513,7 @@ def _launch(
         reduction,
         _properties(device.index)[0],
     )
-    plan = cuda_launch.plan(call, operation)
+    plan = cuda_plan.make_plan(call, operation)
     if operation.startswith("loss"):
         shape = target.shape if reduction == "none" else ()
         arrays["loss"] = torch.empty(shape, dtype=dtype, device=device)
@@ -526,10 +528,10 @@ def _launch(
         partials = torch.empty(plan.partials, dtype=torch.float64, device=device)
         addresses["partials"] = partials.data_ptr()
     if strict:
-        flag = torch.full((), cuda_launch.FAR, dtype=torch.int64, device=device)
+        flag = torch.full((), cuda_plan.FAR, dtype=torch.int64, device=device)
         addresses["flag"] = flag.data_ptr()
-    _on_device(plan, tuple(addresses.get(name, 0) for name in cuda_launch.ADDRESSES), device.index)
-    if strict and flag.item() != cuda_launch.FAR:
+    _on_device(plan, tuple(addresses.get(name, 0) for name in cuda_plan.ADDRESSES), device.index)
+    if strict and flag.item() != cuda_plan.FAR:
         raise_invalid_target(torch_values.on_host(target), classes)
     return arrays
 
@@ -539,7 +541,7 @@ def _readable(tensor: torch.Tensor, dtype: torch.dtype, real: torch.dtype) -> to
     return tensor if tensor.dtype in (dtype, real) else tensor.to(real)
 
 
-def _on_device(plan: cuda_launch.Plan, addresses: tuple[int, ...], index: int) -> None:
+def _on_device(plan: cuda_plan.Plan, addresses: tuple[int, ...], index: int) -> None:
     """Launch on the device's current stream."""
     if index != _current_device():
         with torch.cuda.device(index):
@@ -563,4 +565,4 @@ def _architecture(index: int) -> str:
     return _properties(index)[1]
 
 
-KERNEL = Kernel("torch-cuda", "torch", refuses, loss, loss_and_grad, shortcut=shortcut)
+KERNEL = Kernel("torch-cuda", "torch", refuses, loss, loss_and_grad)

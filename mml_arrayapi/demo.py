@@ -18,19 +18,11 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from mml_arrayapi.evaluation import evaluate
+from mml_arrayapi.libraries import LIBRARIES, SUPPORTED
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 
 Array = Any
 
-# The name shown, the namespace, and the module whose version is shown.
-LIBRARIES = (
-    ("NumPy", "array_api_compat.numpy", "numpy"),
-    ("PyTorch", "array_api_compat.torch", "torch"),
-    ("CuPy", "array_api_compat.cupy", "cupy"),
-    ("Dask", "array_api_compat.dask.array", "dask"),
-    ("JAX", "jax.numpy", "jax"),
-    ("array-api-strict", "array_api_strict", "array_api_strict"),
-)
 STEPS = 200
 RATE = 0.1
 P = 2  # smooth, so that libraries whose last bits differ don't drift apart over the steps
@@ -83,15 +75,15 @@ def train(images: Array, digits: Array, *, steps: int) -> Iterator[Array]:
         yield weights
 
 
-def run(images: Digits, namespace: str, advance: Callable[[], None]) -> Result:
+def run(images: Digits, xp: Any, advance: Callable[[], None]) -> Result:
     """Train and test with one library.
 
     Parameters
     ----------
     images : Digits
         NumPy arrays.
-    namespace : str
-        The library's namespace module.
+    xp : module
+        The library's array API namespace.
     advance : callable
         Called after each step.
 
@@ -101,7 +93,6 @@ def run(images: Digits, namespace: str, advance: Callable[[], None]) -> Result:
     """
     import numpy as np
 
-    xp = importlib.import_module(namespace)
     train_images, train_digits, test_images, test_digits = (xp.asarray(a) for a in images)
     start = time.perf_counter()
     for weights in train(train_images, train_digits, steps=STEPS):  # noqa: B007 (the last one is used)
@@ -139,7 +130,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="train on handwritten digits with every installed library, and compare",
-        description=__doc__.split("\n\n")[1],
+        description="Train a linear classifier of scikit-learn's bundled digits (1797 images of "
+        "8 x 8 pixels) with this loss and its gradient, by one code on every installed library; "
+        "then write the scores of the held-out images to disk and evaluate them.",
     )
     parser.add_argument(
         "--output",
@@ -189,16 +182,20 @@ def _train_everywhere(images: Digits) -> dict[str, Result]:
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     results: dict[str, Result] = {}
     with Progress(transient=True) as progress:
-        for name, namespace, module in LIBRARIES:
-            if why := _unusable(namespace):
-                table.add_row(name, why, style="dim")
+        for name in SUPPORTED:
+            try:
+                xp = LIBRARIES[name]().namespace
+            except ImportError:
+                table.add_row(name, "not installed", style="dim")
                 continue
-            title = f"{name} {importlib.import_module(module).__version__}"
+            if name == "cupy" and not xp.cuda.is_available():
+                table.add_row(name, "no GPU", style="dim")
+                continue
             task = progress.add_task(name, total=STEPS)
-            result = run(images, namespace, lambda task=task: progress.advance(task))  # type: ignore[misc]
+            result = run(images, xp, lambda task=task: progress.advance(task))  # type: ignore[misc]
             results[name] = result
             table.add_row(
-                title,
+                f"{name} {importlib.import_module(name).__version__}",
                 result.kernel,
                 f"{result.train_loss:.5f}",
                 f"{result.test_loss:.5f}",
@@ -216,14 +213,3 @@ def _print_agreement(results: dict[str, Result]) -> None:
         print(f"All {len(results)} libraries agree to the printed digits.")
     else:
         print(f"The libraries disagree: training and test loss are {' or '.join(sorted(printed))}.")
-
-
-def _unusable(namespace: str) -> str | None:
-    """Return why a library can't be used here, or None."""
-    try:
-        xp = importlib.import_module(namespace)
-    except ImportError:
-        return "not installed"
-    if namespace.endswith("cupy") and not xp.cuda.is_available():
-        return "no GPU"
-    return None

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi.kernel import Problem
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Array = Any
 Namespace = Any
@@ -24,6 +27,11 @@ HOST = "host"  # values are concrete, reading them costs nothing
 DEVICE = "device"  # values are concrete, reading them would stall a device
 TRACED = "traced"  # there are no values yet: jit, vmap, torch.compile, meta and fake tensors
 LAZY = "lazy"  # values come when computed (Dask)
+
+
+def device_of(array: Array) -> Any:
+    """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
+    return getattr(array, "device", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,10 @@ class Library:
         targets raise when they are computed, if ``check_target`` says so.
     unusable : callable
         ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
+    device : callable
+        ``device(array)``: the device to name when an array is made to be used with this one.
+    compute : callable or None
+        For a lazy library, ``compute(*arrays)``: their values, computed together.
     """
 
     name: str
@@ -59,11 +71,8 @@ class Library:
     place: Callable[[Array], Any]
     settle: Callable[[Problem], Problem] | None = None
     unusable: Callable[[Array], str | None] = lambda _: None
-
-
-def device_of(array: Array) -> Any:
-    """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
-    return getattr(array, "device", None)
+    device: Callable[[Array], Any] = device_of
+    compute: Callable[..., tuple[Array, ...]] | None = None
 
 
 def _plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
@@ -84,6 +93,7 @@ def _numpy() -> Library:
 def _torch() -> Library:
     import array_api_compat.torch as xp
 
+    from mml_arrayapi.backends import torch_loaded  # noqa: F401
     from mml_arrayapi.backends import torch_values as values
 
     return Library(
@@ -105,10 +115,11 @@ def _cupy() -> Library:
 
 def _dask() -> Library:
     import array_api_compat.dask.array as xp
+    from dask import compute
 
     from mml_arrayapi.backends.dask_values import settle
 
-    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle)
+    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle, compute=compute)
 
 
 def _jax() -> Library:
@@ -116,13 +127,24 @@ def _jax() -> Library:
 
     from mml_arrayapi.backends import jax_values as values
 
-    return Library("jax", xp, values.sight, values.on_host, values.arange, values.place)
+    return Library(
+        "jax",
+        xp,
+        values.sight,
+        values.on_host,
+        values.arange,
+        values.place,
+        device=lambda _: None,  # JAX moves arrays of no particular device beside any other
+    )
 
 
 def _array_api_strict() -> Library:
     import array_api_strict as xp
 
-    return _plain("array_api_strict", xp, lambda _: HOST)
+    def on_host(array: Array) -> Array:
+        return array.to_device(xp.Device("CPU_DEVICE"))
+
+    return replace(_plain("array_api_strict", xp, lambda _: HOST), on_host=on_host)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -134,6 +156,9 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
     "jaxlib": _jax,
     "array_api_strict": _array_api_strict,
 }
+
+SUPPORTED = tuple(name for name in LIBRARIES if name != "jaxlib")  # where JAX's arrays come from
+"""The libraries that are tested, shown and measured: the one list of them."""
 
 _by_module: dict[str, Library] = {}
 _by_namespace: dict[str, Library] = {}
@@ -197,6 +222,29 @@ def _stranger_sight(array: Array) -> str:
     if "cpu" not in str(device_of(array)).lower():
         return DEVICE
     return TRACED if is_lazy_array(array) else HOST
+
+
+def to_numpy(*arrays: Array) -> list[np.ndarray]:
+    """Return the values of arrays of one library, read from their device, computed if lazy."""
+    import numpy as np
+
+    library = library_of("input", arrays[0])
+    if library.compute is not None:
+        return to_numpy(*library.compute(*arrays))
+    return [np.asarray(library.on_host(array)) for array in arrays]
+
+
+def like(values: np.ndarray, array: Array) -> Array:
+    """Return real NumPy values as an array that can be used together with another."""
+    import numpy as np
+
+    library = library_of("input", array)
+    if library.compute is not None:  # NumPy arrays may stand beside lazy ones
+        return values
+    xp = library.namespace
+    if widest(xp, array)[1] == xp.float32:
+        values = values.astype(np.float32)
+    return xp.asarray(values, device=library.device(array))
 
 
 def arange(n: int, dtype: Any, like: Array) -> Array:

@@ -1,20 +1,18 @@
 """One fixture, ``lib``, runs a test on every array library; those not installed are skipped by name."""
 
-import importlib
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-LIBRARIES = {
-    "numpy": "numpy",
-    "torch": "array_api_compat.torch",
-    "dask": "array_api_compat.dask.array",
-    "jax": "jax.numpy",
-    "array_api_strict": "array_api_strict",
-    "cupy": "array_api_compat.cupy",
-}
+from mml_arrayapi.libraries import LIBRARIES, SUPPORTED
+
+# For the processes that tests start: they import what they run from "tests". At the end, so that an
+# installed package is tested where there is one, and else the checkout's.
+sys.path.append(str(Path(__file__).parent.parent))
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,11 @@ class Lib:
         return str(array.dtype).rpartition(".")[2]
 
 
-@pytest.fixture(params=LIBRARIES)
+@pytest.fixture(params=SUPPORTED)
 def lib(request):
     name = request.param
     try:
-        xp = importlib.import_module(LIBRARIES[name])
+        xp = LIBRARIES[name]().namespace
     except ImportError as error:
         pytest.skip(f"{name} is not installed: {error}")
     if name == "cupy" and not xp.cuda.is_available():

@@ -74,7 +74,7 @@ def test_demo_says_when_libraries_disagree(capsys):
 def test_demo_where_it_cannot_write(monkeypatch, tmp_path, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(demo, "STEPS", 1)
-    monkeypatch.setattr(demo, "LIBRARIES", demo.LIBRARIES[:1])
+    monkeypatch.setattr(demo, "SUPPORTED", demo.SUPPORTED[:1])
     (tmp_path / "file").write_text("")
     assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err

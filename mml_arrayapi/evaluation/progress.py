@@ -6,32 +6,33 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
-
-from mml_arrayapi.evaluation.errors import require
 
 
 @contextmanager
 def bar() -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar on the standard error stream, or in a notebook; in a pipe or a file, nothing.
+    """Show a bar on the standard error stream, or in a notebook; in a pipe or without rich, nothing.
 
     Yields
     ------
     callable or None
         To be called as ``progress(done, rows)``.
     """
-    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not seen or find_spec("rich") is None:
         yield None
         return
-    console = require("rich.console", "progress").Console(stderr=True)
-    rich = require("rich.progress", "progress")
+    import rich.progress
+    from rich.console import Console
+
     columns = (
-        rich.BarColumn(None),
-        rich.TaskProgressColumn(),
-        rich.TextColumn("{task.fields[rows]}", justify="right"),
-        rich.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        rich.progress.BarColumn(None),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TextColumn("{task.fields[rows]}", justify="right"),
+        rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    shown = rich.Progress(*columns, console=console, expand=True)
+    shown = rich.progress.Progress(*columns, console=Console(stderr=True), expand=True)
     with warnings.catch_warnings(), shown:
         warnings.simplefilter("ignore")  # in a notebook without ipywidgets
         task: Any = None

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi.evaluation.errors import InputError, require
-from mml_arrayapi.validation import check_parameters
+from mml_arrayapi.validation import check_ignore_index, check_parameters
 
 if TYPE_CHECKING:
     from mml_arrayapi.evaluation.figures import Evaluation
@@ -189,8 +189,6 @@ def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]
 def _check(
     p: float, margin: float, weight: Any, reduction: str, backend: str | None, ignore_index: Any
 ) -> Loss:
-    import operator
-
     import numpy as np
 
     from mml_arrayapi.evaluation.metrics import Loss
@@ -198,13 +196,7 @@ def _check(
     p, margin = check_parameters(reduction, p, margin)
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', but is 'none'")
-    if ignore_index is not None:
-        try:
-            ignore_index = None if isinstance(ignore_index, bool) else operator.index(ignore_index)
-        except TypeError:
-            ignore_index = None
-        if ignore_index is None:
-            raise TypeError("ignore_index must be an integer, or None")
+    ignore_index = check_ignore_index(ignore_index)
     return Loss(p, margin, None if weight is None else np.asarray(weight), backend, ignore_index)
 
 

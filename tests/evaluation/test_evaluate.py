@@ -119,7 +119,7 @@ def test_no_samples_and_one_class():
     assert (single.loss, single.accuracy, single.inside_margin) == (0, 1, 0)
 
 
-@pytest.mark.parametrize("backend", ["generic", "numpy-numba"])
+@pytest.mark.parametrize("backend", ["generic", "numpy-cpu"])
 def test_any_cut_gives_the_same_bits(arrays, backend):
     pytest.importorskip("numba")
     scores, target = arrays
@@ -519,8 +519,8 @@ def test_a_damaged_journal_is_refused(files, capsys):
         (("--weight", "1,1,1,1,1,2"), "was begun with weight None, but this run has"),
         (("--chunk-size", 61), "was begun with chunk size 60, but this run has 61"),
         (
-            ("--backend", "numpy-numba"),
-            "was begun with kernel generic, but this run has numpy-numba",
+            ("--backend", "numpy-cpu"),
+            "was begun with kernel generic, but this run has numpy-cpu",
         ),
     ],
 )
