@@ -125,11 +125,12 @@ def find(given: str) -> list[File]:
     InputError
         There is none.
     """
-    whole = _file(given, "", given)
+    name, item = given, ""
+    ends = [found.start() for found in re.finditer("#", given)]
+    if ends and not os.path.exists(given):  # names of files and of columns may have a # too
+        end = next((i for i in ends if os.path.exists(given[:i])), ends[-1])
+        name, item = given[:end], given[end + 1 :]
     try:
-        if "#" not in given or (whole.filesystem is None and os.path.exists(given)):
-            return _expand(whole)
-        name, _, item = given.rpartition("#")
         return _expand(_file(name, item, given))
     except InputError:
         raise
