@@ -93,17 +93,16 @@ def _numpy() -> Library:
 def _torch() -> Library:
     import array_api_compat.torch as xp
 
-    from mml_arrayapi.backends import torch_loaded  # noqa: F401
-    from mml_arrayapi.backends import torch_values as values
+    from mml_arrayapi.backends.pytorch import loaded, state  # noqa: F401
 
     return Library(
         "torch",
         xp,
-        values.sight,
-        values.on_host,
-        values.arange,
+        state.value_access,
+        state.on_host,
+        state.arange,
         device_of,
-        unusable=values.unusable,
+        unusable=state.unsupported_layout,
     )
 
 
@@ -117,9 +116,9 @@ def _dask() -> Library:
     import array_api_compat.dask.array as xp
     from dask import compute
 
-    from mml_arrayapi.backends.dask_values import settle
+    from mml_arrayapi.backends.dask.alignment import check_targets_lazily
 
-    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle, compute=compute)
+    return replace(_plain("dask", xp, lambda _: LAZY), settle=check_targets_lazily, compute=compute)
 
 
 def _jax() -> Library:

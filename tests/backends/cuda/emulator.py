@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mml_arrayapi.backends import cuda_launch
+from mml_arrayapi.backends.cuda import plan as cuda_plan
 
 HERE = Path(__file__).parent
 DTYPES = {64: np.float64, 32: np.float32, 16: np.float16, 17: ml_dtypes.bfloat16}
@@ -58,9 +58,9 @@ class Machine:
         self.library = ctypes.CDLL(str(library))
 
     def launch(
-        self, plan: cuda_launch.Plan, addresses: tuple[int, ...], backwards: bool = False
+        self, plan: cuda_plan.Plan, addresses: tuple[int, ...], backwards: bool = False
     ) -> None:
-        packed = cuda_launch.pack(addresses, plan)
+        packed = cuda_plan.pack(addresses, plan)
         for step in plan.launches:
             kernel = getattr(self.library, step.name)
             wrong = kernel(step.grid, step.block, step.shared, packed, int(backwards))
@@ -113,8 +113,8 @@ class Case:
 
 
 def cases(scalar: int) -> Iterator[Case]:
-    v = 16 // cuda_launch.ITEMSIZE[scalar]
-    wide = cuda_launch.WIDE_VECTORS * v
+    v = 16 // cuda_plan.ITEMSIZE[scalar]
+    wide = cuda_plan.WIDE_VECTORS * v
     for i, classes in enumerate((1, 2, 3, 10, 16, 31, 32, 33, 64, 100, 8 * v + 3)):
         rows = (300, 33, 5, 131)[i % 4]
         reduction = ("mean", "none", "sum")[i % 3]
@@ -253,13 +253,13 @@ def _check(
         weight[...] = random.standard_normal(classes)
 
     upstream, given, stride_of_it = _upstream(memory, random, case, dtype, real)
-    call = cuda_launch.Call(
+    call = cuda_plan.Call(
         scalar, rows, classes, stride, case.target_stride,
         np.dtype(case.target).itemsize * (1 if case.target.startswith("int") else -1),
         case.weight == "wide", stride_of_it, case.upstream == "wide", data.ctypes.data % 16 == 0,
         p, case.margin, case.reduction, 1,
     )  # fmt: skip
-    shape = cuda_launch.geometry(scalar, rows, classes, 1)
+    shape = cuda_plan.geometry(scalar, rows, classes, 1)
     if case.grid is not None:
         shape = shape._replace(grid=case.grid)
 
@@ -274,15 +274,15 @@ def _check(
     near_kink = 0.0 if case.exact or not rows else loose * float(np.max(np.abs(grads)))
     if weight is not None and case.reduction != "none":
         loose *= 100  # weights of both signs: terms cancel
-    first_bad = min((i for i, _ in case.bad), default=cuda_launch.FAR)
+    first_bad = min((i for i, _ in case.bad), default=cuda_plan.FAR)
 
     inputs = {"scores": data, "target": targets, "weight": weight, "upstream": given}
     operations = ["loss", "loss_grad", "grad"] + ["loss_mask"] * (p == 1)
     for operation in operations:
-        plan = cuda_launch.plan(call, operation, shape)
+        plan = cuda_plan.make_plan(call, operation, shape)
         loss = memory.array(rows if case.reduction == "none" else 1, dtype)
         grad = memory.array((rows, classes), dtype)
-        flag = memory.array(1, np.int64, cuda_launch.FAR)
+        flag = memory.array(1, np.int64, cuda_plan.FAR)
         buffers = {
             "loss" if case.reduction == "none" else "result": loss,
             "partials": memory.array(plan.partials, np.float64),
@@ -298,7 +298,7 @@ def _check(
             close("loss", loss, wanted, scalar, loose)
         assert int(flag[0]) == first_bad, f"flag is {flag[0]}, not {first_bad}"
         if operation == "loss_mask":
-            plan = cuda_launch.plan(call, "grad_mask", shape)
+            plan = cuda_plan.make_plan(call, "grad_mask", shape)
             kept = {name: buffers[name] for name in ("mask", "counts", "grad")}
             machine.launch(plan, _addresses(inputs | kept | {"scores": None}), backwards)
         if operation != "loss":
@@ -306,7 +306,7 @@ def _check(
 
 
 def _addresses(arrays: dict[str, np.ndarray | None]) -> tuple[int, ...]:
-    found = (arrays.get(name) for name in cuda_launch.ADDRESSES)
+    found = (arrays.get(name) for name in cuda_plan.ADDRESSES)
     return tuple(0 if a is None or not a.size else a.ctypes.data for a in found)
 
 

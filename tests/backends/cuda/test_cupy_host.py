@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mml_arrayapi import InvalidTargetError, formula
-from mml_arrayapi.backends import cuda_launch
+from mml_arrayapi.backends.cuda import plan as cuda_plan
 from mml_arrayapi.kernel import Problem
 
 
@@ -32,7 +32,7 @@ class FakeModule:
     """Stands for cupy.RawModule: launches go to the emulator."""
 
     def __init__(self, code, options):
-        assert code == cuda_launch.source()
+        assert code == cuda_plan.source()
         self.defined = dict(o.removeprefix("-D").split("=") for o in options if o.startswith("-D"))
         FakeModule.made.append(self.defined)
 
@@ -45,12 +45,12 @@ class FakeModule:
             assert {type(v) for v in values[:-5]} <= {int}
             assert [type(v) for v in values[-5:]] == [float, float, real, real, real]
             addresses, numbers = (
-                values[: len(cuda_launch.ADDRESSES)],
-                values[len(cuda_launch.ADDRESSES) :],
+                values[: len(cuda_plan.ADDRESSES)],
+                values[len(cuda_plan.ADDRESSES) :],
             )
-            step = cuda_launch.Launch(name, grid[0], block[0], shared_mem)
-            packed = cuda_launch.PACKED_NUMBERS[scalar].pack(*numbers)
-            plan = cuda_launch.Plan(scalar, power, "", (step,), numbers, packed, 0, (0, 0), 0)
+            step = cuda_plan.Launch(name, grid[0], block[0], shared_mem)
+            packed = cuda_plan.PACKED_NUMBERS[scalar].pack(*numbers)
+            plan = cuda_plan.Plan(scalar, power, "", (step,), numbers, packed, 0, (0, 0), 0)
             FakeModule.launched.append(name)
             FakeModule.machine(scalar, power).launch(plan, addresses)
 
@@ -59,7 +59,7 @@ class FakeModule:
 
 @pytest.fixture
 def cupy_cuda(monkeypatch, builds):
-    from tests.gpu import emulator
+    from tests.backends.cuda import emulator
 
     cupy = types.ModuleType("cupy")
     cupy.ndarray = FakeArray
@@ -72,7 +72,7 @@ def cupy_cuda(monkeypatch, builds):
     device = types.SimpleNamespace(attributes={"MultiProcessorCount": 2})
     cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=lambda _: device)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    name = "mml_arrayapi.backends.cupy_cuda"
+    name = "mml_arrayapi.backends.cuda.cupy"
     monkeypatch.delitem(sys.modules, name, raising=False)
     FakeModule.made, FakeModule.launched = [], []
     FakeModule.machine = staticmethod(lambda *variant: emulator.Machine(builds(variant)))
@@ -165,5 +165,5 @@ def test_refusals(cupy_cuda, problem):
 
 def test_the_file_imports_with_cupy_itself():
     pytest.importorskip("cupy", reason="CuPy is not installed")
-    kernel = importlib.import_module("mml_arrayapi.backends.cupy_cuda").KERNEL
+    kernel = importlib.import_module("mml_arrayapi.backends.cuda.cupy").KERNEL
     assert (kernel.name, kernel.library) == ("cupy-cuda", "cupy")

@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from mml_arrayapi.backends import cuda_launch
-from mml_arrayapi.backends.cuda_launch import ADDRESSES, NUMBERS, Call, geometry, pack, plan
+from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.backends.cuda.plan import ADDRESSES, NUMBERS, Call, geometry, make_plan, pack
 
 
 def call(scalar=32, rows=100, classes=10, **changes):
@@ -26,26 +26,26 @@ def names(planned):
 
 
 def test_fields_are_those_of_the_source():
-    text = cuda_launch.source()
+    text = cuda_plan.source()
     listed = text[text.index("#define FIELDS") : text.index("// and, after the last comma")]
     found = re.findall(r"F\([^,]+, (\w+)\)", listed)
     assert (*found, "grad_factor") == (*ADDRESSES, *NUMBERS)
 
 
 def test_constants_are_those_of_the_source():
-    constants = dict(re.findall(r"(\w+) = ([\w /()*]+),", cuda_launch.source()))
-    assert int(constants["BLOCK"]) == cuda_launch.BLOCK
-    assert int(constants["TILE_BLOCK"]) == cuda_launch.TILE_BLOCK
-    assert int(constants["SCRATCH"]) * 8 == cuda_launch.SCRATCH
+    constants = dict(re.findall(r"(\w+) = ([\w /()*]+),", cuda_plan.source()))
+    assert int(constants["BLOCK"]) == cuda_plan.BLOCK
+    assert int(constants["TILE_BLOCK"]) == cuda_plan.TILE_BLOCK
+    assert int(constants["SCRATCH"]) * 8 == cuda_plan.SCRATCH
     assert constants["UNIT"] == "8"
 
 
 @pytest.mark.parametrize("scalar", [64, 32, 16, 17])
 def test_arguments_are_packed_in_order_in_8_bytes_each(scalar):
     c = call(scalar, rows=7, classes=100, p=3.0, margin=0.25, target_kind=-4, weight_wide=True)
-    packed = pack(tuple(range(16, 16 + len(ADDRESSES))), plan(c, "loss_grad"))
+    packed = pack(tuple(range(16, 16 + len(ADDRESSES))), make_plan(c, "loss_grad"))
     fields = (*ADDRESSES, *NUMBERS)
-    assert len(packed) == 8 * len(fields) == 8 * cuda_launch.FIELDS
+    assert len(packed) == 8 * len(fields) == 8 * cuda_plan.FIELDS
 
     def get(name, kind="<q"):
         return struct.unpack_from(kind, packed, 8 * fields.index(name))[0]
@@ -101,28 +101,28 @@ def test_shared_memory_stays_within_what_every_device_gives():
 
 
 def test_tiny_problems_take_one_launch_and_others_a_second_for_the_sum():
-    tiny = plan(call(rows=160, classes=100), "loss")
+    tiny = make_plan(call(rows=160, classes=100), "loss")
     assert (names(tiny), tiny.partials) == (["rows_loss"], 0)
-    larger = plan(call(rows=170, classes=100), "loss_mask")
+    larger = make_plan(call(rows=170, classes=100), "loss_mask")
     assert names(larger) == ["rows_loss_mask", "finish"]
     assert larger.partials == larger.launches[0].grid == larger.numbers[NUMBERS.index("blocks")]
-    each = plan(call(rows=170, classes=100, reduction="none"), "loss")
+    each = make_plan(call(rows=170, classes=100, reduction="none"), "loss")
     assert (names(each), each.partials) == (["rows_loss"], 0)
     for operation, kernel in (("grad", "rows_loss_grad"), ("grad_mask", "rows_grad_mask")):
-        alone = plan(call(rows=170, classes=100), operation)
+        alone = make_plan(call(rows=170, classes=100), operation)
         assert (names(alone), alone.partials) == ([kernel], 0)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_an_empty_batch_launches_the_sum_alone(reduction):
     empty = call(rows=0, reduction=reduction)
-    assert names(plan(empty, "loss")) == ([] if reduction == "none" else ["finish"])
-    assert names(plan(empty, "grad")) == []
+    assert names(make_plan(empty, "loss")) == ([] if reduction == "none" else ["finish"])
+    assert names(make_plan(empty, "grad")) == []
 
 
 def test_accesses_of_16_bytes_only_where_scores_lie_like_the_gradient():
     def vector(**changes):
-        return plan(call(**changes), "loss_grad").numbers[NUMBERS.index("vector")]
+        return make_plan(call(**changes), "loss_grad").numbers[NUMBERS.index("vector")]
 
     assert vector(classes=1001)
     assert not vector(classes=1001, aligned=False)
@@ -133,9 +133,9 @@ def test_accesses_of_16_bytes_only_where_scores_lie_like_the_gradient():
 
 
 def test_power_kinds_and_operations():
-    assert [cuda_launch.power_kind(p) for p in (1, 1.0, 2.0, 1.5, 3.0)] == [1, 1, 2, 0, 0]
-    assert "grad_mask" in cuda_launch.operations(1)
-    assert "grad_mask" not in cuda_launch.operations(2)
+    assert [cuda_plan.power_kind(p) for p in (1, 1.0, 2.0, 1.5, 3.0)] == [1, 1, 2, 0, 0]
+    assert "grad_mask" in cuda_plan.operations(1)
+    assert "grad_mask" not in cuda_plan.operations(2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Recorder:
 
     def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         assert self.contexts.current
-        addresses = (ctypes.c_void_p * cuda_launch.FIELDS).from_address(parameters)
+        addresses = (ctypes.c_void_p * cuda_plan.FIELDS).from_address(parameters)
         packed = b"".join(ctypes.string_at(address, 8) for address in addresses)
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
         self.launched.append((function, gx, bx, shared, stream, packed))
@@ -180,7 +180,7 @@ class Recorder:
 
 @pytest.fixture
 def driver(monkeypatch):
-    cuda_driver = pytest.importorskip("mml_arrayapi.backends.cuda_driver")
+    cuda_driver = pytest.importorskip("mml_arrayapi.backends.cuda.driver")
     recorder = Recorder()
     monkeypatch.setattr(cuda_driver, "driver", recorder)
     monkeypatch.setattr(cuda_driver, "_functions", {})
@@ -193,7 +193,7 @@ def driver(monkeypatch):
 
 
 def test_a_launch_reaches_the_driver_with_its_arguments_and_stream(driver):
-    planned = plan(call(rows=1000, classes=100), "loss")
+    planned = make_plan(call(rows=1000, classes=100), "loss")
     driver.launch(planned)
     driver.launch(planned, addresses=tuple(range(50, 61)))
     first, second, third, _ = driver.launched
@@ -204,19 +204,19 @@ def test_a_launch_reaches_the_driver_with_its_arguments_and_stream(driver):
 
 
 def test_a_module_is_loaded_once_per_device_and_variant(driver):
-    planned = plan(call(rows=1000, classes=100), "loss")
+    planned = make_plan(call(rows=1000, classes=100), "loss")
     for device in (0, 1, 0, 1):
         driver.launch(planned, device=device)
     assert driver.loaded == [(32, 1, "rows", "sm_90"), (32, 1, "rows", "sm_91")]
     assert [launched[0][0] for launched in driver.launched] == [1, 1, 2, 2, 1, 1, 2, 2]
-    other = plan(call(rows=1000, classes=100, p=2.0), "loss")
+    other = make_plan(call(rows=1000, classes=100, p=2.0), "loss")
     driver.launch(other)
     driver.launch(other)
     assert driver.loaded[2:] == [(32, 2, "rows", "sm_90")]
 
 
 def test_a_new_thread_gets_the_devices_context(driver):
-    planned = plan(call(rows=10, classes=100), "loss")
+    planned = make_plan(call(rows=10, classes=100), "loss")
     seen = []
 
     def work():
@@ -238,11 +238,11 @@ def test_a_new_thread_gets_the_devices_context(driver):
 def test_what_the_driver_reports_is_raised(driver):
     driver.status = 700
     with pytest.raises(RuntimeError, match="CUDA: 700"):
-        driver.launch(plan(call(rows=1000, classes=100), "loss"))
+        driver.launch(make_plan(call(rows=1000, classes=100), "loss"))
 
 
 def test_an_error_of_the_compiler_is_raised_with_its_log():
-    cuda_driver = pytest.importorskip("mml_arrayapi.backends.cuda_driver")
+    cuda_driver = pytest.importorskip("mml_arrayapi.backends.cuda.driver")
     with pytest.raises(RuntimeError) as caught:
         cuda_driver.compile_variant(32, 1, "rows", "sm_90", ("-Dunpack=(",))
     if not str(caught.value).startswith("NVRTC"):
@@ -280,5 +280,5 @@ def problem(**changes):
     ],
 )
 def test_refusals(changes, reason):
-    answer = cuda_launch.refusal(problem(**changes))
+    answer = cuda_plan.refusal(problem(**changes))
     assert answer is None if reason is None else answer.startswith(reason)

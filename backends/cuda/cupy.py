@@ -8,7 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from mml_arrayapi.backends import cuda_launch
+from mml_arrayapi.backends.cuda import plan as cuda_plan
 from mml_arrayapi.kernel import Array, Kernel, Problem
 from mml_arrayapi.validation import raise_invalid_target
 
@@ -21,7 +21,7 @@ def refuses(problem: Problem) -> str | None:
             return f"{name} is a {type(array).__name__}, not a cupy.ndarray"
     if cupy.cuda.runtime.is_hip:
         return "this CuPy is built for ROCm, the kernels are for CUDA"
-    return cuda_launch.refusal(problem)
+    return cuda_plan.refusal(problem)
 
 
 def loss(problem: Problem) -> Array:
@@ -50,8 +50,8 @@ def _run(problem: Problem, operation: str, upstream: Array | None, grad: Array |
         weight = cupy.ascontiguousarray(_readable(weight, x.dtype, real))
     if upstream is not None:
         upstream = _readable(upstream, x.dtype, real).reshape(-1)
-    call = cuda_launch.Call(
-        cuda_launch.SCALARS[x.dtype.name],
+    call = cuda_plan.Call(
+        cuda_plan.SCALARS[x.dtype.name],
         rows,
         classes,
         x.strides[0] // x.itemsize if rows > 1 else classes,
@@ -66,16 +66,16 @@ def _run(problem: Problem, operation: str, upstream: Array | None, grad: Array |
         problem.reduction,
         _multiprocessors(cupy.cuda.runtime.getDevice()),
     )
-    plan = cuda_launch.plan(call, operation)
+    plan = cuda_plan.make_plan(call, operation)
     loss = cupy.empty(problem.target.shape if each else (), x.dtype)
     arrays = {"scores": x, "target": target, "weight": weight, "upstream": upstream, "grad": grad}
     arrays["loss" if each else "result"] = loss
     if plan.partials:
         arrays["partials"] = cupy.empty(plan.partials, np.float64)
     if problem.check_target == "raise":
-        arrays["flag"] = cupy.full((), cuda_launch.FAR, np.int64)
-    _launch(plan, tuple(_address(arrays.get(name)) for name in cuda_launch.ADDRESSES))
-    if "flag" in arrays and int(arrays["flag"]) != cuda_launch.FAR:
+        arrays["flag"] = cupy.full((), cuda_plan.FAR, np.int64)
+    _launch(plan, tuple(_address(arrays.get(name)) for name in cuda_plan.ADDRESSES))
+    if "flag" in arrays and int(arrays["flag"]) != cuda_plan.FAR:
         raise_invalid_target(cupy.asnumpy(problem.target), classes)
     return loss
 
@@ -89,7 +89,7 @@ def _address(array: Array | None) -> int:
     return int(array.data.ptr) if array is not None and array.size else 0
 
 
-def _launch(plan: cuda_launch.Plan, addresses: tuple[int, ...]) -> None:
+def _launch(plan: cuda_plan.Plan, addresses: tuple[int, ...]) -> None:
     """Launch on CuPy's current stream; CuPy keeps what it compiled, on disk too."""
     module = _module(plan.scalar, plan.power, plan.kernels)
     real = np.float64 if plan.scalar == 64 else np.float32
@@ -102,8 +102,8 @@ def _launch(plan: cuda_launch.Plan, addresses: tuple[int, ...]) -> None:
 
 @cache
 def _module(scalar: int, power: int, kernels: str) -> Any:
-    options = ("--std=c++17", *cuda_launch.defines(scalar, power, kernels))
-    return cupy.RawModule(code=cuda_launch.source(), options=options)
+    options = ("--std=c++17", *cuda_plan.defines(scalar, power, kernels))
+    return cupy.RawModule(code=cuda_plan.source(), options=options)
 
 
 @cache

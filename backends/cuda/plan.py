@@ -7,15 +7,13 @@ The kernels are those of ``margin_loss.cu``.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from functools import cache, lru_cache
-from pathlib import Path
+from importlib.resources import files
 from typing import NamedTuple
 
 from mml_arrayapi.kernel import Problem
 
-SOURCE = Path(__file__).with_name("margin_loss.cu")
 SCALARS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 17}
 ITEMSIZE = {64: 8, 32: 4, 16: 2, 17: 2}
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -149,13 +147,7 @@ def operations(power: int) -> tuple[str, ...]:
 @cache
 def source() -> str:
     """Return the kernels' source text."""
-    return SOURCE.read_text(encoding="utf-8")
-
-
-@cache
-def fingerprint() -> str:
-    """Return a name for this version of the source."""
-    return hashlib.sha256(source().encode()).hexdigest()[:16]
+    return files(__package__).joinpath("margin_loss.cu").read_text(encoding="utf-8")
 
 
 def refusal(problem: Problem) -> str | None:
@@ -255,7 +247,7 @@ def _grid(rows: int, per_block: int, elements: int, multiprocessors: int) -> int
 
 
 @lru_cache(1024)
-def plan(call: Call, operation: str, shape: Geometry | None = None) -> Plan:
+def make_plan(call: Call, operation: str, shape: Geometry | None = None) -> Plan:
     """Say what to launch. Kept for calls that come again: it takes longer than a small loss.
 
     Parameters

@@ -9,7 +9,7 @@ from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
-from mml_arrayapi.backends import cuda_launch
+from mml_arrayapi.backends.cuda import plan as cuda_plan
 
 _functions: dict[tuple[int, int, int, str], dict[str, Any]] = {}  # by device and variant
 _lock = threading.Lock()
@@ -23,7 +23,7 @@ def compile_variant(
     Parameters
     ----------
     scalar, power, kernels
-        As in :func:`mml_arrayapi.backends.cuda_launch.defines`.
+        As in :func:`mml_arrayapi.backends.cuda.plan.defines`.
     architecture : str
         Such as ``"sm_90"``: given explicitly, since NVRTC's own default is older than the device.
     more : tuple of str
@@ -40,9 +40,9 @@ def compile_variant(
         With the compiler's log.
     """
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *more]
-    options += cuda_launch.defines(scalar, power, kernels)
+    options += cuda_plan.defines(scalar, power, kernels)
     encoded = [option.encode() for option in options]
-    source = cuda_launch.source().encode()
+    source = cuda_plan.source().encode()
     program = _done(nvrtc.nvrtcCreateProgram(source, b"margin_loss.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
@@ -61,10 +61,10 @@ class _Block(threading.local):
     """A thread's memory for the arguments of a launch; the driver has copied it on return."""
 
     def __init__(self) -> None:
-        size = 8 * cuda_launch.FIELDS
+        size = 8 * cuda_plan.FIELDS
         memory = ctypes.create_string_buffer(size)
         first = ctypes.addressof(memory)
-        self.pointers = (ctypes.c_void_p * cuda_launch.FIELDS)(*range(first, first + size, 8))
+        self.pointers = (ctypes.c_void_p * cuda_plan.FIELDS)(*range(first, first + size, 8))
         self.parts = memoryview(memory).cast("B"), ctypes.addressof(self.pointers), False
 
 
@@ -72,7 +72,7 @@ _block = _Block()
 
 
 def launch(
-    plan: cuda_launch.Plan,
+    plan: cuda_plan.Plan,
     addresses: tuple[int, ...],
     device: int,
     stream: int,
@@ -86,9 +86,9 @@ def launch(
     Parameters
     ----------
     plan : Plan
-        What :func:`mml_arrayapi.backends.cuda_launch.plan` says.
+        What :func:`mml_arrayapi.backends.cuda.plan.plan` says.
     addresses : tuple of int
-        As in :data:`mml_arrayapi.backends.cuda_launch.ADDRESSES`.
+        As in :data:`mml_arrayapi.backends.cuda.plan.ADDRESSES`.
     device : int
         The device's number.
     stream : int
@@ -108,7 +108,7 @@ def launch(
     functions = _functions.get(variant)
     if functions is None:
         functions = _load(variant, architecture(device))
-    cuda_launch.pack_into(memory, addresses, plan)
+    cuda_plan.pack_into(memory, addresses, plan)
     for step in plan.launches:
         answer = driver.cuLaunchKernel(
             functions[step.name], step.grid, 1, 1, step.block, 1, 1, step.shared, stream,
@@ -136,7 +136,7 @@ def _load(variant: tuple[int, int, int, str], architecture: str) -> dict[str, An
             module = _done(
                 driver.cuModuleLoadData(compile_variant(scalar, power, kernels, architecture))
             )
-            names = [f"{kernels}_{operation}" for operation in cuda_launch.operations(power)]
+            names = [f"{kernels}_{operation}" for operation in cuda_plan.operations(power)]
             _functions[variant] = {
                 name: _done(driver.cuModuleGetFunction(module, name.encode()))
                 for name in (*names, "finish")

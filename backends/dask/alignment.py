@@ -1,4 +1,4 @@
-"""Dask: arrays put into matching chunks, and checks that run when a chunk is there.
+"""Dask: arguments brought into matching chunks, and checks that run when a chunk is there.
 
 Whatever computes the loss of Dask arrays takes its arguments through here. The scores are never
 rechunked. The targets follow the scores' chunks; the weights come whole to every task (taking them
@@ -13,13 +13,16 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
-from dask.layers import ArrayValuesDep
+from dask.layers import ArraySliceDep
 
 from mml_arrayapi.kernel import Problem
+from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import InvalidTargetError, raise_invalid_target
 
+Array = Any
 
-def settle(problem: Problem) -> Problem:
+
+def check_targets_lazily(problem: Problem) -> Problem:
     """Prepare the arguments for the generic implementation.
 
     Parameters
@@ -33,9 +36,9 @@ def settle(problem: Problem) -> Problem:
         With Dask arrays only, in matching chunks. Targets out of range raise when computed, if
         ``check_target`` says so. Nothing is computed.
     """
-    target = aligned(problem, problem.target)
+    target = match_rows(problem, problem.target)
     if problem.check_target == "raise" or unknown(problem.input) or unknown(target):
-        rows = rows_of(problem)
+        rows = batch_axes(problem)
         target = da.blockwise(
             partial(_checked, axis=problem.axis, check=problem.check_target),
             rows,
@@ -43,28 +46,28 @@ def settle(problem: Problem) -> Problem:
             rows,
             problem.input,
             range(problem.input.ndim),
-            starts(target),
+            slices(target),
             rows,
-            concatenate=False,
+            token="multi_margin_loss-targets",
             align_arrays=False,
             dtype=target.dtype,
             meta=target._meta,
         )
-    weight = None if problem.weight is None else whole(problem.weight)
+    weight = None if problem.weight is None else in_one_chunk(problem.weight)
     return problem._replace(target=target, weight=weight)
 
 
-def rows_of(problem: Problem) -> tuple[int, ...]:
+def batch_axes(problem: Problem) -> tuple[int, ...]:
     """Return the axes of ``input`` that are the batch's, as indices for blockwise."""
     return tuple(i for i in range(problem.input.ndim) if i != problem.axis)
 
 
 def unknown(array: da.Array) -> bool:
     """Tell whether the size of a chunk is not known yet."""
-    return any(math.isnan(n) for chunks in array.chunks for n in chunks)
+    return any(math.isnan(n) for n in array.shape)
 
 
-def aligned(problem: Problem, array: Any) -> da.Array:
+def match_rows(problem: Problem, array: Any) -> da.Array:
     """Bring an array of the batch's shape into the chunks of the scores' rows.
 
     Parameters
@@ -83,7 +86,7 @@ def aligned(problem: Problem, array: Any) -> da.Array:
     ValueError
         Sizes of chunks are unknown, so that the chunks can't be matched.
     """
-    rows = tuple(problem.input.chunks[i] for i in rows_of(problem))
+    rows = tuple(problem.input.chunks[i] for i in batch_axes(problem))
     known = not any(math.isnan(n) for chunks in rows for n in chunks)
     if isinstance(array, np.ndarray):
         if not known and math.prod(map(len, rows)) > 1:
@@ -106,19 +109,38 @@ def aligned(problem: Problem, array: Any) -> da.Array:
     return array
 
 
-def whole(weight: Any) -> da.Array:
+def in_one_chunk(weight: Any) -> da.Array:
     """Return the weights as a Dask array of one chunk."""
     if isinstance(weight, np.ndarray):
         return da.from_array(weight, chunks=-1)
     return weight.rechunk(-1)
 
 
-def starts(array: da.Array) -> ArrayValuesDep:
-    """Return what tells each block of a blockwise operation where it begins in the whole array."""
-    offsets = [np.cumsum((0, *chunks))[:-1].tolist() for chunks in array.chunks]
-    blocks = np.ndindex(*array.numblocks)
-    values = {b: tuple(o[i] for o, i in zip(offsets, b, strict=True)) for b in blocks}
-    return ArrayValuesDep(array.chunks, values)
+def once(array: da.Array) -> da.Array:
+    """Make what leads to an array of one chunk run once, not in every task that takes the chunk.
+
+    Blockwise layers whose ``concatenate`` differs are not fused.
+    """
+    axes = tuple(range(array.ndim))
+    return da.blockwise(
+        _same,
+        axes,
+        array,
+        axes,
+        token="multi_margin_loss-once",
+        concatenate=False,
+        dtype=array.dtype,
+        meta=array._meta,
+    )
+
+
+def _same(block: Array) -> Array:
+    return block
+
+
+def slices(array: da.Array) -> ArraySliceDep:
+    """Return what tells each block of a blockwise operation its place in the whole array."""
+    return ArraySliceDep(array.chunks)
 
 
 def check_length(batch: tuple[int, ...], target: Any) -> None:
@@ -143,15 +165,15 @@ def check_length(batch: tuple[int, ...], target: Any) -> None:
         )
 
 
-def check_targets(target: Any, start: tuple[float, ...], n_classes: int, check: str) -> None:
+def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: str) -> None:
     """Check the targets of a chunk, if that is asked for.
 
     Parameters
     ----------
     target : array
         The chunk of targets.
-    start : tuple of float
-        Where it begins in the whole array; NaN where that is unknown.
+    place : tuple of slice
+        Where it lies in the whole array; NaN where that is unknown.
     n_classes : int
         The number of classes.
     check : {"raise", "nan"}
@@ -168,14 +190,16 @@ def check_targets(target: Any, start: tuple[float, ...], n_classes: int, check: 
     try:
         raise_invalid_target(target, n_classes)
     except InvalidTargetError as error:
-        offsets = (0 if math.isnan(n) else int(n) for n in start)
-        position = tuple(a + b for a, b in zip(offsets, error.position, strict=True))
+        starts = (0 if math.isnan(part.start) else int(part.start) for part in place)
+        position = tuple(a + b for a, b in zip(starts, error.position, strict=True))
         raise InvalidTargetError(position, error.value, n_classes) from None
 
 
-def _checked(target: Any, scores: Any, start: Any, *, axis: int, check: str) -> Any:
+def _checked(
+    target: Any, scores: Any, place: tuple[slice, ...], *, axis: int, check: str
+) -> Any:
     blocks = scores if isinstance(scores, list) else [scores]
     shape = blocks[0].shape
     check_length(shape[:axis] + shape[axis + 1 :], target)
-    check_targets(target, start, sum(block.shape[axis] for block in blocks), check)
+    check_targets(target, place, sum(block.shape[axis] for block in blocks), check)
     return target

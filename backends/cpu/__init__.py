@@ -1,0 +1,74 @@
+"""The CPU kernels: which build of them this machine runs, or why there is none.
+
+The kernels are compiled when the package is installed, on x86-64 twice: ``_baseline`` runs on every
+processor, ``_x86_64_v3`` on those with AVX2. The best one that the processor can run is taken, or
+the one that the environment variable ``MML_ARRAYAPI_CPU_KERNELS`` names (``baseline``,
+``x86_64_v3``).
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = "MML_ARRAYAPI_CPU_KERNELS"
+BUILDS = ("baseline", "x86_64_v3")
+
+_HERE = Path(__file__).parent
+_SOURCES = ("dlpack.h", "margin_loss.cpp", "margin_loss.h", "module.cpp")
+
+
+def _load() -> tuple[Any, str | None]:
+    """Return the extension module, or None with the reason."""
+    asked = os.environ.get(ENVIRONMENT)
+    if asked and asked not in BUILDS:
+        return None, f"{ENVIRONMENT} must be one of {', '.join(BUILDS)}, but is {asked!r}"
+    try:
+        module = import_module(f"{__name__}._baseline")
+        best = asked or module.best_build()
+        if best != "baseline":
+            if not module.supports(best):
+                return None, f"{ENVIRONMENT} is {best!r}, which this processor cannot run"
+            module = import_module(f"{__name__}._{best}")
+    except ImportError as error:
+        return None, _why_missing(error)
+    stale = _stale(module)
+    return (None, stale) if stale else (module, None)
+
+
+def _why_missing(error: ImportError) -> str:
+    if (_HERE / "margin_loss.cpp").exists():
+        return (
+            f"the kernels of this checkout are not built ({error}): run `pip install -e .` in it, "
+            "which needs gcc or clang"
+        )
+    return (
+        f"this installation has no compiled kernels ({error}): it was made without gcc or clang; "
+        "install one of them, then reinstall with `pip install --no-binary mml_arrayapi`"
+    )
+
+
+def _stale(module: Any) -> str | None:
+    """Tell that a checkout's library was built from other sources than stand beside it."""
+    if not (_HERE / "margin_loss.cpp").exists():
+        return None
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((_HERE / name).read_bytes().replace(b"\r\n", b"\n"))
+    if digest.hexdigest() == module.source_hash():
+        return None
+    return (
+        "the kernels of this checkout were built from other sources: run `pip install -e .` again"
+    )
+
+
+native, _reason = _load()
+
+
+def reason() -> str | None:
+    """Tell why there are no CPU kernels; None where there are."""
+    return _reason

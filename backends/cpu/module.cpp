@@ -1,0 +1,687 @@
+// The door to Python: reads arrays and options, runs the kernels, makes the results.
+//
+// Nothing is taken on trust: each array is read anew in every call, and a call that is not plainly
+// right gets None, so that Python can find the words for the error or another kernel.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "dlpack.h"
+#include "margin_loss.h"
+
+using namespace mml;
+
+namespace {
+
+// Arrays of one library: how they are read, and how new ones are made.
+struct Family {
+    const DLPackExchangeAPI *exchange = nullptr;  // reads and makes tensors
+    PyObject *capsule = nullptr;                  // callable: a tensor's DLPack capsule
+    PyObject *empty = nullptr;                    // callable: shape, dtype
+    PyObject *scalars[3] = {};                    // types of a float64, float32, float16 scalar
+};
+struct Accepted {
+    PyTypeObject *type;
+    const Family *family;
+};
+std::vector<Accepted> accepted;  // written when a library's module is imported, never shortened
+
+const Family *family_of(PyObject *x) {
+    for (const Accepted &entry : accepted)
+        if (Py_TYPE(x) == entry.type) return entry.family;
+    return nullptr;
+}
+
+// An owned reference.
+struct Object {
+    PyObject *p;
+    explicit Object(PyObject *p = nullptr) : p(p) {}
+    Object(const Object &) = delete;
+    Object &operator=(const Object &) = delete;
+    ~Object() { Py_XDECREF(p); }
+    void set(PyObject *other) {
+        PyObject *before = p;
+        p = other;
+        Py_XDECREF(before);
+    }
+    PyObject *release() {
+        PyObject *result = p;
+        p = nullptr;
+        return result;
+    }
+};
+
+// The memory behind an array, for as long as this lives. Strides are in bytes.
+class Array {
+  public:
+    char *data = nullptr;
+    Type type = Type::none;
+    bool writable = false;
+    int ndim = 0;
+    int64_t shape[MAX_DIMS], strides[MAX_DIMS];
+
+    Array() = default;
+    Array(const Array &) = delete;
+    Array &operator=(const Array &) = delete;
+    ~Array() {
+        if (has_view) PyBuffer_Release(&view);
+    }
+
+    // False where x can't be served; no Python error is left.
+    bool read(PyObject *x, const Family *family) {
+        if (family_of(x) != family) return false;
+        bool done = family->exchange  ? read_exchange(x, *family)
+                    : family->capsule ? read_capsule(x, *family)
+                                      : read_buffer(x);
+        if (!done) PyErr_Clear();
+        return done && type != Type::none && (data || size() == 0);
+    }
+    int64_t size() const {
+        int64_t n = 1;
+        for (int d = 0; d < ndim; d++) n *= shape[d];
+        return n;
+    }
+    bool is_float() const { return type <= Type::bf16; }
+    bool is_integer() const { return type > Type::bf16 && type < Type::none; }
+
+  private:
+    Py_buffer view;
+    bool has_view = false;
+    Object owner;
+
+    bool read_buffer(PyObject *x) {
+        if (PyObject_GetBuffer(x, &view, PyBUF_FULL_RO)) {
+            PyErr_Clear();
+            return read_bfloat(x);
+        }
+        has_view = true;
+        type = type_of_format(view.format, view.itemsize);
+        return take_view();
+    }
+    // NumPy exports no bfloat16; its bits it does.
+    bool read_bfloat(PyObject *x) {
+        Object dtype(PyObject_GetAttrString(x, "dtype"));
+        if (!dtype.p) return false;
+        Object name(PyObject_GetAttrString(dtype.p, "name"));
+        if (!name.p || !PyUnicode_Check(name.p) || PyUnicode_CompareWithASCIIString(name.p, "bfloat16"))
+            return false;
+        owner.set(PyObject_CallMethod(x, "view", "s", "uint16"));
+        if (!owner.p || PyObject_GetBuffer(owner.p, &view, PyBUF_FULL_RO)) return false;
+        has_view = true;
+        if (type_of_format(view.format, view.itemsize) == Type::u16) type = Type::bf16;
+        return take_view();
+    }
+    bool take_view() {
+        if (view.ndim > MAX_DIMS || view.suboffsets) return false;
+        data = static_cast<char *>(view.buf);
+        writable = !view.readonly;
+        ndim = view.ndim;
+        for (int d = 0; d < ndim; d++) shape[d] = view.shape[d], strides[d] = view.strides[d];
+        return true;
+    }
+    static Type type_of_format(const char *format, Py_ssize_t size) {
+        if (!format) return Type::none;
+        const uint16_t one = 1;
+        bool little = *reinterpret_cast<const char *>(&one) == 1;
+        if (*format == '@' || *format == '=' || *format == '^' || *format == (little ? '<' : '>'))
+            format++;
+        if (!*format || format[1]) return Type::none;
+        int log = size == 1 ? 0 : size == 2 ? 1 : size == 4 ? 2 : size == 8 ? 3 : 4;
+        if (log == 4) return Type::none;
+        if (std::strchr("bhilq", *format)) return Type(int(Type::i8) + log);
+        if (std::strchr("BHILQ", *format)) return Type(int(Type::u8) + log);
+        if (*format == 'd' && log == 3) return Type::f64;
+        if (*format == 'f' && log == 2) return Type::f32;
+        if (*format == 'e' && log == 1) return Type::f16;
+        return Type::none;
+    }
+
+    bool read_exchange(PyObject *x, const Family &family) {
+        DLTensor tensor;
+        if (family.exchange->dltensor_from_py_object_no_sync(x, &tensor)) return false;
+        return take_tensor(tensor);
+    }
+    bool read_capsule(PyObject *x, const Family &family) {
+        owner.set(PyObject_CallFunctionObjArgs(family.capsule, x, nullptr));
+        if (!owner.p) return false;
+        void *managed = PyCapsule_GetPointer(owner.p, "dltensor");
+        return managed && take_tensor(*static_cast<DLTensor *>(managed));
+    }
+    bool take_tensor(const DLTensor &t) {
+        if (t.device.device_type != kDLCPU || t.dtype.lanes != 1 || t.ndim > MAX_DIMS) return false;
+        if (t.ndim && !t.strides) return false;
+        type = type_of_code(t.dtype.code, t.dtype.bits);
+        if (type == Type::none) return false;
+        data = static_cast<char *>(t.data);
+        if (data) data += t.byte_offset;
+        writable = true;
+        ndim = t.ndim;
+        for (int d = 0; d < ndim; d++) shape[d] = t.shape[d], strides[d] = t.strides[d] * size_of(type);
+        return true;
+    }
+    static Type type_of_code(int code, int bits) {
+        int log = bits == 8 ? 0 : bits == 16 ? 1 : bits == 32 ? 2 : bits == 64 ? 3 : 4;
+        if (log == 4) return Type::none;
+        if (code == kDLInt) return Type(int(Type::i8) + log);
+        if (code == kDLUInt) return Type(int(Type::u8) + log);
+        if (code == kDLBfloat && log == 1) return Type::bf16;
+        if (code != kDLFloat || !log) return Type::none;
+        return log == 3 ? Type::f64 : log == 2 ? Type::f32 : Type::f16;
+    }
+};
+
+enum class Reduction { none, mean, sum };
+
+struct Options {
+    double p, margin;
+    Reduction reduction;
+    bool ignores = false, ignore_is_large = false, stop_at_bad_target;
+    int64_t ignore = 0, axis;
+};
+
+bool is_string(PyObject *x, const char *text) {
+    return PyUnicode_CompareWithASCIIString(x, text) == 0;
+}
+bool read_real(PyObject *x, double &value) {
+    if (PyFloat_CheckExact(x)) {
+        value = PyFloat_AsDouble(x);
+    } else if (PyLong_CheckExact(x)) {
+        value = PyLong_AsDouble(x);
+        if (value == -1 && PyErr_Occurred()) return PyErr_Clear(), false;
+    } else {
+        return false;
+    }
+    return std::isfinite(value);
+}
+bool read_ignore(PyObject *x, Options &options) {
+    if (x == Py_None) return true;
+    if (!PyLong_CheckExact(x)) return false;
+    int overflow;
+    options.ignore = PyLong_AsLongLongAndOverflow(x, &overflow);
+    options.ignores = true;
+    if (!overflow) return true;
+    unsigned long long large = overflow > 0 ? PyLong_AsUnsignedLongLong(x) : 0;
+    if (overflow < 0 || PyErr_Occurred()) {  // no dtype holds it
+        PyErr_Clear();
+        options.ignores = false;
+    }
+    options.ignore = int64_t(large);
+    options.ignore_is_large = true;
+    return true;
+}
+// (p, margin, reduction, ignore_index, axis, check_target)
+bool read_options(PyObject *tuple, Options &options) {
+    if (!PyTuple_CheckExact(tuple) || PyTuple_Size(tuple) != 6) return false;
+    PyObject *reduction = PyTuple_GetItem(tuple, 2), *check = PyTuple_GetItem(tuple, 5);
+    PyObject *axis = PyTuple_GetItem(tuple, 4);
+    if (!read_real(PyTuple_GetItem(tuple, 0), options.p) || options.p < 1) return false;
+    if (!read_real(PyTuple_GetItem(tuple, 1), options.margin)) return false;
+    if (!read_ignore(PyTuple_GetItem(tuple, 3), options)) return false;
+    if (!PyUnicode_CheckExact(reduction) || !PyUnicode_CheckExact(check)) return false;
+    if (!PyLong_CheckExact(axis)) return false;
+    int overflow;
+    options.axis = PyLong_AsLongLongAndOverflow(axis, &overflow);
+    if (overflow) return false;
+    if (is_string(reduction, "mean")) options.reduction = Reduction::mean;
+    else if (is_string(reduction, "sum")) options.reduction = Reduction::sum;
+    else if (is_string(reduction, "none")) options.reduction = Reduction::none;
+    else return false;
+    options.stop_at_bad_target = !is_string(check, "nan");
+    return !options.stop_at_bad_target || is_string(check, "auto") || is_string(check, "raise");
+}
+
+// All axes but one (-1: all), in C order; those that one stride walks become one.
+void walk(Walk &out, const Array &array, int axis) {
+    out.data = array.data;
+    out.type = array.type;
+    out.ndim = 0;
+    for (int d = 0; d < array.ndim; d++) {
+        int64_t n = array.shape[d], stride = array.strides[d];
+        if (d == axis || n == 1) continue;
+        int last = out.ndim - 1;
+        if (last >= 0 && out.stride[last] == n * stride) {
+            out.shape[last] *= n;
+            out.stride[last] = stride;
+        } else {
+            out.shape[out.ndim] = n;
+            out.stride[out.ndim++] = stride;
+        }
+    }
+}
+void scores(Scores &out, const Array &array, int axis) {
+    walk(out, array, axis);
+    out.step = axis < 0 ? size_of(array.type) : array.strides[axis];
+}
+
+// A call as it came from Python, and the arrays that it keeps open.
+struct Job {
+    const Family *family;
+    Options options;
+    Array input, target, weight;
+    Call call;
+    int axis;  // of the classes in input; -1: input is 0-d, one class
+
+    // False: not a call for these kernels.
+    bool read(PyObject *x, PyObject *y, PyObject *w, PyObject *given) {
+        family = family_of(x);
+        if (!family || !read_options(given, options)) return false;
+        if (!input.read(x, family) || !input.is_float()) return false;
+        if (!target.read(y, family) || !target.is_integer()) return false;
+        if (!read_shapes()) return false;
+        if (w != Py_None) {
+            if (!weight.read(w, family) || !weight.is_float() || weight.ndim != 1) return false;
+            if (weight.shape[0] != call.classes) return false;
+            walk(call.weight, weight, -1);
+        }
+        call.p = options.p;
+        call.margin = options.margin;
+        call.ignores = options.ignores;
+        call.ignore_is_large = options.ignore_is_large;
+        call.ignore = options.ignore;
+        call.stop_at_bad_target = options.stop_at_bad_target;
+        return true;
+    }
+    bool same_batch(const Array &rows) const {
+        int batch = input.ndim - (axis >= 0);
+        if (rows.ndim != batch) return batch < 2 && rows.ndim < 2 && call.rows == 1 && rows.size() == 1;
+        for (int d = 0, from = 0; d < batch; d++, from++) {
+            if (from == axis) from++;
+            if (rows.shape[d] != input.shape[from]) return false;
+        }
+        return true;
+    }
+    bool same_shape(const Array &other) const {
+        if (other.ndim != input.ndim) return false;
+        return std::memcmp(other.shape, input.shape, input.ndim * sizeof *input.shape) == 0;
+    }
+    // Where the losses go. The array must have the target's shape.
+    bool set_losses(const Array &out) {
+        if (out.type != input.type || !out.writable || out.ndim != target.ndim) return false;
+        for (int d = 0; d < out.ndim; d++)
+            if (out.shape[d] != target.shape[d]) return false;
+        walk(call.losses, out, -1);
+        return true;
+    }
+    bool set_grad(const Array &grad) {
+        if (grad.type != input.type || !grad.writable || !same_shape(grad)) return false;
+        scores(call.grad, grad, axis);
+        return true;
+    }
+
+  private:
+    bool read_shapes() {
+        int64_t ndim = input.ndim ? input.ndim : 1, wanted = options.axis;
+        if (wanted < -ndim || wanted >= ndim) return false;
+        axis = input.ndim ? int(wanted < 0 ? wanted + ndim : wanted) : -1;
+        call.classes = axis < 0 ? 1 : input.shape[axis];
+        if (call.classes < 1 || call.classes > INT32_MAX - 64) return false;
+        call.rows = 1;
+        for (int d = 0; d < input.ndim; d++)
+            if (d != axis) call.rows *= input.shape[d];
+        if (!same_batch(target)) return false;
+        scores(call.x, input, axis);
+        walk(call.y, target, -1);
+        return true;
+    }
+};
+
+// What the gradient is multiplied with: None, a number, or an array of the loss's shape.
+bool read_upstream(Job &job, PyObject *given, Array &array) {
+    if (given == Py_None) return true;
+    if (PyFloat_CheckExact(given) || PyLong_CheckExact(given)) {
+        if (job.options.reduction == Reduction::none) return false;
+        job.call.scale *= PyFloat_AsDouble(given);
+        return !PyErr_Occurred() || (PyErr_Clear(), false);
+    }
+    if (!array.read(given, job.family) || !array.is_float()) return false;
+    if (job.options.reduction == Reduction::none) {
+        if (!job.same_batch(array)) return false;
+        walk(job.call.upstream, array, -1);
+        return true;
+    }
+    if (array.ndim) return false;
+    job.call.scale *= load_float(array.data, array.type);
+    return true;
+}
+
+Result run(const Call &call, Block block) {
+    Result result;
+    block(call, 0, call.rows, result);
+    return result;
+}
+
+void set_error(void *, const char *, const char *message) {
+    PyErr_SetString(PyExc_RuntimeError, message);
+}
+
+// A new array of the target's shape; 0-d where target is null. Its memory is open in ``out``.
+PyObject *make_array(const Job &job, PyObject *input, const Array *like, Array &out) {
+    int ndim = like ? like->ndim : 0;
+    if (job.family->exchange) {
+        DLTensor wanted = {};
+        int64_t shape[MAX_DIMS];
+        for (int d = 0; d < ndim; d++) shape[d] = like->shape[d];
+        wanted.device = {kDLCPU, 0};
+        wanted.ndim = ndim;
+        wanted.shape = shape;
+        bool brain = job.input.type == Type::bf16;
+        wanted.dtype = {uint8_t(brain ? kDLBfloat : kDLFloat), uint8_t(8 * size_of(job.input.type)), 1};
+        DLManagedTensorVersioned *managed;
+        void *tensor;
+        if (job.family->exchange->managed_tensor_allocator(&wanted, &managed, nullptr, set_error))
+            return nullptr;
+        if (job.family->exchange->managed_tensor_to_py_object_no_sync(managed, &tensor)) return nullptr;
+        Object made(static_cast<PyObject *>(tensor));
+        if (out.read(made.p, job.family)) return made.release();
+        PyErr_SetString(PyExc_RuntimeError, "a new tensor cannot be read");
+        return nullptr;
+    }
+    Object dtype(PyObject_GetAttrString(input, "dtype")), shape(PyTuple_New(ndim));
+    if (!dtype.p || !shape.p) return nullptr;
+    for (int d = 0; d < ndim; d++) {
+        PyObject *n = PyLong_FromLongLong(like->shape[d]);
+        if (!n || PyTuple_SetItem(shape.p, d, n)) return nullptr;
+    }
+    Object made(PyObject_CallFunctionObjArgs(job.family->empty, shape.p, dtype.p, nullptr));
+    if (!made.p) return nullptr;
+    if (out.read(made.p, job.family)) return made.release();
+    PyErr_SetString(PyExc_RuntimeError, "a new array cannot be read");
+    return nullptr;
+}
+
+bool can_make(const Family &family) { return family.exchange || family.empty; }
+
+// The mean or the sum as the library's own number.
+PyObject *make_scalar(const Job &job, PyObject *input, double value, PyObject *given) {
+    Type type = job.input.type;
+    if (given != Py_None || job.family->exchange) {
+        Array out;
+        Object made;
+        if (given != Py_None) {
+            Py_INCREF(given);
+            made.set(given);
+            if (!out.read(given, job.family) || out.ndim || out.type != type || !out.writable)
+                Py_RETURN_NONE;
+        } else {
+            made.set(make_array(job, input, nullptr, out));
+            if (!made.p) return nullptr;
+        }
+        store_float(out.data, type, value);
+        return made.release();
+    }
+    char bytes[8];
+    store_float(bytes, type, value);
+    Object number(PyFloat_FromDouble(load_float(bytes, type)));
+    if (!number.p) return nullptr;
+    if (type != Type::bf16)
+        return PyObject_CallFunctionObjArgs(job.family->scalars[int(type)], number.p, nullptr);
+    Object dtype(PyObject_GetAttrString(input, "dtype"));
+    if (!dtype.p) return nullptr;
+    Object scalar(PyObject_GetAttrString(dtype.p, "type"));
+    return scalar.p ? PyObject_CallFunctionObjArgs(scalar.p, number.p, nullptr) : nullptr;
+}
+
+// Run the loss's (or gradient's) blocks, make the result. None: declined.
+PyObject *compute(Job &job, PyObject *input, PyObject *given, Block block) {
+    Call &call = job.call;
+    bool none = job.options.reduction == Reduction::none;
+    if (given == Py_None && !can_make(*job.family)) Py_RETURN_NONE;
+    Array out;
+    Object losses;
+    if (none) {
+        if (given == Py_None) {
+            losses.set(make_array(job, input, &job.target, out));
+            if (!losses.p) return nullptr;
+        } else {
+            Py_INCREF(given);
+            losses.set(given);
+            if (!out.read(given, job.family)) Py_RETURN_NONE;
+        }
+        if (!job.set_losses(out)) Py_RETURN_NONE;
+    }
+    Result result = run(call, block);
+    if (result.bad && call.stop_at_bad_target) Py_RETURN_NONE;
+    if (std::isinf(result.sum) && call.x.type == Type::f64) {
+        call.shrink = 0x1p-64;
+        result = run(call, block);
+    }
+    if (none) return losses.release();
+    double value = result.sum;
+    if (job.options.reduction == Reduction::mean)
+        value = result.count ? value / double(result.count) : std::nan("");
+    return make_scalar(job, input, value / call.shrink, given);
+}
+
+// The mean's share in the factor of the gradient.
+void set_scale(Job &job) {
+    if (job.options.reduction != Reduction::mean) return;
+    int64_t count = job.call.ignores ? count_not_ignored(job.call) : job.call.rows;
+    if (count) job.call.scale /= double(count);
+}
+
+uint8_t *bits_of(const Job &job, PyObject *given, Array &array) {
+    if (!array.read(given, job.family) || array.type != Type::u8 || array.ndim != 1) return nullptr;
+    if (!array.writable || array.strides[0] != 1 || job.call.p != 1) return nullptr;
+    if (array.shape[0] != job.call.rows * row_bytes(job.call.x.type, job.call.classes)) return nullptr;
+    return reinterpret_cast<uint8_t *>(array.data);
+}
+
+PyObject *argument(PyObject *const *args, Py_ssize_t n, Py_ssize_t i) {
+    return i < n ? args[i] : Py_None;
+}
+// The level x86-64-v3: AVX2 and what came with it.
+bool has_v3() {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("movbe");
+#else
+    return false;
+#endif
+}
+bool wrong_count(Py_ssize_t n, Py_ssize_t least, Py_ssize_t most) {
+    if (least <= n && n <= most) return false;
+    PyErr_Format(PyExc_TypeError, "takes %zd to %zd positional arguments, but got %zd", least, most, n);
+    return true;
+}
+
+// loss(input, target, weight, options, out=None, bits=None, threads=None)
+PyObject *loss(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 4, 7)) return nullptr;
+    Job job;
+    if (!job.read(args[0], args[1], args[2], args[3])) Py_RETURN_NONE;
+    PyObject *given = argument(args, n, 5);
+    Array bits;
+    if (given != Py_None && !(job.call.bits = bits_of(job, given, bits))) Py_RETURN_NONE;
+    return compute(job, args[0], argument(args, n, 4), loss_block(job.call));
+}
+
+// loss_and_grad(input, target, weight, options, grad, grad_output=None, out=None, threads=None)
+PyObject *loss_and_grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 5, 8)) return nullptr;
+    Job job;
+    Array grad, upstream;
+    if (!job.read(args[0], args[1], args[2], args[3])) Py_RETURN_NONE;
+    if (!grad.read(args[4], job.family) || !job.set_grad(grad)) Py_RETURN_NONE;
+    if (!read_upstream(job, argument(args, n, 5), upstream)) Py_RETURN_NONE;
+    set_scale(job);
+    return compute(job, args[0], argument(args, n, 6), grad_block(job.call));
+}
+
+// grad(input, target, weight, options, grad, grad_output=None, bits=None, threads=None)
+PyObject *grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 5, 8)) return nullptr;
+    Job job;
+    Array grad, upstream, bits;
+    if (!job.read(args[0], args[1], args[2], args[3])) Py_RETURN_NONE;
+    if (!grad.read(args[4], job.family) || !job.set_grad(grad)) Py_RETURN_NONE;
+    if (!read_upstream(job, argument(args, n, 5), upstream)) Py_RETURN_NONE;
+    set_scale(job);
+    PyObject *given = argument(args, n, 6);
+    if (given != Py_None && !(job.call.bits = bits_of(job, given, bits))) Py_RETURN_NONE;
+    Result result = run(job.call, job.call.bits ? bits_block(job.call) : grad_block(job.call));
+    if (result.bad && job.call.stop_at_bad_target) Py_RETURN_NONE;
+    Py_INCREF(args[4]);
+    return args[4];
+}
+
+// bits_size(input, options) -> int
+PyObject *bits_size(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 2, 2)) return nullptr;
+    constexpr int64_t FEW = 1 << 20;  // reading so few scores again takes less time
+    Job job;
+    int64_t size = 0;
+    const Family *family = family_of(args[0]);
+    if (family && read_options(args[1], job.options) && job.input.read(args[0], family)) {
+        const Array &x = job.input;
+        int64_t axis = job.options.axis < 0 ? job.options.axis + x.ndim : job.options.axis;
+        if (x.is_float() && job.options.p == 1 && 0 <= axis && axis < x.ndim && x.size() >= FEW) {
+            scores(job.call.x, x, int(axis));
+            job.call.classes = x.shape[axis];
+            job.call.rows = x.size() / job.call.classes;
+            if (!walks_tiles(job.call))
+                size = job.call.rows * row_bytes(x.type, job.call.classes);
+        }
+    }
+    return PyLong_FromLongLong(size);
+}
+
+// The three below serve class axes in parts; the part's first class comes after the options.
+
+bool read_part(Job &job, PyObject *const *args) {
+    int overflow;
+    if (!PyLong_CheckExact(args[3])) return false;
+    job.call.first = PyLong_AsLongLongAndOverflow(args[3], &overflow);
+    job.call.part = true;
+    return !overflow && job.call.first >= 0 && job.read(args[0], args[1], Py_None, args[2]);
+}
+// An array of one number for each row.
+bool read_rows(const Job &job, PyObject *given, Array &array, Walk &out, Type type, bool written) {
+    if (!array.read(given, job.family) || array.type != type || (written && !array.writable))
+        return false;
+    if (!job.same_batch(array)) return false;
+    walk(out, array, -1);
+    return true;
+}
+Type computing(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+
+// own_scores(input, target, options, first, own)
+PyObject *own_scores(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 5, 5)) return nullptr;
+    Job job;
+    Array own;
+    if (!read_part(job, args)) Py_RETURN_NONE;
+    if (!read_rows(job, args[4], own, job.call.own, computing(job.input.type), true)) Py_RETURN_NONE;
+    own_scores(job.call);
+    Py_INCREF(args[4]);
+    return args[4];
+}
+
+// part_sums(input, target, options, first, own, sums, slopes, threads=None)
+PyObject *part_sums(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 7, 8)) return nullptr;
+    Job job;
+    Array own, sums, slopes;
+    Call &call = job.call;
+    if (!read_part(job, args)) Py_RETURN_NONE;
+    if (!read_rows(job, args[4], own, call.own, computing(job.input.type), false)) Py_RETURN_NONE;
+    if (!read_rows(job, args[5], sums, call.sums, Type::f64, true)) Py_RETURN_NONE;
+    if (!read_rows(job, args[6], slopes, call.slopes, Type::f64, true)) Py_RETURN_NONE;
+    run(call, loss_block(call));
+    Py_INCREF(args[5]);
+    return args[5];
+}
+
+// part_grad(input, target, options, first, (own, slopes, scale), grad, threads=None)
+PyObject *part_grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 6, 7)) return nullptr;
+    Job job;
+    Array own, slopes, scale, grad;
+    Call &call = job.call;
+    PyObject *rows = args[4];
+    if (!PyTuple_CheckExact(rows) || PyTuple_Size(rows) != 3 || !read_part(job, args)) Py_RETURN_NONE;
+    Type type = computing(job.input.type);
+    if (!read_rows(job, PyTuple_GetItem(rows, 0), own, call.own, type, false)) Py_RETURN_NONE;
+    if (!read_rows(job, PyTuple_GetItem(rows, 1), slopes, call.slopes, Type::f64, false)) Py_RETURN_NONE;
+    if (!read_rows(job, PyTuple_GetItem(rows, 2), scale, call.upstream, Type::f64, false)) Py_RETURN_NONE;
+    if (!grad.read(args[5], job.family) || !job.set_grad(grad)) Py_RETURN_NONE;
+    run(call, grad_block(call));
+    Py_INCREF(args[5]);
+    return args[5];
+}
+
+// accept(types, source, empty=None, scalars=None)
+PyObject *accept(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 2, 4)) return nullptr;
+    PyObject *types = args[0], *source = args[1], *scalars = argument(args, n, 3);
+    if (!PyTuple_Check(types) || (scalars != Py_None && PyTuple_Size(scalars) != 3)) {
+        PyErr_SetString(PyExc_TypeError, "types must be a tuple, scalars a tuple of three types");
+        return nullptr;
+    }
+    Family *family = new Family;
+    if (PyCapsule_CheckExact(source)) {
+        void *pointer = PyCapsule_GetPointer(source, "dlpack_exchange_api");
+        if (!pointer) return delete family, nullptr;
+        family->exchange = find_exchange(pointer);
+        if (!family->exchange) {
+            delete family;
+            PyErr_SetString(PyExc_ValueError, "the exchange API has no version 1 that reads tensors");
+            return nullptr;
+        }
+    } else if (source != Py_None) {
+        family->capsule = Py_NewRef(source);
+    }
+    if (argument(args, n, 2) != Py_None) family->empty = Py_NewRef(args[2]);
+    for (int k = 0; scalars != Py_None && k < 3; k++)
+        family->scalars[k] = Py_NewRef(PyTuple_GetItem(scalars, k));
+    for (Py_ssize_t k = 0; k < PyTuple_Size(types); k++) {
+        PyObject *type = Py_NewRef(PyTuple_GetItem(types, k));
+        accepted.push_back({reinterpret_cast<PyTypeObject *>(type), family});
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject *best_build(PyObject *, PyObject *const *, Py_ssize_t) {
+    return PyUnicode_FromString(has_v3() ? "x86_64_v3" : "baseline");
+}
+PyObject *supports(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 1, 1)) return nullptr;
+    bool known = PyUnicode_Check(args[0]);
+    return PyBool_FromLong(known && (is_string(args[0], "baseline") ||
+                                     (is_string(args[0], "x86_64_v3") && has_v3())));
+}
+PyObject *source_hash(PyObject *, PyObject *const *, Py_ssize_t) {
+    return PyUnicode_FromString(SOURCE_HASH);
+}
+
+#define METHOD(name) \
+    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(name)), METH_FASTCALL, nullptr}
+PyMethodDef methods[] = {METHOD(accept),    METHOD(loss),       METHOD(loss_and_grad),
+                         METHOD(grad),      METHOD(bits_size),  METHOD(own_scores),
+                         METHOD(part_sums), METHOD(part_grad),  METHOD(best_build),
+                         METHOD(supports),  METHOD(source_hash), {nullptr, nullptr, 0, nullptr}};
+
+#ifndef MODULE
+#define MODULE _baseline
+#endif
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(MODULE), nullptr, -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC JOIN(PyInit_, MODULE)() {
+    PyObject *module = PyModule_Create(&definition);
+#ifdef Py_GIL_DISABLED
+    if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+    return module;
+}

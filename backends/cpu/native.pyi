@@ -1,0 +1,142 @@
+"""The extension modules ``_baseline`` and ``_x86_64_v3``: one API, two builds.
+
+Arguments are positional only. Arrays are read anew in every call, in C: exact types that ``accept``
+knows, any strides (negative, zero, unaligned), native byte order. A function returns None where it
+declines: a call that isn't plainly right, or whose targets are out of range while
+``check_target`` isn't ``"nan"``; what it was to write may then be written in part. The caller finds
+the words for the error, or another kernel. ``options`` is ``(p, margin, reduction, ignore_index,
+axis, check_target)`` as the user gave it, unchecked.
+
+``threads`` limits the threads of a large call: None, an integer, or a function without arguments
+(``torch.get_num_threads``) that only a large call asks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+Array = Any
+Options = tuple[Any, Any, Any, Any, Any, Any]
+Threads = int | Callable[[], int] | None
+
+def accept(
+    types: tuple[type, ...],
+    source: Any,
+    empty: Callable[..., Array] | None = None,
+    scalars: tuple[type, type, type] | None = None,
+    /,
+) -> None:
+    """Make arrays of exactly these types known; the arrays of one call come from one ``accept``.
+
+    ``source``: None reads them by the buffer protocol; a capsule is the type's
+    ``__dlpack_c_exchange_api__``; a function gives an array's DLPack capsule (``"dltensor"``).
+    ``empty(shape, dtype)`` makes a result, ``scalars`` are the types of a float64, float32 and
+    float16 result without axes. The exchange API makes its own; with a function the caller passes
+    ``out``.
+    """
+
+def loss(
+    input: Array,
+    target: Array,
+    weight: Array | None,
+    options: Options,
+    out: Array | None = None,
+    bits: Array | None = None,
+    threads: Threads = None,
+    /,
+) -> Any:
+    """Compute the loss.
+
+    Returns ``out`` (target's shape for the reduction "none", else 0-d; input's dtype) or a new
+    result. ``bits``: uint8, 1-d, contiguous, as many as ``bits_size`` says; written for ``grad``.
+    """
+
+def loss_and_grad(
+    input: Array,
+    target: Array,
+    weight: Array | None,
+    options: Options,
+    grad: Array,
+    grad_output: Any = None,
+    out: Array | None = None,
+    threads: Threads = None,
+    /,
+) -> Any:
+    """Compute the loss as ``loss`` does, and write the gradient into ``grad``.
+
+    ``grad``: input's shape and dtype, any strides, no overlap with anything. ``grad_output``: None,
+    a number or a 0-d array for the mean and sum, an array of target's shape for "none"; any float
+    dtype and strides.
+    """
+
+def grad(
+    input: Array,
+    target: Array,
+    weight: Array | None,
+    options: Options,
+    grad: Array,
+    grad_output: Any = None,
+    bits: Array | None = None,
+    threads: Threads = None,
+    /,
+) -> Array | None:
+    """Write the gradient alone; return ``grad``. With ``bits`` (p = 1) no score is read."""
+
+def bits_size(input: Array, options: Options, /) -> int:
+    """How many bytes ``loss`` may keep so that ``grad`` need not read the scores; 0: none pay."""
+
+def own_scores(
+    input: Array, target: Array, options: Options, first: int, own: Array, /
+) -> Array | None:
+    """Write each row's target score where it is among input's classes, else 0; return ``own``.
+
+    Here and below ``input`` holds the classes from ``first`` on; ``reduction``, ``check_target``
+    of the options count for nothing. ``own``: one number per row in the computing precision
+    (float64 for float64, else float32), target's shape, any strides.
+    """
+
+def part_sums(
+    input: Array,
+    target: Array,
+    options: Options,
+    first: int,
+    own: Array,
+    sums: Array,
+    slopes: Array,
+    threads: Threads = None,
+    /,
+) -> Array | None:
+    """Write each row's sum of terms over input's classes, and of their slopes; return ``sums``.
+
+    ``own``: the targets' scores, NaN for a row without a value (its target is out of range).
+    ``sums`` (of max(0, z) ** p) and ``slopes`` (of p * max(0, z) ** (p - 1)): float64, target's
+    shape; both NaN where either is; 0 for ignored rows. Add the parts, then
+    ``weight[y] / C * sums`` is the loss.
+    """
+
+def part_grad(
+    input: Array,
+    target: Array,
+    options: Options,
+    first: int,
+    rows: tuple[Array, Array, Array],
+    grad: Array,
+    threads: Threads = None,
+    /,
+) -> Array | None:
+    """Write the gradient for input's classes; return ``grad``.
+
+    ``rows`` is ``(own, slopes, scale)``, one number per row each: ``own`` as for ``part_sums``;
+    ``slopes`` float64, the sum over all parts, NaN where the row's loss is NaN (its gradient row
+    then is); ``scale`` float64, what the row's gradient is multiplied with (``weight[y] / C *
+    grad_output``, for the mean divided by the number of rows). The target's class gets
+    ``-slopes * scale``.
+    """
+
+def best_build() -> str:
+    """The best build for this processor."""
+
+def supports(build: str, /) -> bool:
+    """Whether this processor can run a build."""
+
+def source_hash() -> str:
+    """The hash of the sources it was built from."""
