@@ -1,5 +1,7 @@
 """The scorer with scikit-learn itself."""
 
+# ruff: noqa: E402 - the libraries may be missing
+
 import numpy as np
 import pytest
 
@@ -120,7 +122,7 @@ def test_a_label_that_is_no_class():
 def test_scores_of_pairs_of_classes_are_refused():
     labels = np.arange(150) % 4
     estimator = SVC(decision_function_shape="ovo").fit(X, labels)
-    with pytest.raises(ValueError, match="each of the 4 classes, but gives 6 .*ovr"):
+    with pytest.raises(ValueError, match=r"each of the 4 classes, but gives 6 .*ovr"):
         MultiMarginScorer()(estimator, X, labels)
 
 

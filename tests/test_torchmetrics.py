@@ -1,5 +1,7 @@
 """The metric with torchmetrics itself, and with two processes."""
 
+# ruff: noqa: E402 - the libraries may be missing
+
 import copy
 import multiprocessing
 import pickle
