@@ -1,4 +1,4 @@
-"""The built-in kernels, in order. Each file here knows one library; none is loaded before need."""
+"""The built-in kernels, in order. What stands here knows one library each, and is loaded late."""
 
 from __future__ import annotations
 
@@ -8,33 +8,39 @@ from typing import NamedTuple
 from mml_arrayapi.kernel import Kernel
 
 
-class Offer(NamedTuple):
-    """A kernel that may be loaded.
+def _nothing_missing() -> str | None:
+    return None
+
+
+class LazyKernel(NamedTuple):
+    """A kernel that is loaded when it is needed.
 
     Attributes
     ----------
     name, library : str
-        As the kernel's.
+        The kernel's.
     requires : tuple of str
         The modules that must be installed for it.
     load : callable
         Imports the kernel.
+    missing : callable
+        ``missing()``: what else is missing, in words, or None. It imports no array library.
     """
 
     name: str
     library: str
     requires: tuple[str, ...]
     load: Callable[[], Kernel]
+    missing: Callable[[], str | None] = _nothing_missing
 
 
-# Plain import statements: torch.compile follows them, import_module() it does not.
-def _numpy_numba() -> Kernel:
+def _numpy_cpu() -> Kernel:
     from mml_arrayapi.backends.numpy_fused import KERNEL
 
     return KERNEL
 
 
-def _torch_cpu_numba() -> Kernel:
+def _torch_cpu() -> Kernel:
     from mml_arrayapi.backends.torch_cpu import KERNEL
 
     return KERNEL
@@ -58,10 +64,10 @@ def _dask_blocks() -> Kernel:
     return KERNEL
 
 
-OFFERS = (
-    Offer("numpy-numba", "numpy", ("numpy", "numba"), _numpy_numba),
-    Offer("torch-cpu-numba", "torch", ("torch", "numba"), _torch_cpu_numba),
-    Offer("torch-cuda", "torch", ("torch", "cuda.bindings"), _torch_cuda),
-    Offer("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
-    Offer("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
+KERNELS = (
+    LazyKernel("numpy-cpu", "numpy", ("numpy", "numba"), _numpy_cpu),
+    LazyKernel("torch-cpu", "torch", ("torch", "numba"), _torch_cpu),
+    LazyKernel("torch-cuda", "torch", ("torch", "cuda.bindings"), _torch_cuda),
+    LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
+    LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
 )

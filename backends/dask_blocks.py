@@ -37,8 +37,8 @@ from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import library_of
 from mml_arrayapi.loss import sample_losses
-from mml_arrayapi.registry import GENERIC, choose_for_job
-from mml_arrayapi.validation import check
+from mml_arrayapi.registry import GENERIC, choose
+from mml_arrayapi.validation import Options, check_arrays
 
 Array = Any
 
@@ -58,7 +58,6 @@ class Call(NamedTuple):
     reduction: str
     check_target: str
     dtype: Any  # the scores'
-    elements: float  # the size of the whole input, on which the chunks' kernel depends
     backend: str | None  # the kernel that the chunks must take
     scale: float = 1.0  # what the gradient is multiplied with
 
@@ -121,7 +120,6 @@ class _Graph:
             problem.reduction if self.rows else "none",
             problem.check_target,
             x.dtype,
-            x.size,
             backend,
         )
 
@@ -304,7 +302,7 @@ def _numba_scores(block: Array, target: Array, call: Call) -> Any:
     two thirds of the time.
     """
     how = _how(np, None, call)
-    if not block.size or _kernel(block, target, how).name != "numpy-numba":
+    if not block.size or _kernel(block, target, how).name != "numpy-cpu":
         return None
     from mml_arrayapi.backends import cpu_blocks
 
@@ -435,17 +433,16 @@ def _how(xp: Any, weight: Any, call: Call) -> dict[str, Any]:
         "axis": call.axis,
         "check_target": "nan",
         "backend": call.backend,
-        "elements": call.elements,
     }
 
 
 def _kernel(tile: Array, target: Array, how: dict[str, Any]) -> Kernel:
-    return choose_for_job(_problem(tile, target, how), how["backend"], how["elements"])
+    return choose(_problem(tile, target, how), how["backend"])
 
 
 def _problem(tile: Array, target: Array, how: dict[str, Any]) -> Problem:
-    names = ("p", "margin", "weight", "axis", "check_target")
-    return check(tile, target, reduction="none", **{name: how[name] for name in names})
+    options = Options(how["p"], how["margin"], "none", None, how["axis"], how["check_target"])
+    return check_arrays(tile, target, how["weight"], options)
 
 
 def _loss_and_grad(

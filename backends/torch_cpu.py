@@ -381,4 +381,4 @@ class _SmallLoss(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Loss).apply
 _apply_small = super(torch.autograd.Function, _SmallLoss).apply
 
-KERNEL = Kernel("torch-cpu-numba", "torch", refuses, loss, loss_and_grad, waits, shortcut)
+KERNEL = Kernel("torch-cpu", "torch", refuses, loss, loss_and_grad)

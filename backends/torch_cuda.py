@@ -563,4 +563,4 @@ def _architecture(index: int) -> str:
     return _properties(index)[1]
 
 
-KERNEL = Kernel("torch-cuda", "torch", refuses, loss, loss_and_grad, shortcut=shortcut)
+KERNEL = Kernel("torch-cuda", "torch", refuses, loss, loss_and_grad)

@@ -84,6 +84,7 @@ def _numpy() -> Library:
 def _torch() -> Library:
     import array_api_compat.torch as xp
 
+    from mml_arrayapi.backends import torch_loaded  # noqa: F401
     from mml_arrayapi.backends import torch_values as values
 
     return Library(

@@ -74,14 +74,16 @@ def test_public_names():
         "InvalidTargetError",
         "Kernel",
         "LossAccumulator",
+        "Problem",
         "WorkerError",
         "__version__",
-        "backends",
         "evaluate",
         "explain",
+        "list_backends",
         "multi_margin_loss",
         "multi_margin_loss_and_grad",
         "register_kernel",
+        "unregister_kernel",
         "use_backend",
     }
     for name in mml_arrayapi.__all__:

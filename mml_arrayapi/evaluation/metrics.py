@@ -31,15 +31,12 @@ class Loss(NamedTuple):
         One factor per class.
     backend : str or None
         The kernel that must run.
-    elements : float
-        The number of scores in all, on which the kernel depends.
     """
 
     p: float = 1.0
     margin: float = 1.0
     weight: Any = None
     backend: str | None = None
-    elements: float = math.inf
 
     @property
     def unit(self) -> float:

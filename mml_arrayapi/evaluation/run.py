@@ -103,7 +103,6 @@ def evaluate(
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, but is {value}")
     rows = rows_of(logits, targets, axis, chunk_size)
-    loss = loss._replace(elements=rows.elements)
     kernel = _kernel(rows, loss)
 
     total, done = Tally(rows.n_classes), 0
@@ -155,18 +154,9 @@ def _kernel(rows: Rows, loss: Loss) -> str:
     """Return the name of the kernel that runs; refuse what it refuses before any work."""
     import numpy as np
 
-    from mml_arrayapi.registry import choose_for_job
-    from mml_arrayapi.validation import check
+    from mml_arrayapi.loss import explain
 
     dtype = np.float64 if rows.dtype.itemsize == 8 else np.float32
-    problem = check(
-        np.zeros((1, rows.n_classes), dtype),
-        np.zeros(1, np.int64),
-        p=loss.p,
-        margin=loss.margin,
-        weight=loss.weight,
-        reduction="none",
-        axis=-1,
-        check_target="nan",
-    )
-    return choose_for_job(problem, loss.backend, loss.elements).name
+    scores = np.zeros((1, rows.n_classes), dtype)
+    options = {**loss._asdict(), "reduction": "none", "check_target": "nan"}
+    return explain(scores, np.zeros(1, np.int64), **options).kernel

@@ -122,7 +122,7 @@ def test_no_samples_and_one_class():
     assert (single.loss, single.accuracy, single.inside_margin) == (0, 1, 0)
 
 
-@pytest.mark.parametrize("backend", ["generic", "numpy-numba"])
+@pytest.mark.parametrize("backend", ["generic", "numpy-cpu"])
 def test_any_cut_gives_the_same_bits(arrays, backend):
     pytest.importorskip("numba")
     scores, target = arrays
@@ -139,8 +139,8 @@ def test_a_large_job_takes_the_fast_kernel_from_the_start(arrays):
     pytest.importorskip("numba")
     scores, target = (np.tile(a, (1000, *(1,) * (a.ndim - 1))) for a in arrays)
     figures = mml.evaluate(scores, target)
-    assert figures.kernel == "numpy-numba"
-    assert figures.loss == mml.evaluate(scores, target, backend="numpy-numba", chunk_size=977).loss
+    assert figures.kernel == "numpy-cpu"
+    assert figures.loss == mml.evaluate(scores, target, backend="numpy-cpu", chunk_size=977).loss
 
 
 def test_float16_scores():
@@ -499,8 +499,8 @@ def test_a_damaged_journal_is_refused(files, capsys):
         (("--weight", "1,1,1,1,1,2"), "was begun with weight None, but this run has"),
         (("--chunk-size", 61), "was begun with chunk size 60, but this run has 61"),
         (
-            ("--backend", "numpy-numba"),
-            "was begun with kernel generic, but this run has numpy-numba",
+            ("--backend", "numpy-cpu"),
+            "was begun with kernel generic, but this run has numpy-cpu",
         ),
     ],
 )

@@ -1,0 +1,32 @@
+"""Makes a checkout importable, where the folders ``backends`` and ``conformance`` stand beside this.
+
+In an installed copy they are inside the package, and nothing happens here. (Appending the checkout
+to the package's ``__path__`` would make ``mml_arrayapi.setup`` and ``mml_arrayapi.tests`` of the
+files beside it.)
+"""
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parent.parent
+FOLDERS = {f"mml_arrayapi.{name}": CHECKOUT / name for name in ("backends", "conformance")}
+
+
+class Finder:
+    """Finds the sub-packages that stand beside the package."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG004
+        """Return where a sub-package is; see :meth:`importlib.abc.MetaPathFinder.find_spec`."""
+        if name not in FOLDERS:
+            return None
+        folder = FOLDERS[name]
+        return spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+if (CHECKOUT / "pyproject.toml").is_file() and not (Path(__file__).parent / "backends").exists():
+    sys.meta_path.append(Finder)
