@@ -58,6 +58,12 @@ def _cupy_cuda() -> Kernel:
     return KERNEL
 
 
+def _jax_jit() -> Kernel:
+    from mml_arrayapi.backends.jax import KERNEL
+
+    return KERNEL
+
+
 def _dask_blocks() -> Kernel:
     from mml_arrayapi.backends.dask_blocks import KERNEL
 
@@ -69,5 +75,6 @@ KERNELS = (
     LazyKernel("torch-cpu", "torch", ("torch", "numba"), _torch_cpu),
     LazyKernel("torch-cuda", "torch", ("torch", "cuda.bindings"), _torch_cuda),
     LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
+    LazyKernel("jax-jit", "jax", ("jax",), _jax_jit),
     LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
 )

@@ -40,8 +40,6 @@ class Library:
         ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
     on_host : callable
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
-    arange : callable
-        ``arange(n, dtype, like)``: 0 to n - 1, fit to be used together with ``like``.
     place : callable
         ``place(array)``: what must be equal for arrays to be used together; None fits anything.
     settle : callable or None
@@ -49,16 +47,38 @@ class Library:
         targets raise when they are computed, if ``check_target`` says so.
     unusable : callable
         ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
+    widest : callable
+        ``widest(array)``: the widest signed integer and the widest real dtype of its device.
+    take : callable
+        ``take(x, index, axis)``: the elements of ``x`` at ``index``, which has length 1 along
+        ``axis``. All indices are in range. The other axes of ``x`` are those of ``index``, or 1.
+    put : callable
+        ``put(x, index, values, axis)``: ``x`` with ``values`` in those places. It may write into
+        ``x``.
+    relu : callable
+        ``relu(x, zero)``: the larger of ``x`` and ``zero`` (an array to broadcast), NaN where
+        ``x`` is NaN. Where it is differentiated, its slope at 0 is 0. It may write into ``x``.
+    runs : bool
+        Whether a sum in the widest precision takes so long that short runs are added first.
+    loss, loss_and_grad : callable, optional
+        How the generic implementation is run, if there is more to it than the formula: derivatives
+        for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
     """
 
     name: str
     namespace: Namespace
     sight: Callable[[Array], str]
     on_host: Callable[[Array], Array]
-    arange: Callable[[int, Any, Array], Array]
     place: Callable[[Array], Any]
+    widest: Callable[[Array], tuple[Any, Any]]
+    take: Callable[[Array, Array, int], Array]
+    put: Callable[[Array, Array, Array, int], Array]
+    relu: Callable[[Array, Array], Array]
+    runs: bool = False
     settle: Callable[[Problem], Problem] | None = None
     unusable: Callable[[Array], str | None] = lambda _: None
+    loss: Callable[[Problem], Array] | None = None
+    loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]] | None = None
 
 
 def device_of(array: Array) -> Any:
@@ -67,34 +87,62 @@ def device_of(array: Array) -> Any:
 
 
 def _plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
-    """Make the row of a library that follows the standard and needs nothing else."""
+    """Make the row of a library that follows the standard and needs nothing else.
 
-    def arange(n: int, dtype: Any, like: Array) -> Array:
-        return xp.arange(n, dtype=dtype, device=device_of(like))
+    The standard has no assignment by index, and its gather is eager or missing in several
+    libraries: the classes are compared with the target instead.
+    """
 
-    return Library(name, xp, sight, lambda array: array, arange, device_of)
+    def mask(x: Array, index: Array, axis: int) -> Array:
+        n = x.shape[axis]
+        places = xp.arange(n, dtype=index.dtype, device=device_of(index))
+        return xp.reshape(places, tuple(n if i == axis else 1 for i in range(x.ndim))) == index
+
+    def take(x: Array, index: Array, axis: int) -> Array:
+        zero = xp.zeros_like(index, dtype=x.dtype)
+        found = xp.where(mask(x, index, axis), x, zero)
+        return xp.sum(found, axis=axis, keepdims=True, dtype=x.dtype)
+
+    def put(x: Array, index: Array, values: Array, axis: int) -> Array:
+        return xp.where(mask(x, index, axis), values, x)
+
+    def relu(x: Array, zero: Array) -> Array:
+        return xp.where(x <= zero, zero, x)  # maximum() and clip() have other slopes at 0
+
+    return Library(
+        name,
+        xp,
+        sight,
+        on_host=lambda array: array,
+        place=device_of,
+        widest=lambda array: widest(xp, array),
+        take=take,
+        put=put,
+        relu=relu,
+    )
 
 
 def _numpy() -> Library:
     import array_api_compat.numpy as xp
 
-    return _plain("numpy", xp, lambda _: HOST)
+    from mml_arrayapi.backends import eager, numpy_formula
+
+    row = _plain("numpy", xp, lambda _: HOST)
+    return replace(row, **numpy_formula.ROW, **eager.ROW)
 
 
 def _torch() -> Library:
     import array_api_compat.torch as xp
 
     from mml_arrayapi.backends import torch_loaded  # noqa: F401
+    from mml_arrayapi.backends import torch_formula
     from mml_arrayapi.backends import torch_values as values
 
-    return Library(
-        "torch",
-        xp,
-        values.sight,
-        values.on_host,
-        values.arange,
-        device_of,
+    return replace(
+        _plain("torch", xp, values.sight),
+        on_host=values.on_host,
         unusable=values.unusable,
+        **torch_formula.ROW,
     )
 
 
@@ -109,21 +157,25 @@ def _dask() -> Library:
 
     from mml_arrayapi.backends.dask_values import settle
 
-    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle)
+    wide = xp.int64, xp.float64
+    row = _plain("dask", xp, lambda _: LAZY)
+    return replace(row, settle=settle, widest=lambda _: wide, relu=xp.maximum)
 
 
 def _jax() -> Library:
     import jax.numpy as xp
 
-    from mml_arrayapi.backends import jax_values as values
+    from mml_arrayapi.backends import jax as values
 
-    return Library("jax", xp, values.sight, values.on_host, values.arange, values.place)
+    return replace(_plain("jax", xp, values.sight), **values.ROW)
 
 
 def _array_api_strict() -> Library:
     import array_api_strict as xp
 
-    return _plain("array_api_strict", xp, lambda _: HOST)
+    from mml_arrayapi.backends import eager
+
+    return replace(_plain("array_api_strict", xp, lambda _: HOST), **eager.ROW)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -198,11 +250,6 @@ def _stranger_sight(array: Array) -> str:
     if "cpu" not in str(device_of(array)).lower():
         return DEVICE
     return TRACED if is_lazy_array(array) else HOST
-
-
-def arange(n: int, dtype: Any, like: Array) -> Array:
-    """Return 0 to n - 1 as an array that can be used together with ``like``."""
-    return library_of("input", like).arange(n, dtype, like)
 
 
 def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:
