@@ -83,3 +83,13 @@ def fresh_compiler():
     """Forget what torch.compile has compiled: it gives up after 8 versions of one function."""
     torch = pytest.importorskip("torch")
     torch.compiler.reset()
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Say in a case's id what the case is; by itself, pytest calls the fourth shape "shape3"."""
+    kinds = tuple | list | dict | type | slice | np.generic | np.ndarray
+    if isinstance(val, kinds) or type(val).__name__ == "dtype":
+        text = " ".join((val.__name__ if isinstance(val, type) else repr(val)).split())
+        if " at 0x" not in text:  # the workers of pytest-xdist must come to the same ids
+            return text if len(text) <= 80 else f"{text[:77]}..."
+    return None
