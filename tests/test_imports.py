@@ -3,6 +3,7 @@
 import ast
 import random
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from graphlib import TopologicalSorter
 
@@ -129,6 +130,30 @@ def late():
         "mml_arrayapi.conformance", "mml_arrayapi.conformance.suite", "mml_arrayapi.demo",
         "mml_arrayapi.registry",
     }  # fmt: skip
+
+
+def test_importing_the_package_imports_little():
+    """No library, and nothing of the standard library that takes long and most calls don't need."""
+    code = """
+import sys
+before = set(sys.modules)
+import mml_arrayapi
+new = set(sys.modules) - before
+print(sorted({name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)))
+print(sorted(new & {"importlib.metadata", "pathlib", "mml_arrayapi.evaluation", "mml_arrayapi.cli"}))
+assert set(mml_arrayapi.__all__) <= set(dir(mml_arrayapi))
+try:
+    mml_arrayapi.nothing
+except AttributeError as error:
+    print(error)
+"""
+    # -S: without the site's .pth files, which import what they like
+    folders = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    assert run_python(code, flags=("-S",), path=folders).splitlines() == [
+        "['mml_arrayapi']",
+        "[]",
+        "module 'mml_arrayapi' has no attribute 'nothing'",
+    ]
 
 
 EVERY_FORM = """
