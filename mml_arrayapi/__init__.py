@@ -5,7 +5,6 @@ Importing this package imports no array library.
 """
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
 
 from mml_arrayapi import _checkout  # noqa: F401 - before anything in those folders
 from mml_arrayapi._version import __version__
@@ -17,6 +16,16 @@ from mml_arrayapi.validation import InvalidTargetError
 
 if _TYPE_CHECKING:
     from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
+else:
+
+    def __getattr__(name):
+        # Importing it takes longer than all the rest, and few programs evaluate files.
+        if name in ("Evaluation", "InputError", "WorkerError", "evaluate"):
+            from mml_arrayapi import evaluation
+
+            return getattr(evaluation, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Evaluation",
@@ -36,15 +45,6 @@ __all__ = [
     "unregister_kernel",
     "use_backend",
 ]
-
-
-def __getattr__(name: str) -> _Any:
-    # Importing it takes longer than all the rest, and few programs evaluate files.
-    if name in ("Evaluation", "InputError", "WorkerError", "evaluate"):
-        from mml_arrayapi import evaluation
-
-        return getattr(evaluation, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
