@@ -61,6 +61,9 @@ class Library:
         ``device(array)``: the device to name when an array is made to be used with this one.
     compute : callable or None
         For a lazy library, ``compute(*arrays)``: their values, computed together.
+    cast : callable or None
+        ``cast(input)``: the scores in the dtype that the library wants a loss to be computed from
+        (PyTorch under autocast).
     """
 
     name: str
@@ -73,6 +76,7 @@ class Library:
     unusable: Callable[[Array], str | None] = lambda _: None
     device: Callable[[Array], Any] = device_of
     compute: Callable[..., tuple[Array, ...]] | None = None
+    cast: Callable[[Array], Array] | None = None
 
 
 def _plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:

@@ -22,6 +22,7 @@ LIBRARY = Library(
     state.arange,
     device_of,
     unusable=state.unsupported_layout,
+    cast=state.under_autocast,
 )
 
 registry.load("torch")
