@@ -75,6 +75,9 @@ class Library:
     loss, loss_and_grad : callable, optional
         How the generic implementation is run, if there is more to it than the formula: derivatives
         for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
+    cast : callable or None
+        ``cast(input)``: the scores in the dtype that the library wants a loss to be computed from
+        (PyTorch under autocast).
     """
 
     name: str
@@ -93,6 +96,7 @@ class Library:
     compute: Callable[..., tuple[Array, ...]] | None = None
     loss: Callable[[Problem], Array] | None = None
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]] | None = None
+    cast: Callable[[Array], Array] | None = None
 
 
 def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:

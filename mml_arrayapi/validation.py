@@ -154,6 +154,8 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
             f"{_shape('weight', weight)}"
         )
     library, xp = _check_types(input, target, weight)
+    if library.cast is not None:
+        input = library.cast(input)
     if input.ndim == 0:
         input = xp.reshape(input, (1,))
     if len(given) != len(batch):

@@ -21,6 +21,7 @@ LIBRARY = replace(
     on_host=state.on_host,
     unusable=state.unsupported_layout,
     **generic.ROW,
+    cast=state.under_autocast,
 )
 
 registry.load("torch")

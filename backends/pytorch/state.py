@@ -137,6 +137,13 @@ def value_access(tensor: torch.Tensor) -> str:
     return HOST if tensor.device.type == "cpu" else DEVICE
 
 
+def under_autocast(input: torch.Tensor) -> torch.Tensor:
+    """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
+    if input.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        return input.float()
+    return input
+
+
 def unsupported_layout(tensor: torch.Tensor) -> str | None:
     """Tell what a tensor is that isn't dense; PyTorch has few operations for those."""
     layout = tensor.layout
