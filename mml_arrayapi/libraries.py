@@ -117,9 +117,14 @@ def _dask() -> Library:
     import array_api_compat.dask.array as xp
     from dask import compute
 
-    from mml_arrayapi.backends.dask.alignment import check_targets_lazily
+    from mml_arrayapi.backends.dask.alignment import check_targets_lazily, unsupported_layout
 
-    return replace(_plain("dask", xp, lambda _: LAZY), settle=check_targets_lazily, compute=compute)
+    return replace(
+        _plain("dask", xp, lambda _: LAZY),
+        settle=check_targets_lazily,
+        unusable=unsupported_layout,
+        compute=compute,
+    )
 
 
 def _jax() -> Library:
