@@ -12,6 +12,12 @@ def _nothing_missing() -> str | None:
     return None
 
 
+def _cpu_kernels_missing() -> str | None:
+    from mml_arrayapi.backends import cpu
+
+    return cpu.reason()
+
+
 class LazyKernel(NamedTuple):
     """A kernel that is loaded when it is needed.
 
@@ -35,25 +41,25 @@ class LazyKernel(NamedTuple):
 
 
 def _numpy_cpu() -> Kernel:
-    from mml_arrayapi.backends.numpy_fused import KERNEL
+    from mml_arrayapi.backends.cpu.numpy import KERNEL
 
     return KERNEL
 
 
 def _torch_cpu() -> Kernel:
-    from mml_arrayapi.backends.torch_cpu import KERNEL
+    from mml_arrayapi.backends.pytorch.cpu import KERNEL
 
     return KERNEL
 
 
 def _torch_cuda() -> Kernel:
-    from mml_arrayapi.backends.torch_cuda import KERNEL
+    from mml_arrayapi.backends.pytorch.cuda import KERNEL
 
     return KERNEL
 
 
 def _cupy_cuda() -> Kernel:
-    from mml_arrayapi.backends.cupy_cuda import KERNEL
+    from mml_arrayapi.backends.cuda.cupy import KERNEL
 
     return KERNEL
 
@@ -65,9 +71,9 @@ def _dask_blocks() -> Kernel:
 
 
 KERNELS = (
-    LazyKernel("numpy-cpu", "numpy", ("numpy", "numba"), _numpy_cpu),
-    LazyKernel("torch-cpu", "torch", ("torch", "numba"), _torch_cpu),
-    LazyKernel("torch-cuda", "torch", ("torch", "cuda.bindings"), _torch_cuda),
+    LazyKernel("numpy-cpu", "numpy", ("numpy",), _numpy_cpu, _cpu_kernels_missing),
+    LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu, _cpu_kernels_missing),
+    LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda),
     LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
     LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
 )

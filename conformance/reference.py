@@ -44,7 +44,7 @@ class Reference:
         if reduction == "mean" and self.count == 0:
             return math.nan, math.nan
         count = self.count if reduction == "mean" else 1
-        return _sum(self.losses) / count, _sum(self.loss_scales) / count
+        return _sum(self.losses, 1 / count), _sum(self.loss_scales, 1 / count)
 
     def scaled(self, factors: Sequence[float]) -> Reference:
         """Return the same with each sample's gradient multiplied by a factor."""
@@ -112,7 +112,7 @@ def _sample(
     if any(math.isnan(z[j]) for j in others):
         return nan
     factor = (1.0 if weight is None else weight[y]) / len(x)
-    loss = factor * _sum([_power(z[j], p) for j in others if z[j] > 0])
+    loss = _sum([_power(z[j], p) for j in others if z[j] > 0], factor)
     if math.isnan(loss):  # a weight of NaN, or of 0 with an infinite score
         return nan
     # An infinite score makes a result infinite, or costs nothing: no error is due to it.
@@ -134,9 +134,14 @@ def _power(value: float, exponent: float) -> float:
         return math.inf
 
 
-def _sum(values: Sequence[float]) -> float:
-    """Sum without rounding errors; infinities and NaN as IEEE has them."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+def _sum(values: Sequence[float], factor: float = 1.0) -> float:
+    """Sum without rounding errors, times a factor; infinities and NaN as IEEE has them."""
+    if not all(map(math.isfinite, values)):
+        return factor * sum(values)
+    try:
+        return factor * math.fsum(values)
+    except OverflowError:  # the sum is too large, its product with the factor need not be
+        return factor * math.fsum(v * 2.0**-64 for v in values) * 2.0**64
 
 
 def difference(got: Any, wanted: Any, scale: Any, dtype: str) -> str | None:

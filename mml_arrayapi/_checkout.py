@@ -1,4 +1,4 @@
-"""Makes a checkout importable: there, ``backends`` and ``conformance`` stand beside this folder.
+"""Makes a checkout importable: the folders ``backends`` and ``conformance`` stand beside this one.
 
 In an installed copy they are inside the package, and nothing happens here. (Appending the checkout
 to the package's ``__path__`` would make ``mml_arrayapi.setup`` and ``mml_arrayapi.tests`` of the

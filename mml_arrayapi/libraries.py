@@ -91,20 +91,9 @@ def _numpy() -> Library:
 
 
 def _torch() -> Library:
-    import array_api_compat.torch as xp
+    from mml_arrayapi.backends.pytorch.library import LIBRARY
 
-    from mml_arrayapi.backends import torch_loaded  # noqa: F401
-    from mml_arrayapi.backends import torch_values as values
-
-    return Library(
-        "torch",
-        xp,
-        values.sight,
-        values.on_host,
-        values.arange,
-        device_of,
-        unusable=values.unusable,
-    )
+    return LIBRARY
 
 
 def _cupy() -> Library:

@@ -25,6 +25,8 @@ LAYERS = {
     "mml_arrayapi.evaluation.": PARTS,
     "mml_arrayapi": PUBLIC,
     "mml_arrayapi.pytorch": PUBLIC,
+    "mml_arrayapi.sklearn": PUBLIC,
+    "mml_arrayapi.torchmetrics": PUBLIC,
     "mml_arrayapi.conformance": CONFORMANCE,
     "mml_arrayapi.conformance.": CONFORMANCE,
     "mml_arrayapi.demo": COMMANDS,

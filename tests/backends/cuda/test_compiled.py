@@ -9,7 +9,7 @@ from shutil import which
 import pytest
 
 cuda_driver = pytest.importorskip(
-    "mml_arrayapi.backends.cuda_driver", reason="compiling for a GPU needs cuda-bindings"
+    "mml_arrayapi.backends.cuda.driver", reason="compiling for a GPU needs cuda-bindings"
 )
 LAYOUTS = ("tiles", "rows", "wide")
 VARIANTS = [

@@ -41,7 +41,7 @@ def operators_on_cpu():
 @pytest.fixture
 def launched(monkeypatch, builds, operators_on_cpu):
     """Let the emulator carry out what is launched, and keep the names of the kernels."""
-    from tests.gpu import emulator
+    from tests.backends.cuda import emulator
 
     names, machines = [], {}
 
