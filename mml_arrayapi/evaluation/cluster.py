@@ -46,7 +46,9 @@ class Work(NamedTuple):
     largest: int
 
 
-def run(work: Work, scheduler: Any, workers: int | None, timeout: float) -> Iterator[tuple[int, Any]]:
+def run(
+    work: Work, scheduler: Any, workers: int | None, timeout: float
+) -> Iterator[tuple[int, Any]]:
     """Count every batch, and yield each one's number and result as they come.
 
     Parameters
@@ -78,7 +80,9 @@ def run(work: Work, scheduler: Any, workers: int | None, timeout: float) -> Iter
         return
     with ExitStack() as stack:
         client = _client(stack, work, scheduler, workers)
-        yield from _on_cluster(client, work, timeout, _wait_for(client, scheduler, workers, timeout))
+        yield from _on_cluster(
+            client, work, timeout, _wait_for(client, scheduler, workers, timeout)
+        )
 
 
 def _affordable(largest: int, base: int) -> int:
@@ -91,13 +95,19 @@ def _allowed_cpus() -> int:
     try:
         from dask.system import CPU_COUNT  # what control groups allow
     except ImportError:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
     return int(CPU_COUNT)
 
 
 def _allowed_memory() -> int:
-    """Return how many bytes this process may take: those of the machine, or of its control group."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    """Return how many bytes this process may take: of the machine or its control group."""
+    found = (
+        [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    )
     groups = {"/sys/fs/cgroup", "/sys/fs/cgroup/memory"}
     try:
         with open("/proc/self/cgroup", encoding="utf-8") as file:
@@ -154,7 +164,7 @@ def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
     def compute() -> None:
         try:
             dask.compute(*graph, scheduler="threads", num_workers=threads)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (raised where it is waited for)
             finished.put((None, error))
 
     worker = Thread(target=compute, name="evaluate", daemon=True)
@@ -192,7 +202,8 @@ def _delayed(work: Work) -> dict[int, Any]:
 def _count_parts(
     count: Callable[..., Any], rows: Any, scores: Any, others: Any, options: Any
 ) -> Any:
-    return count(Batch(*rows, scores, *(tuple(parts) for parts in others)), *options)
+    targets, weights = (tuple(parts) for parts in others)
+    return count(Batch(*rows, scores, targets, weights), *options)
 
 
 def _key(batch: Batch) -> str:
@@ -235,7 +246,7 @@ def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
     except RuntimeError as error:
         raise WorkerError(
             f"the worker processes do not start ({one_line(error)}); a program that uses them must "
-            "call evaluate() below `if __name__ == \"__main__\":`, since each of them imports it"
+            'call evaluate() below `if __name__ == "__main__":`, since each of them imports it'
         ) from error
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from mml_arrayapi.evaluation.errors import InputError, one_line, require
@@ -196,11 +197,17 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def cores(names: Sequence[str]) -> list[str]:
     """Return where names differ: without the beginning and the end that all share."""
-    head = re.sub(r"[0-9]+$", "", os.path.commonprefix(list(names)))
+    head = re.sub(r"[0-9]+$", "", _common_start(names))
     rests = [name[len(head) :] for name in names]
-    tail = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]
+    tail = _common_start([rest[::-1] for rest in rests])[::-1]
     tail = re.sub(r"^[0-9]+", "", tail)
     return [rest[: len(rest) - len(tail)] for rest in rests]
+
+
+def _common_start(names: Sequence[str]) -> str:
+    first, last = min(names), max(names)
+    same = (a == b for a, b in zip(first, last, strict=False))
+    return first[: sum(1 for _ in takewhile(bool, same))]
 
 
 def numbered(names: Sequence[str]) -> bool:

@@ -214,9 +214,7 @@ class _NpzMember:
             with archive.open(self._member) as member:
                 whole = npy.read_array(member, allow_pickle=False)
                 if member.read(1):  # the checksum is compared at the end
-                    raise InputError(
-                        f"{self._file.name}: bytes follow the array; save it again"
-                    )
+                    raise InputError(f"{self._file.name}: bytes follow the array; save it again")
         return whole[where]
 
 
@@ -242,7 +240,9 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
     told = header[choose_item(file, role, list(header))]
     if told["dtype"] not in _SAFETENSORS:
         raise InputError(f"{file.name}: has dtype {told['dtype']}, which is not read; convert it")
-    made = RawArray(file, start + told["data_offsets"][0], told["shape"], _SAFETENSORS[told["dtype"]])
+    made = RawArray(
+        file, start + told["data_offsets"][0], told["shape"], _SAFETENSORS[told["dtype"]]
+    )
     if made.end != start + told["data_offsets"][1]:
         raise ValueError("its shape does not fit the bytes that it has")
     return made
@@ -340,8 +340,8 @@ def _zarr_array(file: File, opened: Array, role: str, rules: Rules) -> Array:
 
 def _unwritten(name: str, role: str, what: str) -> InputError:
     return InputError(
-        f"{name}: {what} were never written, and would be read as {role} of the store's fill value; "
-        "write them, or accept it by --unwritten-chunks fill"
+        f"{name}: {what} were never written, and would be read as {role} of the store's fill "
+        "value; write them, or accept it by --unwritten-chunks fill"
     )
 
 
@@ -386,7 +386,9 @@ def _open_hdf5(file: File, role: str, rules: Rules) -> Array:
     found: list[str] = []
     opened.visititems(lambda name, one: found.append(name) if hasattr(one, "dtype") else None)
     item = file.item.strip("/")
-    return _hdf5_array(file, opened[choose_item(replace(file, item=item), role, found)], role, rules)
+    return _hdf5_array(
+        file, opened[choose_item(replace(file, item=item), role, found)], role, rules
+    )
 
 
 def _hdf5_array(file: File, source: Array, role: str, rules: Rules) -> Array:

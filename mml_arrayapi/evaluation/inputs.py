@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from threading import Lock
 from typing import Any, NamedTuple
@@ -78,8 +78,8 @@ class Shard:
             part = np.asarray(part)
             if part.dtype.name == "bfloat16":
                 part = part.astype(np.float32)
-            if part.shape != self.shape[:axis] + (stop - start,) + self.shape[axis + 1 :]:
-                raise ValueError(f"they have shape {part.shape}")
+            if part.shape != (*self.shape[:axis], stop - start, *self.shape[axis + 1 :]):
+                raise ValueError(f"they have shape {part.shape}")  # noqa: TRY301
         except (InputError, MemoryError, TypeError):
             self.check_version()
             raise
@@ -127,8 +127,8 @@ class Shard:
         for low, high in pairwise(starts[first:]):
             if low >= stop:
                 break
-            block = (*where[:-1], slice(low, high))
-            kept = _blocks.get((self.source, self.role, self.version, low), lambda b=block: array[b])
+            key = (self.source, self.role, self.version, low)
+            kept = _blocks.get(key, partial(array.__getitem__, (*where[:-1], slice(low, high))))
             parts.append(kept[(*where[:-1], slice(max(start - low, 0), stop - low))])
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
@@ -265,7 +265,12 @@ class Dataset(NamedTuple):
     def largest_batch(self) -> int:
         """Return the bytes of the scores of the largest batch."""
         rows = max((batch.stop - batch.start for batch in self.batches), default=0)
-        return rows * self.samples_per_row * self.n_classes * int(self.shards[SCORES][0].dtype.itemsize)
+        return (
+            rows
+            * self.samples_per_row
+            * self.n_classes
+            * int(self.shards[SCORES][0].dtype.itemsize)
+        )
 
     def place(self, sample: int) -> tuple[str, int, tuple[int, ...]]:
         """Return a sample's file, its row there, and its position in the whole."""
@@ -538,7 +543,9 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
     refuse_subclass(role, given)
     array = adopt(given, role, rules)
     if any(n != n for n in given.shape):
-        raise InputError(f"{role}: the sizes of the chunks are unknown; compute_chunk_sizes() first")
+        raise InputError(
+            f"{role}: the sizes of the chunks are unknown; compute_chunk_sizes() first"
+        )
     return [_shard(Shard(role, role, array, "", rules, (), None, None), array)]
 
 
