@@ -481,7 +481,7 @@ def count_batch(
         refuse_subclass(role, array)
         return np.asarray(array)
 
-    scores = read(batch.scores, "scores", 0 if axis else 1)
+    scores = read(batch.scores[0], "scores", 0 if axis else 1)
     target = np.concatenate([read(part, "targets", 0) for part in batch.targets])
     weights = None
     if batch.weights:

@@ -52,7 +52,7 @@ class ParquetColumns:
         groups = [group.num_rows for group in self._fragment.row_groups]
         self._starts = tuple(accumulate(groups, initial=0))
         names = self._schema.names
-        plain = file.name.removesuffix(f"#{file.item}")
+        plain = file.plain_name
         if file.item:
             self.columns = _named(file.item, names, plain)
         else:

@@ -146,10 +146,11 @@ def evaluate(
         total.merge(state)
         done += batch.stop - batch.start
         if count := int(state.counts[3].sum()):
-            nan[batch.scores.shard.name] = nan.get(batch.scores.shard.name, 0) + count
+            name = batch.scores[0].shard.name
+            nan[name] = nan.get(name, 0) + count
 
     with ExitStack() as stack:
-        stack.callback(inputs.forget_blocks)
+        stack.callback(inputs.forget)
         finished: dict[int, MetricState] = {}
         if checkpoint is not None:
             journal = Journal(os.fspath(checkpoint), _about(data, loss, kernel, rules))
