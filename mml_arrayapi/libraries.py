@@ -91,19 +91,9 @@ def _numpy() -> Library:
 
 
 def _torch() -> Library:
-    import array_api_compat.torch as xp
+    from mml_arrayapi.backends.pytorch.library import LIBRARY
 
-    from mml_arrayapi.backends.pytorch import loaded, state  # noqa: F401
-
-    return Library(
-        "torch",
-        xp,
-        state.value_access,
-        state.on_host,
-        state.arange,
-        device_of,
-        unusable=state.unsupported_layout,
-    )
+    return LIBRARY
 
 
 def _cupy() -> Library:

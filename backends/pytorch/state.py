@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import _reduction as _Reduction
 from torch.utils._device import DeviceContext
 
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
@@ -164,3 +165,14 @@ def current_stream(device: int) -> int:
     """Return the handle of a CUDA device's current stream."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Return the reduction that PyTorch's deprecated arguments ask for, with its own warning."""
+    if size_average is None and reduce is None:
+        if reduction == "elementwise_mean":
+            _Reduction.get_enum(reduction)  # warns
+            return "mean"
+        return reduction
+    name: str = _Reduction.legacy_get_string(size_average, reduce)
+    return name
