@@ -11,7 +11,7 @@ SOURCE = PROJECT["urls"]["Source"]
 project = "mml_arrayapi"
 author = "The mml_arrayapi developers"
 copyright = f"2026, {author}"
-release = re.search(r'"(.+)"', (ROOT / "mml_arrayapi" / "_version.py").read_text("utf-8"))[1]
+release = re.search(r'__version__ = "(.+)"', (ROOT / "mml_arrayapi" / "_version.py").read_text("utf-8"))[1]
 
 extensions = [
     "myst_parser",
@@ -32,8 +32,10 @@ suppress_warnings = ["myst.xref_missing_html"]
 html_theme = "pydata_sphinx_theme"
 html_title = f"mml_arrayapi {release}"
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("index", "api", "pytorch", "changelog")}
 html_theme_options = {
     "icon_links": [{"name": "Source", "url": SOURCE, "icon": "fa-brands fa-github"}],
+    "header_links_before_dropdown": 7,
     "navigation_with_keys": False,
     "show_prev_next": False,
 }

@@ -206,7 +206,9 @@ def test_what_tasks_run_is_pickled_by_reference():
     loss = mml.multi_margin_loss(rows(scores, 100), target)
     for function in (chunks.loss_of_rows, chunks.part_of_rows, chunks.merged):
         assert len(pickle.dumps(function)) < 100
-    layer = next(v for k, v in loss.__dask_graph__().layers.items() if k.startswith("multi_margin_loss"))
+    layer = next(
+        v for k, v in loss.__dask_graph__().layers.items() if k.startswith("multi_margin_loss")
+    )
     assert len(pickle.dumps(layer)) < 5000
 
 
