@@ -1,4 +1,4 @@
-"""The built-in kernels, in order. Each file here knows one library; none is loaded before need."""
+"""The built-in kernels, in order. What stands here knows one library each, and is loaded late."""
 
 from __future__ import annotations
 
@@ -8,60 +8,79 @@ from typing import NamedTuple
 from mml_arrayapi.kernel import Kernel
 
 
-class Offer(NamedTuple):
-    """A kernel that may be loaded.
+def _nothing_missing() -> str | None:
+    return None
+
+
+def _cpu_kernels_missing() -> str | None:
+    from mml_arrayapi.backends import cpu
+
+    return cpu.reason()
+
+
+class LazyKernel(NamedTuple):
+    """A kernel that is loaded when it is needed.
 
     Attributes
     ----------
     name, library : str
-        As the kernel's.
+        The kernel's.
     requires : tuple of str
         The modules that must be installed for it.
     load : callable
         Imports the kernel.
+    missing : callable
+        ``missing()``: what else is missing, in words, or None. It imports no array library.
     """
 
     name: str
     library: str
     requires: tuple[str, ...]
     load: Callable[[], Kernel]
+    missing: Callable[[], str | None] = _nothing_missing
 
 
-# Plain import statements: torch.compile follows them, import_module() it does not.
-def _numpy_numba() -> Kernel:
-    from mml_arrayapi.backends.numpy_fused import KERNEL
+def _numpy_cpu() -> Kernel:
+    from mml_arrayapi.backends.cpu.numpy import KERNEL
 
     return KERNEL
 
 
-def _torch_cpu_numba() -> Kernel:
-    from mml_arrayapi.backends.torch_cpu import KERNEL
+def _torch_cpu() -> Kernel:
+    from mml_arrayapi.backends.pytorch.cpu import KERNEL
 
     return KERNEL
 
 
 def _torch_cuda() -> Kernel:
-    from mml_arrayapi.backends.torch_cuda import KERNEL
+    from mml_arrayapi.backends.pytorch.cuda import KERNEL
 
     return KERNEL
 
 
 def _cupy_cuda() -> Kernel:
-    from mml_arrayapi.backends.cupy_cuda import KERNEL
+    from mml_arrayapi.backends.cuda.cupy import KERNEL
+
+    return KERNEL
+
+
+def _jax_jit() -> Kernel:
+    from mml_arrayapi.backends.jax import KERNEL
 
     return KERNEL
 
 
 def _dask_blocks() -> Kernel:
-    from mml_arrayapi.backends.dask_blocks import KERNEL
+    from mml_arrayapi.backends.dask.graph import KERNEL
 
     return KERNEL
 
 
-OFFERS = (
-    Offer("numpy-numba", "numpy", ("numpy", "numba"), _numpy_numba),
-    Offer("torch-cpu-numba", "torch", ("torch", "numba"), _torch_cpu_numba),
-    Offer("torch-cuda", "torch", ("torch", "cuda.bindings"), _torch_cuda),
-    Offer("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
-    Offer("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
+KERNELS = (
+    LazyKernel("numpy-cpu", "numpy", ("numpy",), _numpy_cpu, _cpu_kernels_missing),
+    LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu, _cpu_kernels_missing),
+    LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda),
+    LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
+    LazyKernel("jax-jit", "jax", ("jax",), _jax_jit),
+    LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
 )

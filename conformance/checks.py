@@ -6,6 +6,7 @@ from mml_arrayapi.conformance import (
     checks_arguments,
     checks_arrays,
     checks_gradient,
+    checks_limits,
     checks_shapes,
     checks_targets,
     checks_types,
@@ -17,10 +18,13 @@ _TOPICS = (
     checks_values.TOPIC,
     checks_gradient.TOPIC,
     checks_types.TOPIC,
+    checks_limits.LIMITS,
+    checks_limits.IGNORED,
     checks_shapes.TOPIC,
     checks_targets.TOPIC,
     checks_arguments.TOPIC,
     checks_arrays.TOPIC,
+    checks_limits.LAYOUTS,
     checks_arrays.AGREEMENT,
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from mml_arrayapi.conformance.context import Context, Fail, NotRun
-from mml_arrayapi.conformance.reference import Reference, reference
+from mml_arrayapi.conformance.reference import reference
 from mml_arrayapi.conformance.suite import check
 from mml_arrayapi.libraries import LAZY
 
@@ -99,19 +99,20 @@ def threads_do_not_disturb_each_other(ctx: Context) -> None:
     """Eight threads, each with numbers of its own."""
     problems = []
     for i in range(8):
-        rows, target = ctx.scores(8, 9), ctx.targets(8, 9)
-        x, y = ctx.array(rows), ctx.integers(target)
-        problems.append((x, y, 1 + i % 2, reference(rows, target, p=1 + i % 2)))
+        rows, target, p = ctx.scores(8, 9), ctx.targets(8, 9), (1, 2, 1.5, 1)[i % 4]
+        weight = ctx.array([1.0 + j * i / 8 for j in range(9)]) if i % 3 else None
+        problems.append((ctx.array(rows), ctx.integers(target), {"p": p, "weight": weight}))
 
-    def work(problem: tuple[Any, Any, int, Reference]) -> tuple[Any, Any]:
-        x, y, p, _ = problem
-        loss, grad = ctx.loss_and_grad(x, y, p=p, reduction="none")
-        return ctx.read(loss), ctx.read(grad)
+    def work(problem: tuple[Any, Any, dict[str, Any]]) -> list[Any]:
+        x, y, options = problem
+        results = list(ctx.loss_and_grad(x, y, reduction="none", **options))
+        results += [ctx.loss(x, y, reduction=name, **options) for name in ("none", "mean", "sum")]
+        return [ctx.read(result) for result in results]
 
     alone = [work(problem) for problem in problems]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(work, problems * 2))
-    if together != alone * 2:
+    if repr(together) != repr(alone * 2):
         raise Fail("results of eight threads at once differ from those of one")
 
 

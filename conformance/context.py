@@ -210,14 +210,15 @@ class Context:
 
         Parameters
         ----------
-        got : array
-            What the library gave.
+        got : array, or nested lists
+            What the library gave, read already or not.
         wanted, scale : float or nested lists
             What it should be, and the condition scale (see ``golden.json``).
         what : str
             What it is called in the message.
         """
-        found = difference(self.read(got), wanted, scale, self.dtype)
+        values = got if isinstance(got, list) else self.read(got)
+        found = difference(values, wanted, scale, self.dtype)
         if found is not None:
             raise Fail(f"{what}: {found}")
 
@@ -229,8 +230,7 @@ class Context:
         loss, grad = self.loss_and_grad(input, target, reduction="none", **keywords)
         self.same(loss, wanted.losses, wanted.loss_scales, f"{ahead}losses")
         self.same(grad, wanted.grad, wanted.grad_scales, f"{ahead}gradient of the losses' sum")
-        count = len(wanted.losses)
-        mean = wanted.scaled([1 / count] * count)
+        mean = wanted.scaled([1 / wanted.count] * len(wanted.losses))
         loss, grad = self.loss_and_grad(input, target, reduction="mean", **keywords)
         self.same(loss, *wanted.total("mean"), f"{ahead}mean")
         self.same(grad, mean.grad, mean.grad_scales, f"{ahead}gradient of the mean")

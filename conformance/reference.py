@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -24,17 +24,27 @@ class Reference:
         One per sample.
     grad, grad_scales : N lists of C floats
         The gradient of the sum of the losses.
+    ignored : int
+        How many of the samples are ignored.
     """
 
     losses: list[float]
     loss_scales: list[float]
     grad: list[list[float]]
     grad_scales: list[list[float]]
+    ignored: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many samples a mean is over."""
+        return len(self.losses) - self.ignored
 
     def total(self, reduction: str) -> tuple[float, float]:
         """Return the sum or mean of the losses, and its scale."""
-        count = len(self.losses) if reduction == "mean" else 1
-        return _sum(self.losses) / count, _sum(self.loss_scales) / count
+        if reduction == "mean" and self.count == 0:
+            return math.nan, math.nan
+        count = self.count if reduction == "mean" else 1
+        return _sum(self.losses, 1 / count), _sum(self.loss_scales, 1 / count)
 
     def scaled(self, factors: Sequence[float]) -> Reference:
         """Return the same with each sample's gradient multiplied by a factor."""
@@ -42,7 +52,7 @@ class Reference:
         scales = [
             [s * abs(f) for s in row] for row, f in zip(self.grad_scales, factors, strict=True)
         ]
-        return Reference(self.losses, self.loss_scales, grad, scales)
+        return replace(self, grad=grad, grad_scales=scales)
 
 
 def reference(
@@ -52,6 +62,7 @@ def reference(
     p: float = 1,
     margin: float = 1.0,
     weight: Sequence[float] | None = None,
+    ignore_index: int | None = None,
 ) -> Reference:
     """Compute the losses and the gradient of their sum in float64, by the formula.
 
@@ -65,38 +76,55 @@ def reference(
         The exponent and the margin.
     weight : sequence of C floats, optional
         One per class.
+    ignore_index : int, optional
+        Samples of this class have loss 0 and gradient 0, and a mean doesn't count them.
 
     Returns
     -------
     Reference
     """
-    found = Reference([], [], [], [])
-    for x, y in zip(rows, target, strict=True):
-        others = [j for j in range(len(x)) if j != y]
-        z = [(score - x[y]) + margin for score in x] if 0 <= y < len(x) else [math.nan] * len(x)
-        known = 0 <= y < len(x) and not any(math.isnan(z[j]) for j in others)
-        if not known or math.isnan(x[y]):
-            for short in (found.losses, found.loss_scales):
-                short.append(math.nan)
-            for long in (found.grad, found.grad_scales):
-                long.append([math.nan] * len(x))
-            continue
-        factor = (1.0 if weight is None else weight[y]) / len(x)
-        # An infinite score makes a result infinite, or costs nothing: no error is due to it.
-        size = [sum(abs(v) for v in (score, x[y], margin) if math.isfinite(v)) for score in x]
-        slope = [p * _power(v, p - 1) if v > 0 and j != y else 0.0 for j, v in enumerate(z)]
-        bend = [p * (p - 1) * _power(v, p - 2) if v > 0 and p > 1 else 0.0 for v in z]
-        grad = [factor * s for s in slope]
-        scales = [abs(factor) * b * s + abs(g) for b, s, g in zip(bend, size, grad, strict=True)]
-        scales[y] = 0.0
-        grad[y], scales[y] = -_sum(grad), _sum(scales)
-        loss = factor * _sum([_power(z[j], p) for j in others if z[j] > 0])
-        rises = [(1.0 if p == 1 and z[j] >= 0 else slope[j]) * size[j] for j in others]
-        found.losses.append(loss)
-        found.loss_scales.append(abs(factor) * _sum(rises) + abs(loss))
-        found.grad.append(grad)
-        found.grad_scales.append(scales)
-    return found
+    samples = [
+        _plain(x, 0.0) if y == ignore_index else _sample(x, y, p, margin, weight)
+        for x, y in zip(rows, target, strict=True)
+    ]
+    losses, loss_scales, grad, grad_scales = ([sample[i] for sample in samples] for i in range(4))
+    ignored = sum(y == ignore_index for y in target)
+    return Reference(losses, loss_scales, grad, grad_scales, ignored)
+
+
+_Sample = tuple[float, float, list[float], list[float]]
+
+
+def _plain(x: Sequence[float], value: float) -> _Sample:
+    """Return one value for a sample's loss, each part of its gradient, and all scales."""
+    return value, value, [value] * len(x), [value] * len(x)
+
+
+def _sample(
+    x: Sequence[float], y: int, p: float, margin: float, weight: Sequence[float] | None
+) -> _Sample:
+    """Return one sample's loss, its scale, its gradient, and that one's scales."""
+    nan = _plain(x, math.nan)
+    if not 0 <= y < len(x) or math.isnan(x[y]):
+        return nan
+    others = [j for j in range(len(x)) if j != y]
+    z = [(score - x[y]) + margin for score in x]
+    if any(math.isnan(z[j]) for j in others):
+        return nan
+    factor = (1.0 if weight is None else weight[y]) / len(x)
+    loss = _sum([_power(z[j], p) for j in others if z[j] > 0], factor)
+    if math.isnan(loss):  # a weight of NaN, or of 0 with an infinite score
+        return nan
+    # An infinite score makes a result infinite, or costs nothing: no error is due to it.
+    size = [sum(abs(v) for v in (score, x[y], margin) if math.isfinite(v)) for score in x]
+    slope = [p * _power(v, p - 1) if v > 0 and j != y else 0.0 for j, v in enumerate(z)]
+    bend = [p * (p - 1) * _power(v, p - 2) if v > 0 and p > 1 else 0.0 for v in z]
+    grad = [factor * s for s in slope]
+    scales = [abs(factor) * b * s + abs(g) for b, s, g in zip(bend, size, grad, strict=True)]
+    scales[y] = 0.0
+    grad[y], scales[y] = -_sum(grad), _sum(scales)
+    rises = [(1.0 if p == 1 and z[j] >= 0 else slope[j]) * size[j] for j in others]
+    return loss, abs(factor) * _sum(rises) + abs(loss), grad, scales
 
 
 def _power(value: float, exponent: float) -> float:
@@ -106,9 +134,14 @@ def _power(value: float, exponent: float) -> float:
         return math.inf
 
 
-def _sum(values: Sequence[float]) -> float:
-    """Sum without rounding errors; infinities and NaN as IEEE has them."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+def _sum(values: Sequence[float], factor: float = 1.0) -> float:
+    """Sum without rounding errors, times a factor; infinities and NaN as IEEE has them."""
+    if not all(map(math.isfinite, values)):
+        return factor * sum(values)
+    try:
+        return factor * math.fsum(values)
+    except OverflowError:  # the sum is too large, its product with the factor need not be
+        return factor * math.fsum(v * 2.0**-64 for v in values) * 2.0**64
 
 
 def difference(got: Any, wanted: Any, scale: Any, dtype: str) -> str | None:

@@ -23,22 +23,18 @@ MARK = "\n<!-- other libraries -->\n"
 
 sys.path.insert(0, str(TOP))  # for tests.conformance.broken
 
+from mml_arrayapi import libraries as libraries_of_the_package  # noqa: E402
 from mml_arrayapi import registry  # noqa: E402
 from mml_arrayapi.conformance import Context, all_checks  # noqa: E402
 from mml_arrayapi.conformance.report import as_markdown, from_json, header  # noqa: E402
 from tests.conformance.broken import kernels, libraries  # noqa: E402
 
 STRICT = "array_api_strict"
-# Title, options, environment.
+# Title, options, environment: each library as it comes, and what else two of them can be.
 SUPPORTED = (
-    ("numpy", ("--xp", "numpy"), {}),
-    ("torch", ("--xp", "torch"), {}),
-    ("dask", ("--xp", "dask"), {}),
-    ("jax", ("--xp", "jax"), {}),
+    *((name, ("--xp", name), {}) for name in libraries_of_the_package.SUPPORTED),
     ("jax, x64", ("--xp", "jax"), {"JAX_ENABLE_X64": "1"}),
-    (STRICT, ("--xp", STRICT), {}),
     (f"{STRICT}, no_float64", ("--xp", STRICT, "--device", "no_float64"), {}),
-    ("cupy", ("--xp", "cupy"), {}),
 )
 
 SINGLE = ("--dtype", "float32")

@@ -4,20 +4,28 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
-from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-# In a checkout the folders "backends" and "conformance" stand beside this one; installed, they
-# are inside it. Nothing is appended in an installed copy: there is no pyproject.toml beside it.
-if (_Path(__file__).parent.parent / "pyproject.toml").is_file():
-    __path__.append(str(_Path(__file__).parent.parent))
-
+from mml_arrayapi import _checkout  # noqa: F401 - before anything in those folders
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
-from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
-from mml_arrayapi.kernel import Kernel
+from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
-from mml_arrayapi.registry import list_backends, register_kernel, use_backend
+from mml_arrayapi.registry import list_backends, register_kernel, unregister_kernel, use_backend
 from mml_arrayapi.validation import InvalidTargetError
+
+if _TYPE_CHECKING:
+    from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
+else:
+
+    def __getattr__(name):
+        # Importing it takes longer than all the rest, and few programs evaluate files.
+        if name in ("Evaluation", "InputError", "WorkerError", "evaluate"):
+            from mml_arrayapi import evaluation
+
+            return getattr(evaluation, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Evaluation",
@@ -25,6 +33,7 @@ __all__ = [
     "InvalidTargetError",
     "Kernel",
     "LossAccumulator",
+    "Problem",
     "WorkerError",
     "__version__",
     "evaluate",
@@ -33,5 +42,10 @@ __all__ = [
     "multi_margin_loss",
     "multi_margin_loss_and_grad",
     "register_kernel",
+    "unregister_kernel",
     "use_backend",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

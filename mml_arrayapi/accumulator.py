@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+import threading
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mml_arrayapi.exact_sum import ExactSum
-from mml_arrayapi.libraries import library_of
+from mml_arrayapi.libraries import library_of, like, to_numpy
 from mml_arrayapi.loss import at_least_float32, sample_losses
-from mml_arrayapi.validation import check_parameters
+from mml_arrayapi.typing import Array
+from mml_arrayapi.validation import check_ignore_index, check_parameters
 
 if TYPE_CHECKING:
     import numpy as np
 
-Array = Any
+
+class _Totals(NamedTuple):
+    """What has been added up; never changed, only replaced as a whole."""
+
+    losses: ExactSum
+    weights: ExactSum  # the samples' own weights, 1 each where none were given
+
+    def plus(self, other: _Totals) -> _Totals:
+        made = _Totals(ExactSum(), ExactSum())
+        for part in (self, other):
+            made.losses.merge(part.losses)
+            made.weights.merge(part.weights)
+        return made
 
 
 class LossAccumulator:
@@ -20,7 +35,8 @@ class LossAccumulator:
 
     The losses of the samples are added without rounding; the sum is rounded once, when it is
     asked for (as ``math.fsum`` does). So the figure has the same bits for any cut into batches,
-    any order of merging, any number of workers. It is picklable, and its state is plain JSON.
+    any order of merging, any number of workers. It may be updated from several threads, it is
+    picklable, and its state is plain JSON.
 
     Parameters
     ----------
@@ -30,11 +46,14 @@ class LossAccumulator:
         Any finite real number.
     weight : array, shape (C,), real floating, optional
         One factor per class, of any library; it is taken to the library and device of each batch.
+    ignore_index : int, optional
+        Samples with this target are left out.
 
     Notes
     -----
     Each sample's loss is what ``multi_margin_loss(..., reduction="none")`` gives, rounded to the
-    scores' dtype, but for 16-bit scores, whose losses are kept in float32.
+    scores' dtype, but for 16-bit scores, whose losses are kept in float32. With ``sample_weight``,
+    it is that loss times the weight, rounded to float64.
 
     Examples
     --------
@@ -43,22 +62,46 @@ class LossAccumulator:
     >>> first, second = LossAccumulator(), LossAccumulator()
     >>> first.update(np.asarray([[0.5, 0.0, -2.0]]), np.asarray([0]))
     >>> second.update(np.asarray([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), np.asarray([0, 1]))
-    >>> first.merge(second)
-    >>> first.count, first.compute("sum")
+    >>> both = first + second
+    >>> both
+    <LossAccumulator(p=1.0, margin=1.0): 3 samples, mean 0.277778>
+    >>> both.count, both.compute("sum")
     (3, 0.8333333333333333)
     """
 
-    def __init__(self, *, p: float = 1, margin: float = 1.0, weight: Array | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        p: float = 1,
+        margin: float = 1.0,
+        weight: Array | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
         self.p, self.margin = check_parameters("mean", p, margin)
+        self.ignore_index = check_ignore_index(ignore_index)
         self._weight = None if weight is None else _weight_to_numpy(weight)
-        self._sum = ExactSum()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._lock = threading.Lock()
+        self._totals = _Totals(ExactSum(), ExactSum())
 
     @property
     def count(self) -> int:
-        """The number of samples so far."""
-        return self._sum.count
+        """The number of samples so far, without the ignored ones."""
+        return self._totals.losses.count
 
-    def update(self, input: Array, target: Array) -> None:
+    def __repr__(self) -> str:
+        options = [f"p={self.p}", f"margin={self.margin}"]
+        if self._weight is not None:
+            options.append(f"weight of {len(self._weight)} classes")
+        if self.ignore_index is not None:
+            options.append(f"ignore_index={self.ignore_index}")
+        samples = f"{self.count} sample{'' if self.count == 1 else 's'}"
+        return f"<LossAccumulator({', '.join(options)}): {samples}, mean {self.compute():g}>"
+
+    def update(self, input: Array, target: Array, sample_weight: Array | None = None) -> None:
         r"""Add a batch.
 
         Parameters
@@ -68,23 +111,39 @@ class LossAccumulator:
             ones are computed.
         target : array, shape (\*batch), any integer dtype
             Each sample's class.
+        sample_weight : array, shape (\*batch), real, optional
+            A factor for each sample's loss, finite and not negative; the mean is divided by their
+            sum. From ``input``'s library, or a NumPy array. Samples without it count as 1.
 
         Raises
         ------
         TypeError, ValueError, InvalidTargetError
-            As :func:`mml_arrayapi.multi_margin_loss` with ``check_target="raise"``. Nothing has
-            been added then.
+            As :func:`mml_arrayapi.multi_margin_loss` with ``check_target="raise"``; or
+            ``sample_weight`` is not accepted. Nothing has been added then.
         """
-        import numpy as np
-
-        library = library_of("input", input)
-        weight = self._weight
-        if weight is not None:
-            weight = library.namespace.asarray(weight, device=getattr(input, "device", None))
         losses = sample_losses(
-            input, target, p=self.p, margin=self.margin, weight=weight, check_target="raise"
+            input,
+            target,
+            p=self.p,
+            margin=self.margin,
+            weight=None if self._weight is None else like(self._weight, input),
+            ignore_index=self.ignore_index,
+            check_target="raise",
         )
-        self._sum.add(np.asarray(library.on_host(losses)))
+        losses, target, factors = _together(losses, target, sample_weight)
+        factors = None if factors is None else _check_sample_weight(factors, target.shape)
+        if self.ignore_index is not None:
+            kept = target != self.ignore_index
+            losses, factors = losses[kept], None if factors is None else factors[kept]
+        batch = _Totals(ExactSum(), ExactSum())
+        if factors is None:
+            batch.losses.add(losses)
+            batch.weights.add_ones(losses.size)
+        else:
+            batch.losses.add(_product(losses, factors))
+            batch.weights.add(factors)
+        with self._lock:
+            self._totals = self._totals.plus(batch)
 
     def merge(self, other: LossAccumulator) -> None:
         """Add what another accumulator has seen.
@@ -92,7 +151,7 @@ class LossAccumulator:
         Parameters
         ----------
         other : LossAccumulator
-            One with the same ``p``, ``margin`` and ``weight``.
+            One with the same ``p``, ``margin``, ``weight`` and ``ignore_index``.
 
         Raises
         ------
@@ -103,16 +162,26 @@ class LossAccumulator:
         """
         if not isinstance(other, LossAccumulator):
             raise TypeError(f"other must be a LossAccumulator, but is a {type(other).__name__}")
-        mine, theirs = self.state(), other.state()
-        for name in ("p", "margin", "weight"):
+        mine, theirs = self._parameters(), other._parameters()
+        for name in mine:
             if mine[name] != theirs[name]:
                 raise ValueError(
                     f"only accumulators of the same {name} can be merged, but this one has "
                     f"{mine[name]} and the other {theirs[name]}"
                 )
-        self._sum.merge(other._sum)
+        totals = other._totals
+        with self._lock:
+            self._totals = self._totals.plus(totals)
 
-    def compute(self, reduction: str = "mean") -> float:
+    def __add__(self, other: LossAccumulator) -> LossAccumulator:
+        """Return an accumulator of what both have seen; see :meth:`merge`."""
+        if not isinstance(other, LossAccumulator):
+            return NotImplemented
+        made = LossAccumulator.from_state(self.state())
+        made.merge(other)
+        return made
+
+    def compute(self, reduction: Literal["mean", "sum"] = "mean") -> float:
         """Return the loss of all samples so far.
 
         Parameters
@@ -132,7 +201,8 @@ class LossAccumulator:
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', but is {reduction!r}")
-        return self._sum.over(1 if reduction == "sum" else self._sum.count)
+        losses, weights = self._totals
+        return losses.over(1) if reduction == "sum" else losses.over_sum(weights)
 
     def state(self) -> dict[str, Any]:
         """Return the state as plain JSON: dictionaries, lists, strings and numbers.
@@ -140,10 +210,11 @@ class LossAccumulator:
         Returns
         -------
         dict
-            ``p``, ``margin``, ``weight`` and ``sum`` (see :meth:`ExactSum.state`).
+            ``p``, ``margin``, ``weight`` (what is not finite as a string), ``ignore_index``,
+            ``sum`` and ``sample_weights`` (see :meth:`ExactSum.state`).
         """
-        weight = None if self._weight is None else self._weight.tolist()
-        return {"p": self.p, "margin": self.margin, "weight": weight, "sum": self._sum.state()}
+        losses, weights = self._totals
+        return {**self._parameters(), "sum": losses.state(), "sample_weights": weights.state()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LossAccumulator:
@@ -167,19 +238,75 @@ class LossAccumulator:
         import numpy as np
 
         weight = state["weight"]
-        weight = None if weight is None else np.asarray(weight, dtype=np.float64)
-        made = cls(p=state["p"], margin=state["margin"], weight=weight)
-        made._sum = ExactSum.from_state(state["sum"])
+        weight = None if weight is None else np.asarray(list(map(float, weight)))
+        options = {name: state[name] for name in ("p", "margin", "ignore_index")}
+        made = cls(**options, weight=weight)
+        parts = (ExactSum.from_state(state[name]) for name in ("sum", "sample_weights"))
+        made._totals = _Totals(*parts)
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LossAccumulator.from_state, (self.state(),)
+
+    def _parameters(self) -> dict[str, Any]:
+        weight = None
+        if self._weight is not None:
+            weight = [w if math.isfinite(w) else str(w) for w in self._weight.tolist()]
+        options = {"p": self.p, "margin": self.margin, "weight": weight}
+        return {**options, "ignore_index": self.ignore_index}
+
+
+def _together(losses: Array, target: Array, sample_weight: Array | None) -> list[Any]:
+    """Return all three as NumPy arrays; those of one lazy library are computed together."""
+    name = library_of("input", losses).name
+    arrays = [losses, target, sample_weight]
+    ours = [i for i, a in enumerate(arrays) if a is not None and _is_of(name, a)]
+    values = to_numpy(*(arrays[i] for i in ours))
+    for i, array in enumerate(arrays):
+        if i in ours:
+            arrays[i] = values[ours.index(i)]
+        elif array is not None:
+            arrays[i] = to_numpy(array)[0]
+    return arrays
+
+
+def _is_of(name: str, array: Array) -> bool:
+    return library_of("sample_weight", array).name == name
+
+
+def _check_sample_weight(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    import numpy as np
+
+    if weights.dtype.kind not in "fiu":
+        raise TypeError(f"sample_weight must have a real dtype, but has dtype {weights.dtype}")
+    if weights.shape != shape:
+        raise ValueError(
+            f"sample_weight must have the shape of target, {shape}, but has shape {weights.shape}"
+        )
+    weights = weights.astype(np.float64)
+    bad = ~np.isfinite(weights) | (weights < 0)
+    if bad.any():
+        first = np.argwhere(bad)[0].tolist()
+        raise ValueError(
+            f"sample_weight must be finite and not negative, but is {weights[bad][0]} at "
+            f"position {tuple(first)}"
+        )
+    return weights
+
+
+def _product(losses: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    with np.errstate(all="ignore"):  # infinite losses, and those beyond float64
+        return losses * factors
 
 
 def _weight_to_numpy(weight: Array) -> np.ndarray:
     import numpy as np
 
-    library = library_of("weight", weight)
-    xp = library.namespace
+    xp = library_of("weight", weight).namespace
     if not xp.isdtype(weight.dtype, "real floating"):
         raise TypeError(f"weight must have a real floating dtype, but has dtype {weight.dtype}")
     if weight.ndim != 1:
         raise ValueError(f"weight must have shape (C,), but has shape {tuple(weight.shape)}")
-    return np.asarray(library.on_host(at_least_float32(xp, weight)), dtype=np.float64)
+    return to_numpy(at_least_float32(xp, weight))[0].astype(np.float64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +19,11 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from mml_arrayapi.evaluation import evaluate
+from mml_arrayapi.libraries import LIBRARIES, SUPPORTED
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 
 Array = Any
 
-# The name shown, the namespace, and the module whose version is shown.
-LIBRARIES = (
-    ("NumPy", "array_api_compat.numpy", "numpy"),
-    ("PyTorch", "array_api_compat.torch", "torch"),
-    ("CuPy", "array_api_compat.cupy", "cupy"),
-    ("Dask", "array_api_compat.dask.array", "dask"),
-    ("JAX", "jax.numpy", "jax"),
-    ("array-api-strict", "array_api_strict", "array_api_strict"),
-)
 STEPS = 200
 RATE = 0.1
 P = 2  # smooth, so that libraries whose last bits differ don't drift apart over the steps
@@ -49,6 +42,7 @@ class Result(NamedTuple):
     """What one library came to."""
 
     kernel: str
+    speedup: float | None  # how many times as long the generic code takes; None where it ran
     train_loss: float
     test_loss: float
     accuracy: float
@@ -83,15 +77,15 @@ def train(images: Array, digits: Array, *, steps: int) -> Iterator[Array]:
         yield weights
 
 
-def run(images: Digits, namespace: str, advance: Callable[[], None]) -> Result:
+def run(images: Digits, xp: Any, advance: Callable[[], None]) -> Result:
     """Train and test with one library.
 
     Parameters
     ----------
     images : Digits
         NumPy arrays.
-    namespace : str
-        The library's namespace module.
+    xp : module
+        The library's array API namespace.
     advance : callable
         Called after each step.
 
@@ -101,7 +95,6 @@ def run(images: Digits, namespace: str, advance: Callable[[], None]) -> Result:
     """
     import numpy as np
 
-    xp = importlib.import_module(namespace)
     train_images, train_digits, test_images, test_digits = (xp.asarray(a) for a in images)
     start = time.perf_counter()
     for weights in train(train_images, train_digits, steps=STEPS):  # noqa: B007 (the last one is used)
@@ -111,14 +104,58 @@ def run(images: Digits, namespace: str, advance: Callable[[], None]) -> Result:
     scores = test_images @ weights
     test_loss = float(multi_margin_loss(scores, test_digits, p=P))
     hits = xp.astype(xp.argmax(scores, axis=-1) == test_digits, xp.float32)
+    kernel = explain(scores, test_digits, p=P).kernel
     return Result(
-        explain(scores, test_digits, p=P).kernel,
+        kernel,
+        None if kernel == "generic" else speedup(train_images @ weights, train_digits),
         train_loss,
         test_loss,
         float(xp.mean(hits)),
         seconds,
         np.asarray(scores.get() if hasattr(scores, "get") else scores),
     )
+
+
+def speedup(scores: Array, digits: Array, *, rounds: int = 9) -> float:
+    """Measure how many times as long the generic code takes for the loss and its gradient.
+
+    Parameters
+    ----------
+    scores : array, shape (N, C)
+        Of any library.
+    digits : array, shape (N,)
+        The targets.
+    rounds : int
+        How often each is timed, in turn.
+
+    Returns
+    -------
+    float
+        The quotient of the medians.
+    """
+    if hasattr(scores, "persist"):
+        scores = scores.persist()
+    times: dict[str | None, list[float]] = {None: [], "generic": []}
+    for n in range(rounds + 1):
+        for backend, taken in times.items():
+            start = time.perf_counter()
+            loss, grad = multi_margin_loss_and_grad(scores, digits, p=P, backend=backend)
+            _finish(loss, grad)
+            if n:  # the first may compile
+                taken.append(time.perf_counter() - start)
+    return statistics.median(times["generic"]) / statistics.median(times[None])
+
+
+def _finish(loss: Array, grad: Array) -> None:
+    """Wait until both have been computed."""
+    if hasattr(loss, "dask"):
+        import dask
+
+        dask.compute(loss, grad)
+    elif hasattr(grad, "block_until_ready"):
+        grad.block_until_ready()
+    else:
+        float(loss)  # waits for a GPU
 
 
 def load_digits() -> Digits:
@@ -139,7 +176,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="train on handwritten digits with every installed library, and compare",
-        description=__doc__.split("\n\n")[1],
+        description="Train a linear classifier of scikit-learn's bundled digits (1797 images of "
+        "8 x 8 pixels) with this loss and its gradient, by one code on every installed library; "
+        "then write the scores of the held-out images to disk and evaluate them.",
+        epilog="example: mml-arrayapi demo --output /tmp/digits",
     )
     parser.add_argument(
         "--output",
@@ -184,28 +224,35 @@ def _train_everywhere(images: Digits) -> dict[str, Result]:
     from rich.table import Table
 
     table = Table(title=f"The same {STEPS} steps of training on {len(images.train_digits)} digits")
-    for heading in ("library", "kernel", "training loss", "test loss", "test accuracy", "seconds"):
-        number = heading not in ("library", "kernel")
+    numbers = ("training loss", "test loss", "accuracy", "seconds", "generic takes")
+    for heading in ("library", "kernel", *numbers):
+        number = heading in numbers
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     results: dict[str, Result] = {}
     with Progress(transient=True) as progress:
-        for name, namespace, module in LIBRARIES:
-            if why := _unusable(namespace):
-                table.add_row(name, why, style="dim")
+        for name in SUPPORTED:
+            try:
+                xp = LIBRARIES[name]().namespace
+            except ImportError:
+                table.add_row(name, "not installed", style="dim")
                 continue
-            title = f"{name} {importlib.import_module(module).__version__}"
+            if name == "cupy" and not xp.cuda.is_available():
+                table.add_row(name, "no GPU", style="dim")
+                continue
             task = progress.add_task(name, total=STEPS)
-            result = run(images, namespace, lambda task=task: progress.advance(task))  # type: ignore[misc]
+            result = run(images, xp, lambda task=task: progress.advance(task))  # type: ignore[misc]
             results[name] = result
             table.add_row(
-                title,
+                f"{name} {importlib.import_module(name).__version__}",
                 result.kernel,
                 f"{result.train_loss:.5f}",
                 f"{result.test_loss:.5f}",
                 f"{result.accuracy:.1%}",
                 f"{result.seconds:.2f}",
+                "" if result.speedup is None else f"{result.speedup:.1f} x",
             )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    table.caption = "generic takes: the time of the generic code, in times of the kernel's"
+    Console(width=None if sys.stdout.isatty() else 112).print(table)
     _print_agreement(results)
     return results
 
@@ -216,14 +263,3 @@ def _print_agreement(results: dict[str, Result]) -> None:
         print(f"All {len(results)} libraries agree to the printed digits.")
     else:
         print(f"The libraries disagree: training and test loss are {' or '.join(sorted(printed))}.")
-
-
-def _unusable(namespace: str) -> str | None:
-    """Return why a library can't be used here, or None."""
-    try:
-        xp = importlib.import_module(namespace)
-    except ImportError:
-        return "not installed"
-    if namespace.endswith("cupy") and not xp.cuda.is_available():
-        return "no GPU"
-    return None

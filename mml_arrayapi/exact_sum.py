@@ -152,6 +152,11 @@ class ExactSum:
         self.count += len(values)
         self.total += exact_sums(values if finite.all() else values[finite])[0]
 
+    def add_ones(self, count: int) -> None:
+        """Add the number 1 so many times."""
+        self.total += count << UNIT
+        self.count += count
+
     def merge(self, other: ExactSum) -> None:
         """Add what another sum holds."""
         self.total += other.total
@@ -162,12 +167,19 @@ class ExactSum:
 
     def over(self, divisor: int) -> float:
         """Return the sum divided by an integer, correctly rounded; NaN for a divisor of 0."""
+        return self._quotient(divisor << UNIT)
+
+    def over_sum(self, divisor: ExactSum) -> float:
+        """Return the sum divided by another, correctly rounded; NaN for a divisor of 0."""
+        return self._quotient(divisor.total)
+
+    def _quotient(self, divisor: int) -> float:
         if self.nan or (self.plus and self.minus) or not divisor:
             return math.nan
         if self.plus or self.minus:
             return math.inf if self.plus else -math.inf
         try:
-            return self.total / (divisor << UNIT)
+            return self.total / divisor
         except OverflowError:
             return math.inf if self.total > 0 else -math.inf
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Array = Any
+# p, margin, reduction, ignore_index, axis, check_target
+Options = tuple[Any, Any, Any, Any, Any, Any]
 
 
 class Problem(NamedTuple):
@@ -32,6 +34,9 @@ class Problem(NamedTuple):
         The classes' axis in ``input``, not negative.
     check_target : {"raise", "nan"}
         What to do about targets out of range.
+    ignore_index : int or None
+        The target of samples that are left out; only kernels that list ``"ignore_index"`` in
+        :attr:`Kernel.supports` get an integer here.
     """
 
     xp: Any
@@ -44,10 +49,7 @@ class Problem(NamedTuple):
     reduction: str
     axis: int
     check_target: str
-
-
-def _never_waits(problem: Problem) -> str | None:  # noqa: ARG001
-    return None
+    ignore_index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,13 @@ class Kernel:
     Attributes
     ----------
     name : str
-        The name by which users ask for it, such as ``"numpy-numba"``.
+        The name by which users ask for it, such as ``"numpy-cpu"``.
     library : str
         The library whose arrays it takes: the top-level name of their namespace.
     refuses : callable
         ``refuses(problem)`` is None where the kernel can run the problem, else the reason in
-        words. It may look at shapes, dtypes and devices, never at values.
+        words. It may look at shapes, dtypes and devices, never at values. An exception counts as
+        a refusal.
     loss : callable
         ``loss(problem)``: the loss, in ``input``'s dtype and on its device; with the reduction
         ``"none"`` it has the shape ``(*batch)``, else ``()``.
@@ -70,18 +73,28 @@ class Kernel:
         ``loss_and_grad(problem, grad_output)``: the loss, and the gradient of
         ``sum(loss * grad_output)`` for ``input``. ``grad_output`` is an array of the loss's shape,
         or None for 1.
-    waits : callable
-        ``waits(problem)`` is None, or a reason, in words, why the kernel had better not run the
-        problem unless it is asked for by name: it is to be compiled first, for instance.
-    shortcut : callable or None
-        ``shortcut(input, target, p, margin, weight, reduction, axis, check_target)``: the loss of
-        a plain small call whose arguments haven't been checked, or None for any call that isn't
-        plainly right. It is tried, once the kernel has been chosen without being asked for by
-        name, on later inputs of the same type, since the checks cost more than a small loss.
+    before : str, optional
+        The name of another kernel: this one is asked directly before it. Without it, the kernel
+        is asked after the built-in ones.
+    supports : frozenset of str
+        The features that the kernel has beyond the common ones; so far ``"ignore_index"``. A call
+        that uses a feature is never given to a kernel that doesn't list it.
+    direct : mapping of type to callable
+        For inputs of exactly these types, ``direct[type(input)](input, target, weight, options)``
+        is tried before any argument has been checked; ``options`` is ``(p, margin, reduction,
+        ignore_index, axis, check_target)`` as the caller gave them. It returns the loss, or None
+        for every call that is not plainly right or not the kernel's; the checks then find the
+        words. It must not trust anything it hasn't looked at, and its result must be
+        that of ``loss``.
     on_chunks : callable, optional
         For a library whose arrays are made of another's (Dask): ``on_chunks(problem, name,
         library)`` is this kernel, made to run the kernel ``name`` of ``library`` on every chunk;
         None where the chunks are not of that library.
+
+    Raises
+    ------
+    TypeError
+        A field is of another type.
     """
 
     name: str
@@ -89,6 +102,22 @@ class Kernel:
     refuses: Callable[[Problem], str | None]
     loss: Callable[[Problem], Array]
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]]
-    waits: Callable[[Problem], str | None] = _never_waits
-    shortcut: Callable[..., Array | None] | None = None
+    before: str | None = None
+    supports: frozenset[str] = frozenset()
+    direct: Mapping[type, Callable[[Array, Array, Array, Options], Array | None]] = field(
+        default_factory=dict
+    )
     on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("name", "library"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise TypeError(f"{name} must be a string that is not empty, but is {value!r}")
+        for name in ("refuses", "loss", "loss_and_grad"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be callable, but is {getattr(self, name)!r}")
+        if self.before is not None and not isinstance(self.before, str):
+            raise TypeError(f"before must be None or a kernel's name, but is {self.before!r}")
+        if isinstance(self.supports, str) or not isinstance(self.supports, (frozenset, set)):
+            raise TypeError(f"supports must be a frozenset of strings, but is {self.supports!r}")

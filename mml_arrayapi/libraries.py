@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi.kernel import Problem
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Array = Any
 Namespace = Any
@@ -24,6 +27,11 @@ HOST = "host"  # values are concrete, reading them costs nothing
 DEVICE = "device"  # values are concrete, reading them would stall a device
 TRACED = "traced"  # there are no values yet: jit, vmap, torch.compile, meta and fake tensors
 LAZY = "lazy"  # values come when computed (Dask)
+
+
+def device_of(array: Array) -> Any:
+    """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
+    return getattr(array, "device", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +48,6 @@ class Library:
         ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
     on_host : callable
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
-    arange : callable
-        ``arange(n, dtype, like)``: 0 to n - 1, fit to be used together with ``like``.
     place : callable
         ``place(array)``: what must be equal for arrays to be used together; None fits anything.
     settle : callable or None
@@ -49,80 +55,138 @@ class Library:
         targets raise when they are computed, if ``check_target`` says so.
     unusable : callable
         ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
+    device : callable
+        ``device(array)``: the device to name when an array is made to be used with this one.
+    compute : callable or None
+        For a lazy library, ``compute(*arrays)``: their values, computed together.
+    widest : callable
+        ``widest(array)``: the widest signed integer and the widest real dtype of its device.
+    take : callable
+        ``take(x, index, axis)``: the elements of ``x`` at ``index``, which has length 1 along
+        ``axis``. All indices are in range. The other axes of ``x`` are those of ``index``, or 1.
+    put : callable
+        ``put(x, index, values, axis)``: ``x`` with ``values`` in those places. It may write into
+        ``x``.
+    relu : callable
+        ``relu(x, zero)``: the larger of ``x`` and ``zero`` (an array to broadcast), NaN where
+        ``x`` is NaN. Where it is differentiated, its slope at 0 is 0. It may write into ``x``.
+    runs : bool
+        Whether a sum in the widest precision takes so long that short runs are added first.
+    loss, loss_and_grad : callable, optional
+        How the generic implementation is run, if there is more to it than the formula: derivatives
+        for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
+    cast : callable or None
+        ``cast(input)``: the scores in the dtype that the library wants a loss to be computed from
+        (PyTorch under autocast).
     """
 
     name: str
     namespace: Namespace
     sight: Callable[[Array], str]
     on_host: Callable[[Array], Array]
-    arange: Callable[[int, Any, Array], Array]
     place: Callable[[Array], Any]
+    widest: Callable[[Array], tuple[Any, Any]]
+    take: Callable[[Array, Array, int], Array]
+    put: Callable[[Array, Array, Array, int], Array]
+    relu: Callable[[Array, Array], Array]
+    runs: bool = False
     settle: Callable[[Problem], Problem] | None = None
     unusable: Callable[[Array], str | None] = lambda _: None
+    device: Callable[[Array], Any] = device_of
+    compute: Callable[..., tuple[Array, ...]] | None = None
+    loss: Callable[[Problem], Array] | None = None
+    loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]] | None = None
+    cast: Callable[[Array], Array] | None = None
 
 
-def device_of(array: Array) -> Any:
-    """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
-    return getattr(array, "device", None)
+def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
+    """Make the row of a library that follows the standard and needs nothing else.
 
+    The standard has no assignment by index, and its gather is eager or missing in several
+    libraries: the classes are compared with the target instead.
+    """
 
-def _plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
-    """Make the row of a library that follows the standard and needs nothing else."""
+    def mask(x: Array, index: Array, axis: int) -> Array:
+        n = x.shape[axis]
+        places = xp.arange(n, dtype=index.dtype, device=device_of(index))
+        return xp.reshape(places, tuple(n if i == axis else 1 for i in range(x.ndim))) == index
 
-    def arange(n: int, dtype: Any, like: Array) -> Array:
-        return xp.arange(n, dtype=dtype, device=device_of(like))
+    def take(x: Array, index: Array, axis: int) -> Array:
+        zero = xp.zeros_like(index, dtype=x.dtype)
+        found = xp.where(mask(x, index, axis), x, zero)
+        return xp.sum(found, axis=axis, keepdims=True, dtype=x.dtype)
 
-    return Library(name, xp, sight, lambda array: array, arange, device_of)
+    def put(x: Array, index: Array, values: Array, axis: int) -> Array:
+        return xp.where(mask(x, index, axis), values, x)
+
+    def relu(x: Array, zero: Array) -> Array:
+        return xp.where(x <= zero, zero, x)  # maximum() and clip() have other slopes at 0
+
+    return Library(
+        name,
+        xp,
+        sight,
+        on_host=lambda array: array,
+        place=device_of,
+        widest=lambda array: widest(xp, array),
+        take=take,
+        put=put,
+        relu=relu,
+    )
 
 
 def _numpy() -> Library:
     import array_api_compat.numpy as xp
 
-    return _plain("numpy", xp, lambda _: HOST)
+    from mml_arrayapi.backends import eager, numpy_formula
+
+    row = plain("numpy", xp, lambda _: HOST)
+    return replace(row, **numpy_formula.ROW, **eager.ROW)
 
 
 def _torch() -> Library:
-    import array_api_compat.torch as xp
+    from mml_arrayapi.backends.pytorch.library import LIBRARY
 
-    from mml_arrayapi.backends import torch_values as values
-
-    return Library(
-        "torch",
-        xp,
-        values.sight,
-        values.on_host,
-        values.arange,
-        device_of,
-        unusable=values.unusable,
-    )
+    return LIBRARY
 
 
 def _cupy() -> Library:
     import array_api_compat.cupy as xp
 
-    return replace(_plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
+    return replace(plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
 
 
 def _dask() -> Library:
     import array_api_compat.dask.array as xp
+    from dask import compute
 
-    from mml_arrayapi.backends.dask_values import settle
+    from mml_arrayapi.backends.dask.alignment import check_targets_lazily, unsupported_layout
 
-    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle)
+    wide = xp.int64, xp.float64
+    row = plain("dask", xp, lambda _: LAZY)
+    row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
+    return replace(row, widest=lambda _: wide, relu=xp.maximum)
 
 
 def _jax() -> Library:
     import jax.numpy as xp
 
-    from mml_arrayapi.backends import jax_values as values
+    from mml_arrayapi.backends import jax as values
 
-    return Library("jax", xp, values.sight, values.on_host, values.arange, values.place)
+    # JAX moves arrays of no particular device beside any other.
+    return replace(plain("jax", xp, values.sight), device=lambda _: None, **values.ROW)
 
 
 def _array_api_strict() -> Library:
     import array_api_strict as xp
 
-    return _plain("array_api_strict", xp, lambda _: HOST)
+    from mml_arrayapi.backends import eager
+
+    def on_host(array: Array) -> Array:
+        return array.to_device(xp.Device("CPU_DEVICE"))
+
+    row = plain("array_api_strict", xp, lambda _: HOST)
+    return replace(row, on_host=on_host, **eager.ROW)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -134,6 +198,9 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
     "jaxlib": _jax,
     "array_api_strict": _array_api_strict,
 }
+
+SUPPORTED = tuple(name for name in LIBRARIES if name != "jaxlib")  # where JAX's arrays come from
+"""The libraries that are tested, shown and measured: the one list of them."""
 
 _by_module: dict[str, Library] = {}
 _by_namespace: dict[str, Library] = {}
@@ -184,7 +251,7 @@ def _library_without_row(argument: str, array: Array) -> Library:
     if name in LIBRARIES:
         return LIBRARIES[name]()
     if name not in _by_namespace:
-        _by_namespace[name] = _plain(name, xp, _stranger_sight)
+        _by_namespace[name] = plain(name, xp, _stranger_sight)
     return _by_namespace[name]
 
 
@@ -199,9 +266,27 @@ def _stranger_sight(array: Array) -> str:
     return TRACED if is_lazy_array(array) else HOST
 
 
-def arange(n: int, dtype: Any, like: Array) -> Array:
-    """Return 0 to n - 1 as an array that can be used together with ``like``."""
-    return library_of("input", like).arange(n, dtype, like)
+def to_numpy(*arrays: Array) -> list[np.ndarray]:
+    """Return the values of arrays of one library, read from their device, computed if lazy."""
+    import numpy as np
+
+    library = library_of("input", arrays[0])
+    if library.compute is not None:
+        return to_numpy(*library.compute(*arrays))
+    return [np.asarray(library.on_host(array)) for array in arrays]
+
+
+def like(values: np.ndarray, array: Array) -> Array:
+    """Return real NumPy values as an array that can be used together with another."""
+    import numpy as np
+
+    library = library_of("input", array)
+    if library.compute is not None:  # NumPy arrays may stand beside lazy ones
+        return values
+    xp = library.namespace
+    if library.widest(array)[1] == xp.float32:
+        values = values.astype(np.float32)
+    return xp.asarray(values, device=library.device(array))
 
 
 def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from mml_arrayapi import registry, validation
-from mml_arrayapi.kernel import Problem
+from mml_arrayapi.kernel import Options, Problem
 from mml_arrayapi.libraries import library_of
-
-Array = Any
+from mml_arrayapi.typing import Array, CheckTarget, Reduction
 
 
 def multi_margin_loss(
@@ -19,11 +17,12 @@ def multi_margin_loss(
     p: float = 1,
     margin: float = 1.0,
     weight: Array | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
     axis: int = -1,
-    check_target: str = "auto",
+    check_target: CheckTarget = "auto",
     backend: str | None = None,
-) -> Array:
+) -> Any:
     r"""Compute the multi-class hinge loss of Weston and Watkins.
 
     For a sample with scores :math:`x` and target :math:`y` out of :math:`C` classes it is
@@ -48,6 +47,9 @@ def multi_margin_loss(
         One factor per class; it multiplies outside the power, so it may be negative.
     reduction : {"mean", "none", "sum"}
         The mean over the samples, one loss per sample, or their sum. All are divided by C.
+    ignore_index : int, optional
+        Samples with this target have loss 0 and gradient 0, whatever their scores are, and are
+        left out of the mean's count. If all are, the mean is NaN.
     axis : int, default -1
         Where in ``input`` the classes are.
     check_target : {"auto", "raise", "nan"}
@@ -90,22 +92,14 @@ def multi_margin_loss(
     >>> round(float(multi_margin_loss(scores, np.asarray([3]))), 6)
     0.325
     """
-    # A small call costs 3 microseconds by the shortcut, and the checks alone 10.
-    shortcut = registry.shortcut_for(input) if backend is None else None
-    if shortcut is not None:
-        loss = shortcut(input, target, p, margin, weight, reduction, axis, check_target)
-        if loss is not None:
-            return loss
-    problem = validation.check(
-        input,
-        target,
-        p=p,
-        margin=margin,
-        weight=weight,
-        reduction=reduction,
-        axis=axis,
-        check_target=check_target,
-    )
+    options = (p, margin, reduction, ignore_index, axis, check_target)
+    if backend is None:
+        # The checks take several times as long as a small loss: first the kernel, then the words.
+        for kernel in registry.direct_kernels(input):
+            loss = kernel(input, target, weight, options)
+            if loss is not None:
+                return loss
+    problem = _check(input, target, weight, options, backend)
     loss = registry.choose(problem, backend).loss(problem)
     return _in_targets_shape(problem, target, loss)
 
@@ -117,17 +111,18 @@ def multi_margin_loss_and_grad(
     p: float = 1,
     margin: float = 1.0,
     weight: Array | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
     axis: int = -1,
-    check_target: str = "auto",
+    check_target: CheckTarget = "auto",
     backend: str | None = None,
     grad_output: Array | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Any, Any]:
     r"""Compute the loss of :func:`multi_margin_loss`, and its gradient for the scores.
 
     Parameters
     ----------
-    input, target, p, margin, weight, reduction, axis, check_target, backend
+    input, target, p, margin, weight, reduction, ignore_index, axis, check_target, backend
         As in :func:`multi_margin_loss`.
     grad_output : array, real floating, optional
         The gradient of something for the loss, of the loss's shape; 1 if left out. It is
@@ -156,21 +151,15 @@ def multi_margin_loss_and_grad(
     >>> print(round(float(loss), 6), grad.round(6))
     0.166667 [[-0.333333  0.333333  0.      ]]
     """
-    problem = validation.check(
-        input,
-        target,
-        p=p,
-        margin=margin,
-        weight=weight,
-        reduction=reduction,
-        axis=axis,
-        check_target=check_target,
-    )
+    options = (p, margin, reduction, ignore_index, axis, check_target)
+    problem = _check(input, target, weight, options, backend)
     if grad_output is not None:
         grad_output = validation.check_grad_output(problem, target.shape, grad_output)
     loss, grad = registry.choose(problem, backend).loss_and_grad(problem, grad_output)
     if input.ndim == 0:
         grad = problem.xp.reshape(grad, ())
+    if problem.input.dtype != input.dtype:
+        grad = problem.xp.astype(grad, input.dtype)
     return _in_targets_shape(problem, target, loss), grad
 
 
@@ -181,16 +170,17 @@ def explain(
     p: float = 1,
     margin: float = 1.0,
     weight: Array | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
     axis: int = -1,
-    check_target: str = "auto",
+    check_target: CheckTarget = "auto",
     backend: str | None = None,
 ) -> registry.Explanation:
     """Tell which kernel :func:`multi_margin_loss` would run on these arguments, and why.
 
     Parameters
     ----------
-    input, target, p, margin, weight, reduction, axis, check_target, backend
+    input, target, p, margin, weight, reduction, ignore_index, axis, check_target, backend
         As in :func:`multi_margin_loss`.
 
     Returns
@@ -206,68 +196,44 @@ def explain(
     >>> explain(np.zeros((2, 3)), np.asarray([0, 1]), backend="generic").kernel
     'generic'
     """
-    problem = validation.check(
-        input,
-        target,
-        p=p,
-        margin=margin,
-        weight=weight,
-        reduction=reduction,
-        axis=axis,
-        check_target=check_target,
-    )
+    options = (p, margin, reduction, ignore_index, axis, check_target)
+    problem = _check(input, target, weight, options, backend)
     return registry.explain(problem, backend)
 
 
-def _in_targets_shape(problem: Problem, target: Array, loss: Array) -> Array:
+def _check(
+    input: Array, target: Array, weight: Array | None, options: Options, backend: str | None
+) -> Problem:
+    checked = validation.check_options(validation.Options(*options))
+    registry.check_name(backend)
+    return validation.check_arrays(input, target, weight, checked)
+
+
+def _in_targets_shape(problem: Problem, target: Array, loss: Any) -> Any:
     """Give per-sample losses the target's shape, where one sample was spelled another way."""
     if problem.reduction == "none" and loss.ndim != target.ndim:
         return problem.xp.reshape(loss, target.shape)
     return loss
 
 
-def sample_losses(
-    input: Array,
-    target: Array,
-    *,
-    p: float,
-    margin: float,
-    weight: Array | None,
-    check_target: str,
-    axis: int = -1,
-    backend: str | None = None,
-    elements: float = math.inf,
-) -> Array:
-    """Compute the losses of a part of a job.
+def sample_losses(input: Array, target: Array, **options: Any) -> Any:
+    """Compute one loss per sample, in float32 for 16-bit scores: to be added up further on.
 
     Parameters
     ----------
-    input, target, p, margin, weight, check_target, axis, backend
-        As in :func:`mml_arrayapi.multi_margin_loss`.
-    elements : float
-        The size of the whole job's input; the kernel depends on it, but on nothing that this
-        process has done before.
+    input, target, **options
+        As in :func:`multi_margin_loss`, without ``reduction``.
 
     Returns
     -------
     array
-        One loss per sample, in float32 for 16-bit scores.
+        Shape of ``target``.
     """
     input = at_least_float32(library_of("input", input).namespace, input)
-    problem = validation.check(
-        input,
-        target,
-        p=p,
-        margin=margin,
-        weight=weight,
-        reduction="none",
-        axis=axis,
-        check_target=check_target,
-    )
-    return registry.choose_for_job(problem, backend, elements).loss(problem)
+    return multi_margin_loss(input, target, reduction="none", **options)
 
 
-def at_least_float32(xp: Any, input: Array) -> Array:
+def at_least_float32(xp: Any, input: Array) -> Any:
     """Widen 16-bit scores, so that their losses are not rounded to 16 bits one by one."""
     if xp.isdtype(input.dtype, "real floating") and xp.finfo(input.dtype).bits == 16:
         return xp.astype(input, xp.float32)

@@ -4,66 +4,85 @@ A *kernel* computes the loss for the arrays of one library. The generic implemen
 against the array API standard, runs for every library and comes last. This module imports no
 array library: kernels are loaded when the first array of their library is seen.
 
-Order of say: the ``backend=`` argument, then :func:`use_backend`, then the environment variable
-``MML_ARRAYAPI_BACKEND`` (read when the package is imported: looking into ``os.environ`` costs a
-microsecond, a third of a small call), then the order of registration (the built-in kernels, those
-given to :func:`register_kernel`, those of installed plugins), then the generic implementation.
+The choice is a function of the call, of what is registered and of what is asked for; it never
+depends on what the process has done before. Precedence: the ``backend=`` argument, then
+:func:`use_backend`, then the environment variable ``MML_ARRAYAPI_BACKEND`` (read when the package
+is imported), then the order of the kernels: third-party kernels directly before the one that
+their ``before`` names, the built-in ones, the other third-party ones (those given to
+:func:`register_kernel`, then those of plugins), the generic implementation.
+
+``torch.compile`` traces through :func:`choose` and :func:`direct_kernels`. What these two read is
+therefore replaced as a whole, never changed in place, and the library's row in the table of
+libraries has loaded the kernels before (:func:`load`), since a trace can't enter a lock.
 """
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi import backends as built_in
-from mml_arrayapi import formula
-from mml_arrayapi.kernel import Array, Kernel, Problem, _never_waits
+from mml_arrayapi import formula, overrides
+from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import settle_targets
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 ENTRY_POINTS = "mml_arrayapi.backends"
-ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
-LARGE = 2**22  # elements of a job from which on compiling a kernel for it pays
+
+
+def _never_refuses(problem: Problem) -> str | None:  # noqa: ARG001
+    return None
 
 
 def _generic_loss(problem: Problem) -> Array:
-    return formula.loss(settle_targets(problem))
+    run = library_of("input", problem.input).loss or formula.loss
+    return run(settle_targets(problem))
 
 
 def _generic_loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
-    return formula.loss_and_grad(settle_targets(problem), grad_output)
+    run = library_of("input", problem.input).loss_and_grad or formula.loss_and_grad
+    return run(settle_targets(problem), grad_output)
 
 
 GENERIC = Kernel(
     name="generic",
     library="*",
-    refuses=lambda _: None,
+    refuses=_never_refuses,
     loss=_generic_loss,
     loss_and_grad=_generic_loss_and_grad,
+    supports=frozenset({"ignore_index"}),
 )
 
 
-class _ThreadState(threading.local):
-    forced: str | None = None  # what use_backend() says in this thread
+@dataclass(slots=True)
+class _Registry:
+    """What is registered, and what has been loaded of it."""
+
+    lazy: tuple[built_in.LazyKernel, ...] = ()
+    plugins: tuple[EntryPoint, ...] | None = ()  # None: not read yet
+    registered: tuple[Kernel, ...] = ()
+    loaded: dict[str, Kernel] = field(default_factory=dict)  # by entry's name; a broken one refuses
+    broken: dict[str, str] = field(default_factory=dict)  # entry's name: why it could not be loaded
+    orders: dict[str, tuple[Kernel, ...]] = field(default_factory=dict)  # by library
+    # No dict: torch.compile can't check that the keys of one still are the same types.
+    direct: tuple[tuple[type, tuple[Callable[..., Array | None], ...]], ...] = ()
 
 
-_state = _ThreadState()
-_environment = os.environ.get(ENVIRONMENT) or None
-# Read here, not in a call: reading them breaks torch.compile(fullgraph=True).
-_plugins: tuple[EntryPoint, ...] = tuple(entry_points(group=ENTRY_POINTS))
-_registered: list[Kernel] = []
-_loaded: dict[str, tuple[Kernel, ...]] = {}  # library -> its kernels, in order
-_shortcuts: dict[type, Callable[..., Array | None]] = {}
 _lock = threading.RLock()
+_registry = _Registry(built_in.KERNELS, None)
 
 
 def register_kernel(kernel: Kernel) -> None:
-    """Offer a kernel; it comes after those that are registered already.
+    """Add a kernel.
 
     Parameters
     ----------
@@ -75,27 +94,77 @@ def register_kernel(kernel: Kernel) -> None:
     TypeError
         Not a :class:`Kernel`.
     ValueError
-        A kernel of that name is registered already.
+        There is a kernel of that name.
 
     Notes
     -----
     A package that should be found without being imported declares an entry point in the group
     ``mml_arrayapi.backends`` instead: its name is the library's, or ``library.anything``, and it
     points to a :class:`Kernel`. It is loaded when an array of that library is first seen.
+
+    Examples
+    --------
+    >>> from mml_arrayapi import Kernel, register_kernel, unregister_kernel
+    >>> register_kernel(Kernel("mine", "numpy", lambda problem: "not today", print, print))
+    >>> unregister_kernel("mine")
     """
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel must be a Kernel, but is of type {type(kernel).__name__}")
     with _lock:
         if kernel.name in _known():
             raise ValueError(f"a kernel named {kernel.name!r} is registered already")
-        _registered.append(kernel)
-        _loaded.pop(kernel.library, None)
-        _shortcuts.clear()
+        _registry.registered = (*_registry.registered, kernel)
+        _reorder()
+
+
+def unregister_kernel(name: str) -> None:
+    """Remove a kernel that :func:`register_kernel` added.
+
+    Parameters
+    ----------
+    name : str
+        The kernel's name.
+
+    Raises
+    ------
+    ValueError
+        The program has registered no kernel of that name.
+    """
+    with _lock:
+        names = [kernel.name for kernel in _registry.registered]
+        if name not in names:
+            raise ValueError(
+                f"name must be that of a kernel which the program has registered "
+                f"({', '.join(names) or 'so far none'}), but is {name!r}"
+            )
+        _registry.registered = tuple(k for k in _registry.registered if k.name != name)
+        _reorder()
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Make one kernel run within a ``with`` block, in this thread.
+def isolated(*, built_in_kernels: bool = False) -> Iterator[None]:
+    """Put an empty registry in this one's place within a ``with`` block: for tests.
+
+    Parameters
+    ----------
+    built_in_kernels : bool, default False
+        Whether the built-in kernels are in it. Plugins never are.
+    """
+    global _registry
+    outer = _registry
+    _registry = _Registry(built_in.KERNELS if built_in_kernels else ())
+    try:
+        yield
+    finally:
+        _registry = outer
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Make one kernel run within a ``with`` block.
+
+    The block belongs to its context: other threads, other asyncio tasks, and whatever runs while
+    the generator that holds the block is suspended, don't see it. (A generator that serves as a
+    context manager or a pytest fixture holds it for others, who do.)
 
     Parameters
     ----------
@@ -103,9 +172,13 @@ def use_backend(name: str) -> Iterator[None]:
         A kernel's name; ``"generic"`` forbids all specialised kernels. Arrays of another library
         than the kernel's are not affected.
 
+    Returns
+    -------
+    context manager
+
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         No kernel of that name is known; or, in a call, the kernel refuses the arguments.
 
     Examples
@@ -116,13 +189,60 @@ def use_backend(name: str) -> Iterator[None]:
     ...     explain(np.zeros((2, 3)), np.asarray([0, 1])).kernel
     'generic'
     """
-    _library_of_kernel(name, "use_backend")
-    before = _state.forced
-    _state.forced = name
-    try:
-        yield
-    finally:
-        _state.forced = before
+    if name is None:
+        raise TypeError(f"use_backend must be given a kernel's name, but got None; {_list()}")
+    check_name(name, "use_backend")
+    return overrides.block(name, sys._getframe(1))
+
+
+def check_name(name: str | None, source: str = "backend") -> None:
+    """Check that a kernel of that name is known, installed or not.
+
+    Parameters
+    ----------
+    name : str or None
+        None asks for no kernel.
+    source : str
+        Who asks, for the message.
+
+    Raises
+    ------
+    TypeError
+        Neither None nor a string.
+    ValueError
+        No kernel is named so.
+    """
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{source} must be None or a kernel's name, but is {name!r} of type "
+            f"{type(name).__name__}; {_list()}"
+        )
+    _library_of_kernel(name, source)
+
+
+def direct_kernels(input: Array) -> tuple[Callable[..., Array | None], ...]:
+    """Return what may be tried for an input before its arguments are checked.
+
+    Parameters
+    ----------
+    input : array
+        Any object.
+
+    Returns
+    -------
+    tuple of callable
+        See :attr:`Kernel.direct`. Nothing where a kernel is asked for by name, or the library's
+        kernels have not been loaded yet.
+    """
+    if overrides.open_names or overrides.environment is not None:
+        return ()
+    of_input = type(input)
+    for kind, functions in _registry.direct:
+        if kind is of_input:
+            return functions
+    return ()
 
 
 def choose(problem: Problem, backend: str | None) -> Kernel:
@@ -144,65 +264,46 @@ def choose(problem: Problem, backend: str | None) -> Kernel:
     ValueError
         The kernel asked for is unknown or refuses.
     """
-    asked = _asked_for(problem, backend)
-    if asked is not None:
+    name, source = overrides.asked_for(backend)
+    if name is not None and (asked := _asked_kernel(problem, name, source)) is not None:
         return asked
-    for kernel in _kernels_of(problem.library):
-        if kernel.refuses(problem) is None and kernel.waits(problem) is None:
-            if kernel.shortcut is not None:
-                _shortcuts[type(problem.input)] = kernel.shortcut
+    for kernel in kernels_of(problem.library):
+        if _refusal(kernel, problem) is None:
             return kernel
     return GENERIC
 
 
-def choose_for_job(problem: Problem, backend: str | None, elements: float) -> Kernel:
-    """Choose the kernel for a job that is cut into many problems.
-
-    The choice depends on nothing that this process has done before (unlike :func:`choose`, which
-    waits until compiling pays), so the same job gives the same bits again, wherever its parts run.
-
-    Parameters
-    ----------
-    problem : Problem
-        One of them.
-    backend : str or None
-        The caller's ``backend=``.
-    elements : float
-        The size of the input of all of them together.
-
-    Returns
-    -------
-    Kernel
-
-    Raises
-    ------
-    ValueError
-        The kernel asked for is unknown or refuses.
-    """
-    asked = _asked_for(problem, backend)
-    if asked is not None:
-        return asked
-    for kernel in _kernels_of(problem.library):
-        if kernel.refuses(problem) is None:
-            return kernel if elements >= LARGE or kernel.waits is _never_waits else GENERIC
-    return GENERIC
+def _refusal(kernel: Kernel, problem: Problem) -> str | None:
+    """Tell why a kernel doesn't get a problem, or None."""
+    if problem.ignore_index is not None and "ignore_index" not in kernel.supports:
+        return "it does not support ignore_index"
+    try:
+        return kernel.refuses(problem)
+    except Exception as error:  # noqa: BLE001 - a kernel nobody asked for must not end a call
+        return f"its refuses() raised {type(error).__name__}: {error}"
 
 
-def shortcut_for(input: Array) -> Callable[..., Array | None] | None:
-    """Return the shortcut of the kernel that last ran an input of this type, if any may be taken.
-
-    Parameters
-    ----------
-    input : array
-        Any object.
-
-    Returns
-    -------
-    callable or None
-        See :class:`Kernel`; None where a kernel is asked for by name.
-    """
-    # Where the environment names a kernel, choose() has filled in none.
-    return _shortcuts.get(type(input)) if _state.forced is None else None
+def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
+    """Return the kernel asked for; None where it is of another library and not the caller's own."""
+    if name == "generic":
+        return GENERIC
+    for kernel in kernels_of(problem.library):
+        if kernel.name == name:
+            reason = _refusal(kernel, problem)
+            if reason is None:
+                return kernel
+            raise ValueError(f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}")
+    library = _library_of_kernel(name, source)
+    for kernel in kernels_of(problem.library):
+        inner = kernel.on_chunks and kernel.on_chunks(problem, name, library)
+        if inner is not None:
+            return inner
+    if source != "backend":
+        return None
+    raise ValueError(
+        f"backend: kernel {name!r} takes arrays of {library}, but input is of "
+        f"{problem.library}; {_list()}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +315,8 @@ class Explanation:
     kernel : str
         Name of the kernel that runs.
     considered : tuple of (str, str or None)
-        Each kernel's name, in the order of say, with the reason why it doesn't run; None for the
-        one that does.
+        Each kernel's name, in the order in which they are asked, with the reason why it doesn't
+        run; None for the one that does.
     """
 
     kernel: str
@@ -239,17 +340,16 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
     Explanation
     """
     chosen = choose(problem, backend)
-    asked = bool(backend or _state.forced or _environment)
     considered: list[tuple[str, str | None]] = []
-    earlier = True
-    for kernel in (*_kernels_of(problem.library), GENERIC):
+    first = False
+    for kernel in (*kernels_of(problem.library), GENERIC):
         why = None
         if kernel.name == chosen.name:
-            earlier = False
-        elif (why := kernel.refuses(problem)) is None:
-            why = None if asked else kernel.waits(problem)
-            place = "was asked for" if earlier else "comes first"
-            why = why or f"{chosen.name} {place}"
+            first = True
+        else:
+            why = _refusal(kernel, problem) or (
+                f"{chosen.name} {'comes first' if first else 'was asked for'}"
+            )
         considered.append((kernel.name, why))
     return Explanation(chosen.name, tuple(considered))
 
@@ -263,7 +363,7 @@ class Backend:
     name, library : str
         The kernel's name, and the library whose arrays it takes ("*": every one).
     available : bool
-        Whether what it needs is installed.
+        Whether it can be loaded and what it needs is there.
     reason : str
         Where it comes from, or why it is not available.
     """
@@ -275,11 +375,15 @@ class Backend:
 
 
 def list_backends() -> tuple[Backend, ...]:
-    """List the kernels there are, available or not, and why. Imports no array library.
+    """List the kernels there are, available or not, and why.
+
+    Imports no array library by itself. Plugins are imported, since only they know the names of
+    their kernels.
 
     Returns
     -------
     tuple of Backend
+        The names are those that ``backend=`` takes.
 
     Examples
     --------
@@ -287,109 +391,171 @@ def list_backends() -> tuple[Backend, ...]:
     >>> list_backends()[-1].name
     'generic'
     """
-    found = [_status_of_offer(offer) for offer in built_in.OFFERS]
-    found += [Backend(k.name, k.library, True, "registered by the program") for k in _registered]
-    for plugin in _plugins:
-        found.append(Backend(plugin.name, _library(plugin), True, f"plugin {plugin.value}"))
+    found = [_status(lazy) for lazy in _registry.lazy]
+    registered = _registry.registered
+    found += [Backend(k.name, k.library, True, "registered by the program") for k in registered]
+    for plugin in _plugins():
+        kernel = _loaded_plugin(plugin)
+        why = _registry.broken.get(_key(plugin))
+        reason = why or f"plugin {plugin.value}"
+        found.append(Backend(kernel.name, kernel.library, why is None, reason))
     found.append(Backend("generic", "*", True, "the array API implementation"))
     return tuple(found)
 
 
-def _status_of_offer(offer: built_in.Offer) -> Backend:
-    missing = [name for name in offer.requires if not _installed(name)]
-    if missing:
-        return Backend(offer.name, offer.library, False, f"not installed: {', '.join(missing)}")
-    for kernel in _loaded.get(offer.library, ()):
-        if kernel.name == offer.name and kernel.loss is _never:
-            return Backend(offer.name, offer.library, False, str(kernel.refuses(None)))  # type: ignore[arg-type]
-    return Backend(offer.name, offer.library, True, "built in")
+def _status(lazy: built_in.LazyKernel) -> Backend:
+    missing = [name for name in lazy.requires if not _installed(name)]
+    why = f"not installed: {', '.join(missing)}" if missing else None
+    why = why or _registry.broken.get(lazy.name) or lazy.missing()
+    return Backend(lazy.name, lazy.library, why is None, why or "built in")
 
 
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package isn't there either
+    except (ModuleNotFoundError, ValueError):  # no parent package; a module without a spec
         return False
 
 
-def _kernels_of(library: str) -> tuple[Kernel, ...]:
-    kernels = _loaded.get(library)
-    if kernels is None:
-        kernels = _load(library)
-    return kernels
+def kernels_of(library: str) -> tuple[Kernel, ...]:
+    """Return the kernels of a library, but the generic one, in the order in which they are asked.
+
+    Parameters
+    ----------
+    library : str
+        The library's short name.
+
+    Returns
+    -------
+    tuple of Kernel
+    """
+    kernels = _registry.orders.get(library)
+    return load(library) if kernels is None else kernels
 
 
-def _load(library: str) -> tuple[Kernel, ...]:
-    # No lock: torch.compile(fullgraph=True) can't enter one, and the first call may be compiled.
-    # Two threads that load at once do the same work twice.
-    offers = [offer for offer in built_in.OFFERS if offer.library == library]
-    kernels = [_attempt(offer.name, library, offer.load) for offer in offers]
-    kernels += [kernel for kernel in _registered if kernel.library == library]
-    for plugin in _plugins:
-        if _library(plugin) == library:
-            kernels.append(_attempt(plugin.name, library, plugin.load))
-    _loaded[library] = tuple(kernels)
-    return _loaded[library]
+def load(library: str) -> tuple[Kernel, ...]:
+    """Load the kernels of a library, built-in ones and plugins.
+
+    Parameters
+    ----------
+    library : str
+        The library's short name.
+
+    Returns
+    -------
+    tuple of Kernel
+        As :func:`kernels_of`.
+    """
+    with _lock:
+        for lazy in _registry.lazy:
+            if lazy.library == library:
+                _loaded(lazy.name, lazy.name, library, lazy.load)
+        for plugin in _plugins():
+            if _library(plugin) == library:
+                _loaded_plugin(plugin)
+        _reorder(library)
+        return _registry.orders[library]
 
 
-def _attempt(name: str, library: str, load: Callable[[], Any]) -> Kernel:
-    """Load a kernel; what can't be imported becomes a kernel that refuses with the reason."""
-    try:
-        kernel = load()
-    except ImportError as error:
-        reason = f"cannot be imported: {error}"
-        return Kernel(name, library, lambda _: reason, _never, _never)
-    if not isinstance(kernel, Kernel):
-        raise TypeError(
-            f"entry point {name!r} of the group {ENTRY_POINTS!r} must point to a Kernel, but "
-            f"points to an object of type {type(kernel).__name__}"
-        )
-    return kernel
+def _reorder(*new: str) -> None:
+    """Bring the kernels of the libraries that are loaded, and of new ones, into order."""
+    orders = {library: _order(library) for library in (*_registry.orders, *new)}
+    direct: dict[type, tuple[Callable[..., Array | None], ...]] = {}
+    for kernels in orders.values():
+        for kernel in kernels:
+            if not kernel.direct and kernel.loss is not _never:
+                break  # what comes after it must wait for its refusal
+            for kind, function in kernel.direct.items():
+                direct[kind] = (*direct.get(kind, ()), function)
+    _registry.orders, _registry.direct = orders, tuple(direct.items())
 
 
-def _never(*_: Any) -> Any:
-    raise AssertionError("a kernel that refuses was run")
+def _order(library: str) -> tuple[Kernel, ...]:
+    order = [_registry.loaded[lazy.name] for lazy in _registry.lazy if lazy.library == library]
+    others = [kernel for kernel in _registry.registered if kernel.library == library]
+    others += [_loaded_plugin(plugin) for plugin in _plugins() if _library(plugin) == library]
+    order += [kernel for kernel in others if kernel.before is None]
+    waiting = [kernel for kernel in others if kernel.before is not None]
+    while waiting:  # a kernel may name one that is placed after it
+        names = [kernel.name for kernel in order]
+        found = next((kernel for kernel in waiting if kernel.before in names), None)
+        if found is None:
+            return (*order, *waiting)  # before "generic", or before what isn't there
+        order.insert(names.index(found.before), found)  # type: ignore[arg-type]
+        waiting.remove(found)
+    return tuple(order)
+
+
+def _plugins() -> tuple[EntryPoint, ...]:
+    if _registry.plugins is None:
+        # Not at the top: it was 23 of the 70 ms that importing the package took.
+        from importlib.metadata import entry_points
+
+        _registry.plugins = tuple(entry_points(group=ENTRY_POINTS))
+    return _registry.plugins
 
 
 def _library(plugin: EntryPoint) -> str:
     return plugin.name.partition(".")[0]
 
 
-def _asked_for(problem: Problem, backend: str | None) -> Kernel | None:
-    """Return the kernel asked for by name, by whoever has the say."""
-    name = backend or _state.forced or _environment
-    return None if name is None else _forced(problem, backend, name)
+def _key(plugin: EntryPoint) -> str:
+    return f"{plugin.name} = {plugin.value}"  # two plugins may give their entries the same name
 
 
-def _forced(problem: Problem, backend: str | None, name: str) -> Kernel | None:
-    """Return the kernel asked for; None where it is of another library and not the caller's own."""
-    if name == "generic":
-        return GENERIC
-    source = "backend" if backend else "use_backend" if _state.forced else ENVIRONMENT
-    for kernel in _kernels_of(problem.library):
-        if kernel.name == name:
-            reason = kernel.refuses(problem)
-            if reason is None:
-                return kernel
-            raise ValueError(f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}")
-    library = _library_of_kernel(name, source)
-    for kernel in _kernels_of(problem.library):
-        inner = kernel.on_chunks and kernel.on_chunks(problem, name, library)
-        if inner is not None:
-            return inner
-    if backend is None:
-        return None
-    raise ValueError(
-        f"backend: kernel {name!r} takes arrays of {library}, but input is of "
-        f"{problem.library}; {_list()}"
-    )
+def _loaded_plugin(plugin: EntryPoint) -> Kernel:
+    return _loaded(_key(plugin), plugin.name, _library(plugin), plugin.load)
+
+
+def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kernel:
+    """Load a kernel, once; what can't be loaded becomes a kernel that refuses with the reason."""
+    with _lock:
+        if key not in _registry.loaded:
+            _keep(key, _unusable(entry, library, "is being loaded"))  # if it asks for itself
+            try:
+                kernel, why = load(), None
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
+                kernel, why = None, f"cannot be imported: {type(error).__name__}: {error}"
+            why = why or _misfit(kernel, entry, library)
+            if why is not None:
+                _registry.broken = {**_registry.broken, key: why}
+                kernel = _unusable(entry, library, why)
+            _keep(key, kernel)
+        return _registry.loaded[key]
+
+
+def _keep(key: str, kernel: Any) -> None:
+    _registry.loaded = {**_registry.loaded, key: kernel}
+
+
+def _unusable(name: str, library: str, reason: str) -> Kernel:
+    return Kernel(name, library, partial(_refuse, reason), _never, _never)
+
+
+def _misfit(kernel: Any, entry: str, library: str) -> str | None:
+    """Tell why what an entry point gave is not a kernel that can be used, or None."""
+    if not isinstance(kernel, Kernel):
+        return f"the entry point gives an object of type {type(kernel).__name__}, not a Kernel"
+    if kernel.library != library:
+        return f"the kernel is for {kernel.library}, the entry point's name says {library}"
+    if kernel.name != entry and kernel.name in _known():
+        return f"there is another kernel named {kernel.name!r}"
+    return None
+
+
+def _refuse(reason: str, problem: Problem) -> str:  # noqa: ARG001
+    return reason
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a kernel that refuses was run")
 
 
 def _library_of_kernel(name: str, source: str) -> str:
     known = _known()
     if name not in known:
-        for plugin in _plugins:  # a plugin's kernel may be named otherwise than its entry
-            _kernels_of(_library(plugin))
+        for plugin in _plugins():  # a plugin's kernel may be named otherwise than its entry
+            _loaded_plugin(plugin)
         known = _known()
     if name not in known:
         raise ValueError(f"{source}: no kernel is named {name!r}; {_list()}")
@@ -398,10 +564,9 @@ def _library_of_kernel(name: str, source: str) -> str:
 
 def _known() -> dict[str, str]:
     """Every kernel's name, with its library."""
-    names = {offer.name: offer.library for offer in built_in.OFFERS}
-    names |= {kernel.name: kernel.library for kernel in _registered}
-    for kernels in _loaded.values():
-        names |= {kernel.name: kernel.library for kernel in kernels}
+    names = {lazy.name: lazy.library for lazy in _registry.lazy}
+    names |= {kernel.name: kernel.library for kernel in _registry.registered}
+    names |= {kernel.name: kernel.library for kernel in _registry.loaded.values()}
     return names | {"generic": "*"}
 
 

@@ -1,15 +1,16 @@
 """Every check of an argument, in order, and every message.
 
-Checks run in this order: reduction, p, margin, check_target, weight's rank, input's shape and
-axis, target's shape, weight's size, input's dtype, target's dtype, weight's dtype, library and
-device, grad_output; the targets' values come last. All but the last look at shapes and dtypes only.
+Checks run in this order: reduction, p, margin, ignore_index, check_target, backend, the rank of
+weight, the shape and axis of input, the shape of target, the size of weight, the dtypes of input,
+target and weight, library and device, grad_output; the values of target come last. All but the
+last look at shapes and dtypes only.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import HOST, LAZY, TRACED, Library, library_of, widest
@@ -57,23 +58,76 @@ class InvalidTargetError(IndexError, ValueError):
         return type(self), (self.position, self.value, self.n_classes)
 
 
-def check(
-    input: Array,
-    target: Array,
-    *,
-    p: float,
-    margin: float,
-    weight: Array | None,
-    reduction: str,
-    axis: int,
-    check_target: str,
-) -> Problem:
-    """Check the arguments of a call, and put one-sample spellings into the usual shape.
+class Options(NamedTuple):
+    """The arguments that are no arrays, as :func:`mml_arrayapi.multi_margin_loss` gets them."""
+
+    p: float
+    margin: float
+    reduction: str
+    ignore_index: int | None
+    axis: int
+    check_target: str
+
+
+def check_options(options: Options) -> Options:
+    """Check the arguments that are no arrays (but ``axis``, which needs one).
 
     Parameters
     ----------
-    input, target, p, margin, weight, reduction, axis, check_target
+    options : Options
+        As the caller gave them.
+
+    Returns
+    -------
+    Options
+        With ``p`` and ``margin`` as floats.
+
+    Raises
+    ------
+    TypeError, ValueError
+        With the argument's name, what was given, and what is accepted.
+    """
+    p, margin = check_parameters(options.reduction, options.p, options.margin)
+    ignore_index = check_ignore_index(options.ignore_index)
+    mode = options.check_target
+    if not isinstance(mode, str) or mode not in CHECKS:
+        raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {mode!r}")
+    return options._replace(p=p, margin=margin, ignore_index=ignore_index)
+
+
+def check_ignore_index(ignore_index: int | None) -> int | None:
+    """Check ``ignore_index``.
+
+    Parameters
+    ----------
+    ignore_index : int or None
+        As the caller gave it.
+
+    Returns
+    -------
+    int or None
+
+    Raises
+    ------
+    TypeError
+        Something else.
+    """
+    if ignore_index is None:
+        return None
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index must be None or an integer, but is {_a(ignore_index)}")
+    return int(ignore_index)
+
+
+def check_arrays(input: Array, target: Array, weight: Array | None, options: Options) -> Problem:
+    """Check the arrays of a call, and put one-sample spellings into the usual shape.
+
+    Parameters
+    ----------
+    input, target, weight
         As in :func:`mml_arrayapi.multi_margin_loss`.
+    options : Options
+        What :func:`check_options` returned.
 
     Returns
     -------
@@ -84,13 +138,9 @@ def check(
     TypeError, ValueError
         With the argument's name, what was given, and what is accepted.
     """
-    p, margin = check_parameters(reduction, p, margin)
-    if not isinstance(check_target, str) or check_target not in CHECKS:
-        raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {check_target!r}")
-
     if weight is not None and len(_shape("weight", weight)) != 1:
         raise ValueError(f"weight must have shape (C,), but has shape {_shape('weight', weight)}")
-    shape, axis, n_classes = _classes(input, axis)
+    shape, axis, n_classes = _classes(input, options.axis)
     batch = shape[:axis] + shape[axis + 1 :]
     given = _shape("target", target)
     if not _same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
@@ -104,12 +154,18 @@ def check(
             f"{_shape('weight', weight)}"
         )
     library, xp = _check_types(input, target, weight)
+    if library.cast is not None:
+        input = library.cast(input)
     if input.ndim == 0:
         input = xp.reshape(input, (1,))
     if len(given) != len(batch):
         target = library_of("target", target).namespace.reshape(target, batch)
+    p, margin, reduction, ignore_index, _, check_target = options
     mode = _resolve(check_target, library, target)
-    return Problem(xp, library.name, input, target, weight, p, margin, reduction, axis, mode)
+    arrays = input, target, weight
+    return Problem(
+        xp, library.name, *arrays, p, margin, reduction, axis, mode, ignore_index=ignore_index
+    )
 
 
 def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, float]:
@@ -201,11 +257,12 @@ def settle_targets(problem: Problem) -> Problem:
     if library.settle is not None:
         return library.settle(problem)
     if problem.check_target == "raise":
-        raise_invalid_target(library.on_host(problem.target), problem.input.shape[problem.axis])
+        target, n_classes = library.on_host(problem.target), problem.input.shape[problem.axis]
+        raise_invalid_target(target, n_classes, problem.ignore_index)
     return problem
 
 
-def raise_invalid_target(target: Array, n_classes: int) -> None:
+def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None = None) -> None:
     """Raise if a target is out of range. The values must be concrete.
 
     Parameters
@@ -214,6 +271,8 @@ def raise_invalid_target(target: Array, n_classes: int) -> None:
         Class indices.
     n_classes : int
         The number of classes.
+    ignore_index : int, optional
+        A value that is accepted all the same.
 
     Raises
     ------
@@ -223,6 +282,9 @@ def raise_invalid_target(target: Array, n_classes: int) -> None:
     xp = library_of("target", target).namespace
     signed = xp.astype(target, widest(xp, target)[0], copy=False)
     bad = (signed < 0) | (signed >= n_classes)
+    held = xp.iinfo(target.dtype)
+    if ignore_index is not None and held.min <= ignore_index <= held.max:
+        bad = bad & (target != ignore_index)
     if not bool(xp.any(bad)):
         return
     flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))

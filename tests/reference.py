@@ -1,41 +1,29 @@
-"""The loss and its gradient by loops in exact arithmetic, written from the definition alone."""
-
-import math
-from fractions import Fraction
+"""The conformance suite's float64 reference, on NumPy arrays. (The exact one is ``make_golden.exact``.)"""
 
 import numpy as np
 
-
-def sample(scores, target, p, margin, weight):
-    """Loss and gradient of one sample of finite scores, as floats rounded once (integer p)."""
-    exact = isinstance(p, int)
-    number = Fraction if exact else float
-    scores = [number(float(s)) for s in scores]
-    factor = number(1 if weight is None else float(weight[target])) / len(scores)
-    loss, grad = number(0), [number(0)] * len(scores)
-    for j, score in enumerate(scores):
-        z = score - scores[target] + number(margin)
-        if j == target or z <= 0:
-            continue
-        loss += z**p
-        slope = p * z ** (p - 1)
-        grad[j] += factor * slope
-        grad[target] -= factor * slope
-    return loss * factor, grad
+from mml_arrayapi.conformance.reference import reference
 
 
-def loss_and_grad(scores, targets, *, p=1, margin=1.0, weight=None, reduction="mean"):
-    """Losses (reduced) and the gradient of their sum, as float64. Scores are (N, C)."""
-    samples = [
-        sample(row, int(y), p, margin, weight) for row, y in zip(scores, targets, strict=True)
-    ]
-    losses = [loss for loss, _ in samples]
-    scale = len(samples) if reduction == "mean" else 1
-    grad = np.array([[float(g / scale) for g in row] for _, row in samples])
-    grad = grad.reshape(np.shape(scores))
+def losses_and_grad(scores, targets, *, p=1, margin=1.0, weight=None, ignore_index=None):
+    """The losses of (N, C) scores and the gradient of their sum, float64."""
+    found = _reference(scores, targets, p, margin, weight, ignore_index)
+    return np.array(found.losses), np.array(found.grad).reshape(np.shape(scores))
+
+
+def loss_and_grad(
+    scores, targets, *, p=1, margin=1.0, weight=None, reduction="mean", ignore_index=None
+):
+    """The losses of (N, C) scores, reduced, and the gradient of their sum or mean, float64."""
+    found = _reference(scores, targets, p, margin, weight, ignore_index)
+    grad = np.array(found.grad).reshape(np.shape(scores))
     if reduction == "none":
-        return np.array([float(loss) for loss in losses]), grad
-    total = math.fsum(losses) if isinstance(p, float) else sum(losses)
-    if not samples:
-        return (math.nan if reduction == "mean" else 0.0), grad
-    return float(total / scale), grad
+        return np.array(found.losses), grad
+    return found.total(reduction)[0], grad / (found.count or 1) if reduction == "mean" else grad
+
+
+def _reference(scores, targets, p, margin, weight, ignore_index):
+    rows = np.asarray(scores, dtype=np.float64).tolist()
+    weight = None if weight is None else np.asarray(weight, dtype=np.float64).tolist()
+    integers = [int(y) for y in targets]
+    return reference(rows, integers, p=p, margin=margin, weight=weight, ignore_index=ignore_index)

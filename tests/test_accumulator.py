@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import pickle
+import subprocess
+import sys
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -212,3 +215,216 @@ def test_different_losses_do_not_merge(other):
     name = next(iter(other))
     with pytest.raises(ValueError, match=f"only accumulators of the same {name} can be merged"):
         LossAccumulator().merge(LossAccumulator(**other))
+
+
+def test_updates_from_many_threads_lose_nothing():
+    """A total that is read before the slow sum and written after it would lose losses."""
+    scores, target = batch()
+    wanted, stream = LossAccumulator(), LossAccumulator()
+    for _ in range(80):
+        wanted.update(scores, target)
+    start = threading.Barrier(8)
+
+    def work():
+        start.wait()
+        for _ in range(10):
+            stream.update(scores, target)
+            repr(stream)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert stream.state() == wanted.state()
+
+
+def test_accumulators_that_are_merged_into_each_other_at_once():
+    scores, target = batch()
+    a, b = LossAccumulator(), LossAccumulator()
+    a.update(scores, target)
+    threads = [threading.Thread(target=x.merge, args=(y,)) for x, y in ((a, b), (b, a))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    a.merge(a)
+    assert a.count % 400 == 0
+
+
+def test_adding_and_resetting():
+    scores, target = batch()
+    first, second = LossAccumulator(p=2), LossAccumulator(p=2)
+    first.update(scores[:50], target[:50])
+    second.update(scores[50:], target[50:])
+    both, whole = first + second, LossAccumulator(p=2)
+    whole.update(scores, target)
+    assert both.state() == whole.state()
+    assert (first.count, second.count) == (50, 150)
+    whole.reset()
+    assert whole.state() == LossAccumulator(p=2).state()
+    with pytest.raises(ValueError, match="only accumulators of the same p can be merged"):
+        first + LossAccumulator()
+    with pytest.raises(TypeError, match="unsupported operand"):
+        first + 1
+
+
+def test_what_it_looks_like():
+    stream = LossAccumulator(p=2, weight=np.ones(3), ignore_index=-100)
+    options = "p=2.0, margin=1.0, weight of 3 classes, ignore_index=-100"
+    assert repr(stream) == f"<LossAccumulator({options}): 0 samples, mean nan>"
+    stream.update(np.zeros((1, 3)), np.asarray([0]))
+    assert repr(stream) == f"<LossAccumulator({options}): 1 sample, mean 0.666667>"
+
+
+def test_weights_that_are_no_numbers():
+    made = [LossAccumulator(weight=np.asarray([1.0, math.nan, math.inf])) for _ in range(2)]
+    made[0].update(np.zeros((1, 3)), np.asarray([0]))
+    made[1].update(np.zeros((1, 3)), np.asarray([1]))
+    text = json.dumps(made[0].state(), allow_nan=False)
+    again = LossAccumulator.from_state(json.loads(text))
+    assert again.state() == made[0].state()
+    assert (made[0] + again).count == 2
+    assert math.isnan((made[0] + made[1]).compute())
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_sample_weights(p):
+    scores, target = batch()
+    factors = np.linspace(0, 2, 200, dtype=np.float32)
+    losses = sample_losses(scores, target, p=p).astype(np.float64) * factors
+    whole, parts = LossAccumulator(p=p), LossAccumulator(p=p)
+    whole.update(scores, target, factors)
+    for part in (slice(0, 7), slice(7, 200)):
+        parts.update(scores[part], target[part], sample_weight=factors[part])
+    assert parts.state() == whole.state()
+    assert whole.compute("sum") == math.fsum(losses)
+    exact = sum(map(Fraction, losses.tolist())) / sum(map(Fraction, factors.tolist()))
+    assert whole.compute() == float(exact)
+    assert whole.count == 200
+    plain, ones = LossAccumulator(p=p), LossAccumulator(p=p)
+    plain.update(scores, target)
+    ones.update(scores, target, np.ones(200, np.int8))
+    assert ones.state() == plain.state()
+
+
+def test_sample_weights_that_sum_to_nothing():
+    stream = LossAccumulator()
+    stream.update(np.zeros((2, 3)), np.asarray([0, 1]), np.zeros(2))
+    assert stream.compute("sum") == 0
+    assert math.isnan(stream.compute())
+
+
+@pytest.mark.parametrize(
+    ("factors", "error", "message"),
+    [
+        (np.ones((200, 1)), ValueError, r"must have the shape of target, \(200,\), but has shape"),
+        (
+            np.full(200, math.nan),
+            ValueError,
+            r"finite and not negative, but is nan at position \(0",
+        ),
+        (np.r_[np.ones(3), -1, np.ones(196)], ValueError, r"but is -1.0 at position \(3,\)"),
+        (np.ones(200, complex), TypeError, "must have a real dtype, but has dtype complex128"),
+        ([1.0] * 200, TypeError, "sample_weight must be an array of a library"),
+    ],
+    ids=["shape", "nan", "negative", "complex", "list"],
+)
+def test_sample_weights_that_are_refused(factors, error, message):
+    scores, target = batch()
+    stream = LossAccumulator()
+    with pytest.raises(error, match=f"sample_weight.*{message}|^{message}"):
+        stream.update(scores, target, factors)
+    assert stream.state() == LossAccumulator().state()
+
+
+@pytest.mark.parametrize(
+    "library", ["numpy", "torch", "jax.numpy", "array_api_strict", "dask.array"]
+)
+def test_ignored_samples(library):
+    xp = pytest.importorskip(library)
+    scores, target = batch()
+    target[::3] = -100
+    scores[::3] = math.nan
+    kept = target != -100
+    factors = np.linspace(0.5, 1, 200, dtype=np.float32)
+    stream, wanted = LossAccumulator(ignore_index=-100), LossAccumulator()
+    for options in ([], [factors]):
+        stream.update(xp.asarray(scores), xp.asarray(target), *map(xp.asarray, options))
+        wanted.update(scores[kept], target[kept], *(f[kept] for f in options))
+    assert stream.count == wanted.count == 2 * kept.sum()
+    assert stream.compute() == pytest.approx(wanted.compute(), rel=1e-6)
+
+
+def test_ignore_index_is_part_of_what_must_agree():
+    with pytest.raises(ValueError, match="same ignore_index can be merged, but this one has None"):
+        LossAccumulator().merge(LossAccumulator(ignore_index=3))
+    with pytest.raises(TypeError, match=r"ignore_index must be None or an integer, but is 1\.5"):
+        LossAccumulator(ignore_index=1.5)
+
+
+def test_other_devices_of_array_api_strict():
+    xp = pytest.importorskip("array_api_strict")
+    if not hasattr(xp, "Device"):
+        pytest.skip("this array_api_strict has one device")
+    scores, target = batch()
+    weight = np.linspace(0.5, 2, 5)
+    for name in ("device1", "device2", "no_x64"):
+        try:
+            device = xp.Device(name)
+        except ValueError:
+            continue
+        single = name == "no_x64"
+        stream = LossAccumulator(weight=weight)
+        stream.update(
+            xp.asarray(scores, device=device),
+            xp.asarray(target.astype(np.int32) if single else target, device=device),
+        )
+        wanted = LossAccumulator(weight=weight.astype(np.float32))
+        wanted.update(scores, target)
+        assert stream.compute() == pytest.approx(wanted.compute(), rel=1e-6), name
+
+
+def test_jax_arrays_over_several_devices_with_a_weight():
+    pytest.importorskip("jax")
+    code = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from mml_arrayapi import LossAccumulator
+mesh = Mesh(np.asarray(jax.devices()), ("batch",))
+scores = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+target = np.arange(64, dtype=np.int32) % 5
+place = lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("batch")))
+made = []
+for arrays in ((scores, target), (place(scores), place(target))):
+    stream = LossAccumulator(weight=np.linspace(0.5, 2, 5, dtype=np.float32))
+    stream.update(*arrays)
+    made.append(stream.compute())
+assert abs(made[0] / made[1] - 1) < 1e-6, made
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_producers_of_lazy_arrays_run_once():
+    da = pytest.importorskip("dask.array")
+    scores, target = batch()
+    runs = []
+
+    def produce(block):
+        runs.append(1)
+        return block
+
+    both = da.from_array(np.c_[scores, target], chunks=(100, -1)).map_blocks(
+        produce, meta=np.empty((0, 0))
+    )
+    stream = LossAccumulator(ignore_index=4)
+    stream.update(both[:, :5], both[:, 5].astype(int), both[:, 5])
+    assert len(runs) == 2

@@ -1,63 +1,121 @@
-"""Wheel, sdist and tree hold the same files; nothing called "backends" lands at the top level."""
+"""Wheel, sdist and tree hold the same files; each can be used, from wherever it lies."""
 
-import importlib
 import subprocess
-import sys
-import tarfile
 import zipfile
 from pathlib import Path
+from sysconfig import get_paths
 
 import pytest
 
 import mml_arrayapi
+from tests.tree import ROOT, files, run_python, sources
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = {
-    "mml_arrayapi": "mml_arrayapi",
-    "backends": "mml_arrayapi/backends",
-    "conformance": "mml_arrayapi/conformance",
-}
+SITE = get_paths()["purelib"]  # where array-api-compat and NumPy are
+COMPILED = (".so", ".pyd")  # made when the wheel is built, where there is a compiler
+SOURCE = (".cpp", ".hpp", ".h")  # not needed once compiled
+
+LOSS = """
+import numpy
+loss = mml_arrayapi.multi_margin_loss(numpy.asarray([[0.1, 0.2, 0.4, 0.8]]), numpy.asarray([3]))
+assert abs(loss - 0.325) < 1e-6
+print(mml_arrayapi.__file__)
+"""
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The sdist, and the wheel built from it."""
-    out = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)],
-        check=True,
-        capture_output=True,
+def alone(code, *path, **options):
+    """Run code with the given folders and this environment's libraries, but not its own copy of ours.
+
+    ``-S`` leaves out the .pth files, and with them an editable install.
+    """
+    return run_python(code, flags=("-S",), path=(*path, SITE), **options)
+
+
+def test_the_wheel_holds_the_tree(dist):
+    with zipfile.ZipFile(dist[1]) as wheel:
+        names = [name for name in wheel.namelist() if ".dist-info/" not in name]
+    compiled = {name for name in names if name.endswith(COMPILED)}
+    assert set(names) - compiled == {n for n in files().values() if not n.endswith(SOURCE)}
+    assert "mml_arrayapi/py.typed" in names
+    assert {name.partition("/")[0] for name in names} == {"mml_arrayapi"}
+
+
+def test_the_sdist_holds_the_repository(sdist):
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not in a git checkout")
+    inside = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    missing = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()} - inside
+    assert not missing
+    assert not {name for name in inside if name.endswith((".pyc", *COMPILED))}
+
+
+def test_the_sdist_can_be_tested(sdist, installed):
+    """Its tests and documents are whole: in the unpacked sdist, against an installed copy."""
+    code = """
+import sys
+import pytest
+sys.path.remove("")  # as the command pytest has it, unlike "python -c"
+everything = pytest.main(["-q", "-n0", "--collect-only", "-p", "no:cacheprovider"])
+some = ["tests/test_docs.py", "tests/conformance/test_golden.py"]
+passed = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *some])
+import mml_arrayapi
+print(int(everything), int(passed), mml_arrayapi.__file__)
+"""
+    last = alone(code, installed, cwd=sdist).splitlines()[-1]
+    assert last == f"0 0 {installed / 'mml_arrayapi' / '__init__.py'}"
+
+
+def test_the_checkout_works_beside_an_installed_copy(installed):
+    """In the repository's root, Python finds the checkout's package before the installed one."""
+    out = alone(
+        f"import mml_arrayapi, mml_arrayapi.backends as b, mml_arrayapi.cli{LOSS}",
+        installed,
+        cwd=ROOT,
     )
-    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
-    with tarfile.open(sdist) as tar, zipfile.ZipFile(wheel) as archive:
-        inside = {name.partition("/")[2] for name in tar.getnames()}
-        return inside, set(archive.namelist())
+    assert Path(out) == ROOT / "mml_arrayapi" / "__init__.py"
 
 
-def tree():
-    """Every file of the packages in the working tree: {path: path once installed}."""
-    files = {}
-    for folder, package in PACKAGES.items():
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                inner = path.relative_to(ROOT / folder).as_posix()
-                files[f"{folder}/{inner}"] = f"{package}/{inner}"
-    return files
+def test_an_installed_copy_looks_only_inside_itself(installed, tmp_path):
+    """Even where some other package has left a pyproject.toml beside it."""
+    (installed / "pyproject.toml").touch()
+    code = f"""
+import sys
+import mml_arrayapi
+assert mml_arrayapi._checkout.Finder not in sys.meta_path
+{LOSS}"""
+    out = alone(code, installed, cwd=tmp_path)
+    assert Path(out) == installed / "mml_arrayapi" / "__init__.py"
 
 
-def test_the_wheel_holds_the_tree(built):
-    _, wheel = built
-    installed = {name for name in wheel if ".dist-info/" not in name}
-    assert installed == set(tree().values())
-    assert "mml_arrayapi/py.typed" in wheel
-    assert "mml_arrayapi/backends/margin_loss.cu" in wheel
-    assert {name.partition("/")[0] for name in installed} == {"mml_arrayapi"}
+def test_no_module_reads_what_lies_beside_it_by_path():
+    """In a zip there are no paths; importlib.resources reads there too.
+
+    The two that ask for their path look whether they are in a checkout.
+    """
+    asking = {n for n, path in sources().items() if "__file__" in path.read_text("utf-8")}
+    assert asking == {"mml_arrayapi._checkout", "mml_arrayapi.backends.cpu"}
 
 
-def test_the_sdist_holds_the_tree(built):
-    sdist, _ = built
-    assert set(tree()) <= sdist
-    assert {"README.md", "LICENSE", "pyproject.toml"} <= sdist
+def test_from_a_zip_of_the_wheel(dist, tmp_path):
+    out = alone(
+        """
+import mml_arrayapi
+from mml_arrayapi import cli
+assert cli.main(["backends"]) == 0
+from mml_arrayapi.conformance.golden import golden_vectors
+assert golden_vectors()
+assert cli.main(["conformance", "--xp", "numpy", "--dtype", "float32", "--check", "golden vectors agree",
+                 "--report", "page.html"]) == 0
+"""
+        + LOSS,
+        dist[1],
+        cwd=tmp_path,
+    )
+    assert out.endswith(str(Path(dist[1].name) / "mml_arrayapi" / "__init__.py"))
+    assert "<table" in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_version_stands_in_one_place():
@@ -74,22 +132,18 @@ def test_public_names():
         "InvalidTargetError",
         "Kernel",
         "LossAccumulator",
+        "Problem",
         "WorkerError",
         "__version__",
-        "backends",
         "evaluate",
         "explain",
+        "list_backends",
         "multi_margin_loss",
         "multi_margin_loss_and_grad",
         "register_kernel",
+        "unregister_kernel",
         "use_backend",
     }
     for name in mml_arrayapi.__all__:
         value = getattr(mml_arrayapi, name)
         assert name == "__version__" or value.__doc__, name
-
-
-def test_no_top_level_package_is_left_over():
-    for name in ("backends", "conformance"):
-        module = importlib.import_module(f"mml_arrayapi.{name}")
-        assert module.__name__ == f"mml_arrayapi.{name}"

@@ -1,10 +1,14 @@
-"""Choice of kernels: order of say, explain, plugins, and what importing the package imports."""
+"""Choice of kernels: precedence, explain, use_backend, plugins, and what importing imports."""
 
+import asyncio
+import contextlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -16,31 +20,61 @@ from mml_arrayapi import (
     list_backends,
     multi_margin_loss,
     multi_margin_loss_and_grad,
+    overrides,
     register_kernel,
     registry,
+    unregister_kernel,
     use_backend,
 )
+from mml_arrayapi.backends import LazyKernel
 
 X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
 PLUGIN = Path(__file__).parent / "plugin"
 
 
-def fixed(name, value=42.0, refuses=None, library="numpy"):
+def fixed(name, value=42.0, refuses=None, library="numpy", **fields):
     return Kernel(
         name, library, lambda _: refuses, lambda _: np.float32(value),
-        lambda p, _: (np.float32(value), p.input),
+        lambda p, _: (np.float32(value), p.input), **fields,
     )  # fmt: skip
 
 
 @pytest.fixture
 def empty(monkeypatch):
-    """A registry without built-in kernels and plugins, restored afterwards."""
-    monkeypatch.setattr(registry.built_in, "OFFERS", ())
-    monkeypatch.setattr(registry, "_plugins", ())
-    monkeypatch.setattr(registry, "_registered", [])
-    monkeypatch.setattr(registry, "_loaded", {})
-    monkeypatch.setattr(registry, "_environment", None)
-    return registry
+    """A registry without built-in kernels and plugins."""
+    monkeypatch.setattr(overrides, "environment", None)
+    with registry.isolated():
+        yield
+
+
+@pytest.fixture
+def plugins(empty, monkeypatch):
+    """Plugins given by the test, as ``plugins(name=value, ...)`` of entry points."""
+
+    def install(**entries):
+        made = [
+            EntryPoint(k.replace("__", "."), v, registry.ENTRY_POINTS) for k, v in entries.items()
+        ]
+        monkeypatch.setattr(registry._registry, "plugins", tuple(made))
+
+    return install
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Make a module of some source, which can be imported by the name that is returned."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return name
+
+    return make
+
+
+def names(**options):
+    return [name for name, _ in explain(X, T, **options).considered]
 
 
 @pytest.mark.usefixtures("empty")
@@ -62,17 +96,77 @@ def test_order_of_registration():
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_kernel_registered_later_is_seen():
+def test_a_kernel_registered_later_is_seen_and_one_removed_is_not():
     assert explain(X, T).kernel == "generic"
     register_kernel(fixed("late"))
     assert explain(X, T).kernel == "late"
+    unregister_kernel("late")
+    assert explain(X, T).kernel == "generic"
+    register_kernel(fixed("late"))
+    assert explain(X, T).kernel == "late"
+
+
+@pytest.mark.usefixtures("empty")
+def test_what_cannot_be_unregistered():
+    message = r"name must be that of a kernel which the program has registered \({}\), but is 'x'"
+    with pytest.raises(ValueError, match=message.format("so far none")):
+        unregister_kernel("x")
+    register_kernel(fixed("a"))
+    register_kernel(fixed("b"))
+    with pytest.raises(ValueError, match=message.format("a, b")):
+        unregister_kernel("x")
+    with pytest.raises(ValueError, match="but is 'generic'"):
+        unregister_kernel("generic")
+
+
+def test_the_documented_precedence(monkeypatch):
+    """Third-party ones with ``before``, the built-in ones, the other third-party ones, generic."""
+    monkeypatch.setattr(overrides, "environment", None)
+    with registry.isolated(built_in_kernels=True):
+        assert names() == ["numpy-cpu", "generic"]
+        register_kernel(fixed("plain"))
+        register_kernel(fixed("one", before="numpy-cpu", refuses="no"))
+        register_kernel(fixed("two", before="numpy-cpu", refuses="no"))
+        register_kernel(fixed("early", before="two", refuses="no"))
+        register_kernel(fixed("lost", before="not there"))
+        register_kernel(fixed("last", before="generic"))
+        order = ["one", "early", "two", "numpy-cpu", "plain", "lost", "last", "generic"]
+        assert names() == order
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_kernel_may_name_one_that_is_registered_later():
+    register_kernel(fixed("a", before="b"))
+    register_kernel(fixed("c", before="a"))
+    register_kernel(fixed("b"))
+    assert names() == ["c", "a", "b", "generic"]
+
+
+@pytest.mark.usefixtures("empty")
+def test_two_kernels_that_name_each_other():
+    register_kernel(fixed("a", before="b"))
+    register_kernel(fixed("b", before="a"))
+    assert names() == ["a", "b", "generic"]
+
+
+@pytest.mark.usefixtures("empty")
+def test_calls_and_questions_change_nothing():
+    """The same call gets the same kernel the first and the two-thousandth time."""
+    register_kernel(fixed("a", 1.0))
+    before = registry._registry
+    kernels = set()
+    for _ in range(2000):
+        kernels.add((explain(X, T).kernel, float(multi_margin_loss(X, T))))
+        list_backends()
+    assert kernels == {("a", 1.0)}
+    assert registry._registry is before
 
 
 def test_order_of_say(empty, monkeypatch):
     for i, name in enumerate(("a", "b", "c", "d")):
         register_kernel(fixed(name, float(i)))
     assert multi_margin_loss(X, T) == 0
-    monkeypatch.setattr(empty, "_environment", "b")
+    monkeypatch.setattr(overrides, "environment", "b")
     assert multi_margin_loss(X, T) == 1
     with use_backend("c"):
         assert multi_margin_loss(X, T) == 2
@@ -86,15 +180,174 @@ def test_order_of_say(empty, monkeypatch):
 
 
 @pytest.mark.usefixtures("empty")
-def test_use_backend_holds_for_its_own_thread():
-    register_kernel(fixed("a"))
-    seen = []
+def test_a_kernel_never_gets_a_feature_that_it_does_not_list():
+    register_kernel(fixed("plain", 1.0))
+    register_kernel(fixed("able", 2.0, supports=frozenset({"ignore_index"})))
+    assert multi_margin_loss(X, T) == 1
+    assert multi_margin_loss(X, T, ignore_index=5) == 2
+    assert multi_margin_loss_and_grad(X, T, ignore_index=5)[0] == 2
+    assert explain(X, T, ignore_index=5).considered[0] == (
+        "plain",
+        "it does not support ignore_index",
+    )
+    with pytest.raises(
+        ValueError, match="'plain' cannot run this call: it does not support ignore"
+    ):
+        multi_margin_loss(X, T, ignore_index=5, backend="plain")
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_kernel_whose_refusal_raises():
+    def refuses(problem):
+        raise OSError("no such device")
+
+    register_kernel(Kernel("broken", "numpy", refuses, print, print))
+    assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
+    reason = "its refuses() raised OSError: no such device"
+    assert explain(X, T).considered[0] == ("broken", reason)
+    with pytest.raises(ValueError, match="cannot run this call: its refuses"):
+        multi_margin_loss(X, T, backend="broken")
+
+
+@pytest.mark.usefixtures("empty")
+def test_the_direct_way_of_the_first_kernel():
+    calls = []
+
+    def direct(input, target, weight, options):
+        calls.append((weight, options))
+        return "direct" if options[0] == 1 else None
+
+    register_kernel(fixed("a", 1.0, direct={np.ndarray: direct}))
+    explain(X, T)
+    assert multi_margin_loss(X, T) == "direct"
+    assert calls == [(None, (1, 1.0, "mean", None, -1, "auto"))]
+    assert multi_margin_loss(X, T, p=2) == 1
+    with pytest.raises(ValueError, match="p must be"):
+        multi_margin_loss(X, T, p=0)
     with use_backend("generic"):
-        thread = threading.Thread(target=lambda: seen.append(explain(X, T).kernel))
-        thread.start()
-        thread.join()
+        assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
+    assert multi_margin_loss(X, T, backend="generic") == pytest.approx(2 / 3)
+    register_kernel(fixed("b", 2.0, before="a"))
+    assert multi_margin_loss(X, T) == 2  # not a's direct way: b comes first
+    unregister_kernel("b")
+    assert multi_margin_loss(X, T) == "direct"
+
+
+class TestUseBackendBelongsToItsContext:
+    @pytest.fixture(autouse=True)
+    def kernel(self, empty):
+        register_kernel(fixed("a"))
+
+    def test_threads(self):
+        seen = []
+        with use_backend("generic"):
+            thread = threading.Thread(target=lambda: seen.append(explain(X, T).kernel))
+            thread.start()
+            thread.join()
+            assert explain(X, T).kernel == "generic"
+        assert seen == ["a"]
+
+    def test_asyncio_tasks(self):
+        seen = []
+
+        async def work(name, before, after):
+            await before.wait()
+            with use_backend(name):
+                seen.append(explain(X, T).kernel)
+                after.set()
+                await asyncio.sleep(0.001)
+                seen.append(explain(X, T).kernel)
+
+        async def both():
+            first, second, third = asyncio.Event(), asyncio.Event(), asyncio.Event()
+            first.set()
+            await asyncio.gather(work("generic", first, second), work("a", second, third))
+            return explain(X, T).kernel
+
+        assert asyncio.run(both()) == "a"
+        assert sorted(seen) == ["a", "a", "generic", "generic"]
+        assert explain(X, T).kernel == "a"
+        assert overrides.open_names == ()
+
+    def test_tasks_started_within_a_block_inherit_it(self):
+        async def kernel():
+            return explain(X, T).kernel
+
+        async def main():
+            with use_backend("generic"):
+                return await asyncio.gather(kernel(), kernel())
+
+        assert asyncio.run(main()) == ["generic", "generic"]
+
+    @pytest.mark.parametrize("first_closed", [0, 1])
+    def test_suspended_generators(self, first_closed):
+        def generator(name):
+            with use_backend(name):
+                while True:
+                    yield explain(X, T).kernel
+
+        both = generator("generic"), generator("a")
+        assert [next(g) for g in both] == ["generic", "a"]
+        assert explain(X, T).kernel == "a"
+        assert [next(g) for g in both] == ["generic", "a"]
+        both[first_closed].close()
+        assert next(both[1 - first_closed]) == ("a", "generic")[first_closed]
+        both[1 - first_closed].close()
+        assert overrides.open_names == ()
+        assert overrides._blocks.get() == ()
+
+    def test_async_generators(self):
+        async def generator(name):
+            with use_backend(name):
+                while True:
+                    yield explain(X, T).kernel
+
+        async def main():
+            g = generator("generic")
+            seen = [await anext(g), explain(X, T).kernel, await anext(g)]
+            await g.aclose()
+            return seen
+
+        assert asyncio.run(main()) == ["generic", "a", "generic"]
+
+    def test_a_generator_that_is_dropped(self):
+        def generator():
+            with use_backend("generic"):
+                yield
+
+        g = generator()
+        next(g)
+        del g
+        assert overrides.open_names == ()
+        assert explain(X, T).kernel == "a"
+
+    def test_context_managers_made_of_it(self):
+        @contextlib.contextmanager
+        def generic_only():
+            with use_backend("generic"):
+                yield
+
+        with generic_only():
+            assert explain(X, T).kernel == "generic"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(generic_only())
+            stack.enter_context(use_backend("generic"))
+            assert explain(X, T).kernel == "generic"
+        assert explain(X, T).kernel == "a"
+
+    @pytest.fixture
+    def generic_only(self, kernel):
+        with use_backend("generic"):
+            yield
+
+    @pytest.mark.usefixtures("generic_only")
+    def test_pytest_fixtures_made_of_it(self):
         assert explain(X, T).kernel == "generic"
-    assert seen == ["a"]
+
+    def test_a_block_that_ends_with_an_error(self):
+        with pytest.raises(RuntimeError), use_backend("generic"):
+            raise RuntimeError
+        assert explain(X, T).kernel == "a"
 
 
 @pytest.mark.usefixtures("empty")
@@ -108,14 +361,42 @@ def test_asking_for_a_kernel_that_cannot_run():
 
 
 def test_unknown_names(empty, monkeypatch):
-    message = r"no kernel is named 'x'; known kernels are generic"
-    with pytest.raises(ValueError, match=f"^backend: {message}"):
-        multi_margin_loss(X, T, backend="x")
-    with pytest.raises(ValueError, match=f"^use_backend: {message}"), use_backend("x"):
-        pass
-    monkeypatch.setattr(empty, "_environment", "x")
-    with pytest.raises(ValueError, match=f"^MML_ARRAYAPI_BACKEND: {message}"):
+    message = r"no kernel is named '{}'; known kernels are generic"
+    for name in ("x", ""):
+        with pytest.raises(ValueError, match=f"^backend: {message.format(name)}"):
+            multi_margin_loss(X, T, backend=name)
+        with pytest.raises(ValueError, match=f"^use_backend: {message.format(name)}"):
+            use_backend(name)
+    monkeypatch.setattr(overrides, "environment", "x")
+    with pytest.raises(ValueError, match=f"^MML_ARRAYAPI_BACKEND: {message.format('x')}"):
         multi_margin_loss(X, T)
+
+
+@pytest.mark.usefixtures("empty")
+@pytest.mark.parametrize("name", [0, [], False, b"generic", ("generic",)], ids=repr)
+@pytest.mark.parametrize("function", [multi_margin_loss, multi_margin_loss_and_grad, explain])
+def test_names_that_are_no_strings(function, name):
+    kind = type(name).__name__
+    with pytest.raises(TypeError) as error:
+        function(X, T, backend=name)
+    message = f"must be None or a kernel's name, but is {name!r} of type {kind}; known kernels are "
+    assert str(error.value) == f"backend {message}generic"
+    with pytest.raises(TypeError) as error:
+        use_backend(name)
+    assert str(error.value) == f"use_backend {message}generic"
+
+
+@pytest.mark.usefixtures("empty")
+def test_use_backend_wants_a_name():
+    with pytest.raises(TypeError, match="use_backend must be given a kernel's name, but got None"):
+        use_backend(None)
+
+
+def test_the_name_is_checked_after_the_other_options_and_before_the_arrays():
+    with pytest.raises(ValueError, match="check_target must be"):
+        multi_margin_loss(X, T, backend="x", check_target="x")
+    with pytest.raises(ValueError, match="backend: no kernel is named"):
+        multi_margin_loss(3, T, backend="x", weight=np.zeros((2, 2)))
 
 
 def test_a_kernel_of_another_library(empty, monkeypatch):
@@ -126,7 +407,7 @@ def test_a_kernel_of_another_library(empty, monkeypatch):
         multi_margin_loss(X, T, backend="theirs")
     with use_backend("theirs"):  # said for torch's arrays; NumPy's are not concerned
         assert explain(X, T).kernel == "generic"
-    monkeypatch.setattr(empty, "_environment", "theirs")
+    monkeypatch.setattr(overrides, "environment", "theirs")
     assert explain(X, T).kernel == "generic"
 
 
@@ -141,31 +422,165 @@ def test_what_cannot_be_registered():
         register_kernel(3)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": ""}, "name must be a string that is not empty, but is ''"),
+        ({"name": 3}, "name must be a string that is not empty, but is 3"),
+        ({"library": None}, "library must be a string that is not empty, but is None"),
+        ({"refuses": None}, "refuses must be callable, but is None"),
+        ({"loss": 1}, "loss must be callable, but is 1"),
+        ({"loss_and_grad": "x"}, "loss_and_grad must be callable, but is 'x'"),
+        ({"before": 1}, "before must be None or a kernel's name, but is 1"),
+        ({"supports": "ignore_index"}, "supports must be a frozenset of strings, but is 'ignore"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_kernel_with_a_wrong_field(fields, message):
+    usual = {
+        "name": "a",
+        "library": "numpy",
+        "refuses": print,
+        "loss": print,
+        "loss_and_grad": print,
+    }
+    with pytest.raises(TypeError, match=message):
+        Kernel(**(usual | fields))
+
+
+def test_the_generic_kernel_can_be_pickled():
+    assert pickle.loads(pickle.dumps(registry.GENERIC)) == registry.GENERIC
+
+
 def test_a_loader_that_fails_refuses_with_the_reason(empty, monkeypatch):
     def load():
         raise ImportError("libfoo.so.3 is missing")
 
-    offer = registry.built_in.Offer("broken", "numpy", ("numpy",), load)
-    other = registry.built_in.Offer("absent", "nowhere", ("no_such_module.sub",), load)
-    monkeypatch.setattr(registry.built_in, "OFFERS", (offer, other))
-    assert explain(X, T).considered[0] == ("broken", "cannot be imported: libfoo.so.3 is missing")
+    lazy = LazyKernel("broken", "numpy", ("numpy",), load)
+    absent = LazyKernel("absent", "nowhere", ("no_such_module.sub",), load)
+    lacking = LazyKernel("lacking", "nowhere", (), load, lambda: "no compiler was found")
+    monkeypatch.setattr(registry._registry, "lazy", (lazy, absent, lacking))
+    reason = "cannot be imported: ImportError: libfoo.so.3 is missing"
+    assert explain(X, T).considered[0] == ("broken", reason)
     with pytest.raises(ValueError, match=r"libfoo\.so\.3 is missing"):
         multi_margin_loss(X, T, backend="broken")
     rows = {b.name: b for b in list_backends()}
     assert not rows["broken"].available
-    assert rows["broken"].reason == "cannot be imported: libfoo.so.3 is missing"
+    assert rows["broken"].reason == reason
     assert rows["absent"].reason == "not installed: no_such_module.sub"
+    assert rows["lacking"].reason == "no compiler was found"
     assert rows["generic"].available
     with pytest.raises(AssertionError, match="a kernel that refuses was run"):
-        empty._loaded["numpy"][0].loss(None)
+        registry.kernels_of("numpy")[0].loss(None)
 
 
 def test_backends_lists_every_built_in_kernel():
-    names = [b.name for b in list_backends()]
-    assert names[-1] == "generic"
-    assert {"numpy-numba", "torch-cpu-numba", "torch-cuda", "cupy-cuda", "dask-blocks"} <= set(
-        names
+    listed = [b.name for b in list_backends()]
+    assert listed[-1] == "generic"
+    assert {"numpy-cpu", "torch-cpu", "torch-cuda", "cupy-cuda", "dask-blocks"} <= set(listed)
+
+
+GOOD = """
+from mml_arrayapi import Kernel
+KERNEL = Kernel({name!r}, "numpy", lambda p: None, lambda p: 7.0, lambda p, g: (7.0, p.input))
+"""
+FAILURES = {
+    "OSError": "raise OSError('libcuda.so: bad ELF header')",
+    "SystemExit": "raise SystemExit('this machine is not licensed')",
+    "RuntimeError": "raise RuntimeError",
+    "SyntaxError": "this is no Python",
+    "AttributeError": "KERNELS = 1",
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_plugin_that_raises_anything_ends_no_call(plugins, module, kind):
+    plugins(numpy__bad=f"{module('bad_plugin', FAILURES[kind])}:KERNEL")
+    assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
+    (name, reason), _ = explain(X, T).considered
+    assert name == "numpy.bad"
+    assert reason.startswith(f"cannot be imported: {kind}")
+    row = list_backends()[0]
+    assert (row.name, row.available, row.reason) == ("numpy.bad", False, reason)
+    with pytest.raises(ValueError, match="cannot run this call: cannot be imported"):
+        multi_margin_loss(X, T, backend="numpy.bad")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("math:pi", "the entry point gives an object of type float, not a Kernel"),
+        ("doubled:KERNEL", "there is another kernel named 'mine'"),
+        ("elsewhere:KERNEL", "the kernel is for torch, the entry point's name says numpy"),
+    ],
+)
+def test_a_plugin_that_does_not_fit(plugins, module, value, reason):
+    register_kernel(fixed("mine", 1.0))
+    module("doubled", GOOD.format(name="mine"))
+    module("elsewhere", GOOD.format(name="x").replace('"numpy"', '"torch"'))
+    plugins(numpy__other=value)
+    assert multi_margin_loss(X, T) == 1
+    assert explain(X, T).considered[1] == ("numpy.other", reason)
+    assert [(b.name, b.available) for b in list_backends()] == [
+        ("mine", True), ("numpy.other", False), ("generic", True),
+    ]  # fmt: skip
+
+
+def test_two_plugins_with_the_same_kernel(plugins, module):
+    module("first_plugin", GOOD.format(name="twin"))
+    module("second_plugin", GOOD.format(name="twin"))
+    plugins(numpy__a="first_plugin:KERNEL", numpy__b="second_plugin:KERNEL")
+    assert names() == ["twin", "numpy.b", "generic"]
+    with pytest.raises(ValueError, match="a kernel named 'twin' is registered already"):
+        register_kernel(fixed("twin"))
+
+
+def test_the_list_has_the_names_that_backend_takes(plugins, module):
+    plugins(numpy__entry=f"{module('named_plugin', GOOD.format(name='real-name'))}:KERNEL")
+    listed = [b.name for b in list_backends()]
+    assert listed == ["real-name", "generic"]
+    for name in listed:
+        assert explain(X, T, backend=name).kernel == name
+
+
+def test_a_plugin_that_registers_and_computes_while_it_loads(plugins, module):
+    source = (
+        GOOD.format(name="mine")
+        + """
+import numpy as np
+import mml_arrayapi as mml
+mml.register_kernel(Kernel("second", "numpy", *[lambda *_: None] * 3))
+before = mml.explain(np.zeros((1, 2)), np.asarray([0])).considered, mml.list_backends()
+"""
     )
+    plugins(numpy=f"{module('busy_plugin', source)}:KERNEL")
+    assert names() == ["second", "mine", "generic"]
+    assert sys.modules["busy_plugin"].before[0][1] == ("numpy", "is being loaded")
+
+
+def test_kernels_registered_by_many_threads_while_a_plugin_loads(plugins, module):
+    source = "import time; time.sleep(0.05)\n" + GOOD.format(name="slow")
+    plugins(numpy=f"{module('slow_plugin', source)}:KERNEL")
+    start = threading.Barrier(9)
+    kinds = []
+
+    def register(i):
+        start.wait()
+        register_kernel(fixed(f"k{i}"))
+        list_backends()
+
+    def call():
+        start.wait()
+        kinds.append(explain(X, T).kernel)
+
+    threads = [threading.Thread(target=register, args=(i,)) for i in range(8)]
+    threads.append(threading.Thread(target=call))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(names()) == {"slow", "generic", *(f"k{i}" for i in range(8))}
+    assert kinds[0] in names()
 
 
 def run_python(code, *, path=(), **environment):
@@ -244,12 +659,12 @@ import mml_arrayapi as mml
 import numpy
 mml.multi_margin_loss(numpy.zeros((2, 3)), numpy.asarray([0, 1]))
 before = "tiny_arrays" in sys.modules
-listed = [b.reason for b in mml.list_backends() if b.library == "tiny_arrays"]
 import tiny_arrays
 x, t = tiny_arrays.asarray([[0.1, 0.2, 0.4, 0.8]]), tiny_arrays.asarray([3])
 loss = float(mml.multi_margin_loss(x, t))
 considered = mml.explain(x, t).considered
 named = float(mml.multi_margin_loss(x, t, backend="tiny-loops"))
+listed = [[b.name, b.available, b.reason] for b in mml.list_backends() if b.library == "tiny_arrays"]
 refused = mml.explain(x, t, reduction="sum").considered[0][1]
 print(json.dumps([before, listed, loss, considered, named, refused]))
 """
@@ -257,7 +672,7 @@ print(json.dumps([before, listed, loss, considered, named, refused]))
         run_python(code, path=[plugin_path])
     )
     assert not before
-    assert listed == ["plugin tiny_arrays.kernel:KERNEL"]
+    assert listed == [["tiny-loops", True, "plugin tiny_arrays.kernel:KERNEL"]]
     assert loss == named == pytest.approx(0.325)
     assert considered == [["tiny-loops", None], ["generic", "tiny-loops comes first"]]
     assert refused == "only the reduction 'mean' is there"
@@ -270,16 +685,3 @@ with mml.use_backend("tiny-loops"):
     print("found")
 """
     assert run_python(code, path=[plugin_path]) == "found"
-
-
-def test_an_entry_point_to_something_else(empty, monkeypatch):
-    from importlib.metadata import EntryPoint
-
-    wrong = EntryPoint("numpy.wrong", "math:pi", registry.ENTRY_POINTS)
-    monkeypatch.setattr(empty, "_plugins", (wrong,))
-    with pytest.raises(
-        TypeError,
-        match=r"entry point 'numpy\.wrong' of the group 'mml_arrayapi\.backends' must point to a "
-        r"Kernel, but points to an object of type float",
-    ):
-        multi_margin_loss(X, T)

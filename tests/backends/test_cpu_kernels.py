@@ -17,7 +17,7 @@ pytest.importorskip("numba")
 from mml_arrayapi import registry
 from mml_arrayapi.backends import cpu_blocks, numpy_fused, threads
 
-NAME = "numpy-numba"
+NAME = "numpy-cpu"
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "float16": 1e-3}
 
 
@@ -157,7 +157,7 @@ def test_every_16_bit_number_is_widened_exactly(dtype):
         torch.zeros(2**16, dtype=torch.int64),
         margin=0.0,
         reduction="none",
-        backend="torch-cpu-numba",
+        backend="torch-cpu",
     )
     expected = torch.from_numpy(np.maximum(np.where(finite, exact, 0), 0) / 2).to(scores.dtype)
     torch.testing.assert_close(losses[finite], expected[finite], rtol=0, atol=0)
@@ -180,7 +180,7 @@ def test_gradients_are_rounded_to_nearest_even(dtype, p, rng):
         margin=0.5,
         reduction="none",
         grad_output=torch.from_numpy(factors),
-        backend="torch-cpu-numba",
+        backend="torch-cpu",
     )
     exact = (factors.astype(np.float64) * 0.5).astype(np.float32)  # p = 1
     if p == 2:
@@ -329,7 +329,7 @@ x, y = np.ones((8, 5), np.float32), np.zeros(8, int)
 assert "numba" not in sys.modules
 mml.multi_margin_loss(x, y)
 assert "numba" not in sys.modules  # a first small call waits for no compiler
-print(mml.multi_margin_loss(x, y, backend="numpy-numba"), "numba" in sys.modules)
+print(mml.multi_margin_loss(x, y, backend="numpy-cpu"), "numba" in sys.modules)
 """
 
 
@@ -362,7 +362,7 @@ def test_torch_shortcut_gives_what_the_checked_call_gives(leaf):
     plain = x.detach()
     for z, weight in itertools.product((plain, x), (None, -plain[0].abs())):
         options = {"p": 2, "margin": 3, "weight": weight, "check_target": "nan"}
-        checked = mml.multi_margin_loss(plain, y, backend="torch-cpu-numba", **options)
+        checked = mml.multi_margin_loss(plain, y, backend="torch-cpu", **options)
         generic = mml.multi_margin_loss(plain, y, backend="generic", **options)
         quick = torch_cpu.shortcut(z, y, 2, 3, weight, "mean", -1, "auto")
         assert torch.equal(quick, checked)  # which the shortcut didn't serve
@@ -447,11 +447,11 @@ def test_torch_backward_by_bits_equals_the_one_pass_gradient(small_blocks, rng, 
     for z, w, reduction in itertools.product(layouts, (None, weight), ("none", "mean", "sum")):
         keywords = {"weight": w, "reduction": reduction, "margin": 0.5, "check_target": "nan"}
         leaf = z.detach().requires_grad_()
-        loss = mml.multi_margin_loss(leaf, y, **keywords, backend="torch-cpu-numba")
+        loss = mml.multi_margin_loss(leaf, y, **keywords, backend="torch-cpu")
         assert loss.grad_fn.saved_tensors[3].numel() == 61 * -(-c // 8)
         factor = upstream.to(x.dtype) if reduction == "none" else torch.tensor(-2.0, dtype=x.dtype)
         expected, grad = mml.multi_margin_loss_and_grad(
-            z, y, **keywords, grad_output=factor, backend="torch-cpu-numba"
+            z, y, **keywords, grad_output=factor, backend="torch-cpu"
         )
         loss.backward(factor)
         torch.testing.assert_close(loss.detach(), expected, equal_nan=True)
@@ -465,7 +465,7 @@ def test_torch_keeps_bits_only_where_they_pay(monkeypatch, rng):
     def kept(x, p):
         y = torch.zeros(len(x), dtype=torch.int64)
         leaf = x.requires_grad_()
-        loss = mml.multi_margin_loss(leaf, y, p=p, reduction="sum", backend="torch-cpu-numba")
+        loss = mml.multi_margin_loss(leaf, y, p=p, reduction="sum", backend="torch-cpu")
         return loss.grad_fn.saved_tensors[3] is not None
 
     assert kept(torch.zeros(100, 10), 1)
@@ -478,7 +478,7 @@ def test_torch_explains_what_it_leaves_to_the_generic_implementation(leaf):
     torch, x, y = leaf
 
     def why(x, y, **keywords):
-        return dict(mml.explain(x, y, p=2, **keywords).considered)["torch-cpu-numba"]
+        return dict(mml.explain(x, y, p=2, **keywords).considered)["torch-cpu"]
 
     assert why(x, y) is None
     weight = torch.ones(10, requires_grad=True)

@@ -114,7 +114,7 @@ def call(monkeypatch):
     x, y = rng.normal(size=(500, 40)).astype(np.float32), rng.integers(0, 40, 500)
 
     def run():
-        loss, grad = multi_margin_loss_and_grad(x, y, p=2, backend="numpy-numba")
+        loss, grad = multi_margin_loss_and_grad(x, y, p=2, backend="numpy-cpu")
         return loss.tobytes() + grad.tobytes()
 
     return run, run()
@@ -184,7 +184,7 @@ def test_torch_setting_limits_the_threads(monkeypatch):
     try:
         x = torch.zeros(cpu_blocks.SERIAL // 8 + 1, 8)
         y = torch.zeros(len(x), dtype=torch.int64)
-        multi_margin_loss(x, y, backend="torch-cpu-numba")
+        multi_margin_loss(x, y, backend="torch-cpu")
     finally:
         torch.set_num_threads(before)
     assert seen == [1]
@@ -195,8 +195,6 @@ def test_a_large_gradient_of_pytorch_is_an_ordinary_tensor():
     torch = pytest.importorskip("torch")
     pytest.importorskip("numba")
     x = torch.zeros(2**11, 2**10, requires_grad=True)
-    multi_margin_loss(
-        x, torch.zeros(2**11, dtype=torch.int64), backend="torch-cpu-numba"
-    ).backward()
+    multi_margin_loss(x, torch.zeros(2**11, dtype=torch.int64), backend="torch-cpu").backward()
     assert x.grad.sum().abs() < 1e-3
     assert x.grad.resize_(4, 4).shape == (4, 4)

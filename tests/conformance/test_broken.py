@@ -12,11 +12,10 @@ LIBRARY = libraries.SOUND.__name__
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered():
     """Register kernels for one test only."""
-    monkeypatch.setattr(registry, "_registered", list(registry._registered))
-    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
-    return registry.register_kernel
+    with registry.isolated(built_in_kernels=True):
+        yield registry.register_kernel
 
 
 def outcome(name, xp, dtype="float32", **keywords):
@@ -165,14 +164,14 @@ def test_arguments_that_are_not_checked(name, monkeypatch):
 def test_checks_in_another_order(monkeypatch):
     from mml_arrayapi import validation
 
-    original = validation.check
+    original = validation.check_options
 
-    def p_first(input, target, **keywords):
-        if keywords["p"] < 1:
+    def p_first(options):
+        if options.p < 1:
             raise ValueError("p must be >= 1, but is 0.5")
-        return original(input, target, **keywords)
+        return original(options)
 
-    monkeypatch.setattr(validation, "check", p_first)
+    monkeypatch.setattr(validation, "check_options", p_first)
     result = outcome("faults are found in the documented order", "numpy")
     assert result.failed
     assert "reduction comes first" in result.reason

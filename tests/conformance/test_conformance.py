@@ -17,9 +17,9 @@ ALL = ("float32", "float64", "float16", "bfloat16")
 
 # A library (as --xp says it), or a state of it -> the dtypes to test and what makes the context.
 CONFIGURATIONS = {
-    "numpy": (ALL, {"backend": "numpy-numba"}),
+    "numpy": (ALL, {"backend": "numpy-cpu"}),
     "numpy generic": (ALL, {"backend": "generic"}),
-    "torch": (ALL, {"backend": "torch-cpu-numba"}),
+    "torch": (ALL, {"backend": "torch-cpu"}),
     "torch generic": (ALL, {"backend": "generic"}),
     "dask": (("float32",), {"backend": "dask-blocks"}),
     "jax": (("float32",), {}),
@@ -204,7 +204,7 @@ def test_reports(tmp_path, capsys):
     head, runs = report.from_json(json.loads(stored.read_text()))
     assert [run.title for run in runs] == [
         "tests generic",
-        f"numpy {runs[1].version} numpy-numba",
+        f"numpy {runs[1].version} numpy-cpu",
         f"numpy {runs[1].version} generic",
     ]
     assert runs[0].counts()[FAIL] == 7  # the gradient's rows, and disagreement, too

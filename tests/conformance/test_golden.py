@@ -1,5 +1,6 @@
 """The golden vectors: the file is what its script makes, and the script is right."""
 
+import math
 from fractions import Fraction
 from importlib.resources import files
 
@@ -7,6 +8,7 @@ import pytest
 
 from mml_arrayapi.conformance import make_golden
 from mml_arrayapi.conformance.golden import golden_vectors
+from mml_arrayapi.conformance.reference import difference, reference
 
 
 def test_the_script_makes_the_same_file():
@@ -44,3 +46,32 @@ def test_dtypes_named_hold_the_scores_exactly():
             with np.errstate(over="ignore"):
                 exact = bool((scores.astype(dtype).astype("float64") == scores).all())
             assert exact == (dtype in vector.dtypes), (vector.name, dtype)
+
+
+def test_the_float64_reference_is_the_exact_one_rounded():
+    """The two definitions share no line; each golden vector's numbers agree within their scales."""
+    for vector in golden_vectors():
+        got = reference(
+            vector.input, vector.target, p=vector.p, margin=vector.margin, weight=vector.weight
+        )
+        for reduction in ("sum", "mean"):
+            total = getattr(vector, reduction), getattr(vector, f"{reduction}_scale")
+            assert difference(got.total(reduction)[0], *total, "float64") is None, vector.name
+        assert difference(got.losses, vector.losses, vector.loss_scales, "float64") is None
+        assert difference(got.grad, vector.grad, vector.grad_scales, "float64") is None
+
+
+def test_the_float64_reference_ignores_samples():
+    rows = [[1.0, 0.5, 1.5], [math.nan, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    got = reference(rows, [0, 7, 1], ignore_index=7)
+    assert got.losses == [2 / 3, 0, 2 / 3]
+    assert got.grad[1] == [0, 0, 0]
+    assert got.total("mean")[0] == got.total("sum")[0] / 2
+    assert math.isnan(reference(rows[:1], [0], ignore_index=0).total("mean")[0])
+    assert reference([], []).losses == []
+
+
+def test_the_float64_reference_gives_a_row_of_nan_for_every_loss_of_nan():
+    for x, weight in (([0.0, math.inf], [0.0, 1.0]), ([0.0, 1.0], [math.nan, 1.0])):
+        got = reference([x], [0], weight=weight)
+        assert all(map(math.isnan, (*got.losses, *got.grad[0])))

@@ -5,7 +5,7 @@ from shutil import which
 
 import pytest
 
-from mml_arrayapi.backends import cuda_launch
+from mml_arrayapi.backends.cuda import plan as cuda_plan
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +13,9 @@ def builds(tmp_path_factory):
     """``builds((scalar, power))``: the library with that variant, compiled when first asked for."""
     if which("g++") is None:
         pytest.skip("the emulator needs g++")
-    emulator = pytest.importorskip("tests.gpu.emulator", reason="the emulator needs ml_dtypes")
+    emulator = pytest.importorskip(
+        "tests.backends.cuda.emulator", reason="the emulator needs ml_dtypes"
+    )
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # all workers' own
@@ -28,7 +30,7 @@ def builds(tmp_path_factory):
             if not done.exists():
                 flags = emulator.SANITIZERS if variant in emulator.SANITIZED else ()
                 place = folder / "{}_{}".format(*variant)
-                emulator.build(place, *variant, cuda_launch.source(), flags).rename(done)
+                emulator.build(place, *variant, cuda_plan.source(), flags).rename(done)
         return done
 
     return build

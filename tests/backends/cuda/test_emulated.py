@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mml_arrayapi.backends import cuda_launch
+from mml_arrayapi.backends.cuda import plan as cuda_plan
 
-emulator = pytest.importorskip("tests.gpu.emulator", reason="the emulator needs ml_dtypes")
+emulator = pytest.importorskip(
+    "tests.backends.cuda.emulator", reason="the emulator needs ml_dtypes"
+)
 
 POWERS = {1: (1.0,), 2: (2.0,), 0: (1.5, 3.0)}
 
@@ -109,7 +111,7 @@ def test_mutant_is_caught(mutants, what):
 
 
 def _mutate(old: str, new: str) -> str:
-    text = cuda_launch.source()
+    text = cuda_plan.source()
     assert text.count(old) == 1, f"{text.count(old)} times in the source: {old!r}"
     return text.replace(old, new)
 

@@ -55,6 +55,48 @@ FAULTS = {
     "takes every array for C order": ("transposed inputs are accepted", "float32"),
     "reads beyond a broadcast row": ("broadcast inputs are accepted", "float32"),
     "one buffer for all threads": ("threads do not disturb each other", "float32"),
+    "one buffer in all threads for the loss alone": ("threads do not disturb each other", "float32"),
+    "counts ignored samples": ("ignored samples cost nothing", "float32"),
+    "NaN in ignored samples counts": ("ignored samples cost nothing", "float32"),
+    "ignored samples have a gradient": ("ignored samples cost nothing", "float32"),
+    "ignores no class": ("ignored samples cost nothing", "float32"),
+    "mean of nothing is 0": ("all samples ignored", "float32"),
+    "narrows ignore_index": ("ignore index is compared before anything is narrowed", "float32"),
+    "widens targets to compare": (
+        "ignore index is compared before anything is narrowed",
+        "float32",
+    ),
+    "class sums overflow": ("finite answers stay finite", "float32"),
+    "class sums of float64 overflow": ("finite answers stay finite", "float64"),
+    "batch sums overflow": ("finite answers stay finite", "float32"),
+    "batch sums of float64 overflow": ("finite answers stay finite", "float64"),
+    "large margin makes NaN": ("margin beyond the dtype acts as infinity", "float32"),
+    "large margin is cut": ("margin beyond the dtype acts as infinity", "float32"),
+    "large losses are cut": ("results beyond the dtype are infinite", "float32"),
+    "large weights are cut": ("weights beyond the dtype act as infinity", "float32"),
+    "NaN loss beside a gradient of numbers": ("losses that are nan have rows of nan", "float32"),
+    "infinity minus infinity for nothing": ("ordinary scores warn of nothing", "float32"),
+    "powers by rounded logarithms": ("large powers are accurate", "float32"),
+    "reads reversed scores forwards": ("reversed inputs are accepted", "float32"),
+    "reads reversed targets forwards": ("reversed inputs are accepted", "float32"),
+    "reads reversed weights forwards": ("reversed inputs are accepted", "float32"),
+    "reads grad_output as if contiguous": ("grad output may have any layout", "float32"),
+    "swaps the batch's axes": ("batch axes may lie in any order", "float32"),
+    "leaves out the last class beyond 128": (
+        "sizes at which kernels change their way",
+        "float32",
+    ),
+    "one sample too few of more than 64": ("sizes at which kernels change their way", "float32"),
+    "NaN beyond the 32nd class is lost": (
+        "special values count wherever they stand",
+        "float32",
+    ),
+    "infinity beyond the 32nd class is cut": (
+        "special values count wherever they stand",
+        "float32",
+    ),
+    "one block of many is missing": ("large inputs agree with small ones", "float32"),
+    "another kernel after twenty calls": ("the same call gives the same bits", "float32"),
     "differs from the generic code": (
         "specialised kernel agrees with the generic code",
         "float32",
@@ -67,15 +109,23 @@ def kernel(fault, library):
 
     def loss_and_grad(problem, grad_output):
         with np.errstate(all="ignore"):
-            return _compute(problem, grad_output, fault)
+            loss, grad = _compute(problem, grad_output, fault)
+        if fault == "infinity minus infinity for nothing" and np.isneginf(problem.input.a).any():
+            np.asarray(np.inf) - np.asarray(np.inf)
+        return loss, grad
 
     def loss(problem):
         value = loss_and_grad(problem, None)[0]
         if fault == "another loss beside the gradient":
             value = value + 0.25
+        if fault == "one buffer in all threads for the loss alone" and not value.a.ndim:
+            _buffer["loss"] = value
+            time.sleep(0.0005)
+            value = _buffer["loss"]
         return value
 
-    return Kernel(name_of(fault), library, lambda _: None, loss, loss_and_grad)
+    able = frozenset({"ignore_index"})
+    return Kernel(name_of(fault), library, lambda _: None, loss, loss_and_grad, supports=able)
 
 
 def name_of(fault):
@@ -95,15 +145,21 @@ def _compute(problem, grad_output, fault):
     x = _laid_out(given, fault)
     if fault != "takes the last axis for the classes":
         x = np.moveaxis(x, axis, -1)
+    if fault == "swaps the batch's axes" and x.ndim == 3 and x.shape[0] < x.shape[1]:
+        x = np.reshape(np.swapaxes(x, 0, 1), x.shape)
+    ignored = _ignored(problem, fault)
     work = _working_dtype(dtype, fault)
     x = x.astype(work)
-    if fault == "clips infinite scores":
-        x = np.clip(x, -1e30, 1e30)
+    if fault != "NaN in ignored samples counts":
+        x = np.where(ignored[..., None], 0, x)
+    x = _with_faulty_values(x, fault)
     n_classes = x.shape[-1]
-    y, invalid = _checked_targets(problem, n_classes, fault)
+    y, invalid = _checked_targets(problem, n_classes, ignored, fault)
     own = np.arange(n_classes) == (y + (fault == "masks the next class"))[..., None]
     x_y = np.take_along_axis(x, y[..., None], -1)
     gap = work.type(margin)
+    if fault == "large margin is cut":
+        gap = np.clip(gap, -1e38, 1e38)
     z = (gap - x_y) + x if fault == "loses the margin" else (x - x_y) + gap
     if fault == "adds the score":
         z = z + work.type(0.001) * x
@@ -111,6 +167,8 @@ def _compute(problem, grad_output, fault):
     lost = np.isnan(others).any(-1) | np.isnan(x_y[..., 0])
     if fault == "masks by multiplying with 0":
         lost |= np.isnan((others * (others > 0)).sum(-1))
+    if fault == "large margin makes NaN":
+        lost |= np.isnan((z * ~own).sum(-1))
     if fault == "one NaN row makes all rows NaN":
         lost[...] = lost.any()
     if fault == "drops NaN":
@@ -118,9 +176,14 @@ def _compute(problem, grad_output, fault):
     active = (z >= 0) if fault == "gradient at the kink" else (z > 0)
     if fault != "subtracts margin ** p":
         active &= ~own
+    if fault == "leaves out the last class beyond 128" and n_classes > 128:
+        active[..., -1] = False
     exponent = round(p) if fault == "rounds p" else p
     positive = np.where(active, z, 1)
-    terms = np.where(active, positive**exponent, 0)
+    if fault == "powers by rounded logarithms":
+        terms = np.where(active, np.exp(p * np.log(positive).astype(np.float16).astype(work)), 0)
+    else:
+        terms = np.where(active, positive**exponent, 0)
     slope = np.where(active, positive ** (exponent - 1), 0)
     if fault != "forgets the factor p":
         slope = slope * work.type(exponent)
@@ -128,40 +191,88 @@ def _compute(problem, grad_output, fault):
 
     weight = _weights(problem, y, work, fault)
     if fault == "weight inside the power":
-        losses = _sum(
+        losses = _class_sum(
             np.where(weight[..., None] > 0, terms * weight[..., None] ** p, 0), work, fault
         )
     else:
-        losses = _sum(terms, work, fault)
+        losses = _class_sum(terms, work, fault)
         if fault == "subtracts margin ** p":
-            losses = losses - margin**p
+            losses = losses - margin**p / n_classes
         losses = losses * weight
-    if not (fault == "sum not divided by C" and problem.reduction == "sum"):
-        losses = losses / n_classes
+    if fault == "sum not divided by C" and problem.reduction == "sum":
+        losses = losses * n_classes
     if fault == "differs from the generic code":
         losses = losses * (1 + 1e-4)
-    total = _sum(slope, work, fault)
+    total = slope.sum(-1, dtype=np.float64)
     if fault == "target's gradient summed in float32":
         total = np.cumsum(slope, -1, dtype=np.float32)[..., -1]
     lost = lost | invalid
     losses = np.where(lost, np.nan, losses)
+    if fault not in ("NaN loss beside a gradient of numbers", "drops NaN"):
+        lost = lost | np.isnan(losses)
+    if fault != "NaN in ignored samples counts":
+        losses = np.where(ignored, 0, losses)
 
+    count = losses.size - (0 if fault == "counts ignored samples" else ignored.sum())
     scale = weight / n_classes
-    if problem.reduction == "mean" and losses.size:
-        scale = scale / losses.size
+    if problem.reduction == "mean" and count:
+        scale = scale / count
     if fault == "gradient scale rounded to float16":
         scale = scale.astype(np.float16).astype(np.float64)
     if grad_output is not None and fault != "ignores grad_output":
-        scale = scale * grad_output.a.astype(np.float64)
+        scale = scale * _upstream(grad_output.a, fault).astype(np.float64)
     scale = np.where(lost, np.nan, scale)
+    if fault != "ignored samples have a gradient":
+        scale = np.where(ignored, 0, scale)
     grad = slope * scale[..., None]
     if fault == "drops NaN":
         grad = np.nan_to_num(grad)
     if fault != "forgets the target's gradient":
         grad = np.where(own, (-total * scale)[..., None], grad)
+    if fault == "one sample too few of more than 64" and grad.ndim == 2 and len(grad) > 64:
+        grad[-1] = 0
+    if fault == "one block of many is missing" and grad.size > 2**20:
+        grad[len(grad) // 2 :][:100] = 0
+    if fault == "another kernel after twenty calls":
+        _calls.append(1)
+        grad = grad * (1 + 2**-20 * (len(_calls) > 20))
     if fault != "takes the last axis for the classes":
         grad = np.moveaxis(grad, -1, axis)
-    return _finished(problem, losses, grad, dtype, fault)
+    return _finished(problem, losses, grad, count, fault)
+
+
+_calls = []
+
+
+def _ignored(problem, fault):
+    y, index = problem.target.a, problem.ignore_index
+    if index is None or fault == "ignores no class":
+        return np.zeros(y.shape, bool)
+    if fault == "narrows ignore_index":
+        return y == np.asarray([index % 2**64], np.uint64).astype(y.dtype)
+    if fault == "widens targets to compare":
+        return y.astype(np.int64) == index
+    return np.asarray(y.astype(object) == index, dtype=bool)
+
+
+def _with_faulty_values(x, fault):
+    x = np.array(x)
+    beyond = x[..., 32:]
+    if fault == "clips infinite scores":
+        x = np.clip(x, -1e30, 1e30)
+    if fault == "NaN beyond the 32nd class is lost":
+        beyond[np.isnan(beyond)] = -1e30
+    if fault == "infinity beyond the 32nd class is cut":
+        beyond[np.isposinf(beyond)] = 1e30
+    return x
+
+
+def _upstream(given, fault):
+    if fault == "reads grad_output as if contiguous" and given.base is not None:
+        memory = given.base.ravel()
+        if memory.size >= given.size and given.ndim == 1:
+            return memory[: given.size]
+    return given
 
 
 def _laid_out(given, fault):
@@ -170,6 +281,8 @@ def _laid_out(given, fault):
         _buffer["x"] = given.copy()
         time.sleep(0.0005)  # another thread takes its turn
         return _buffer["x"]
+    if fault == "reads reversed scores forwards" and given.strides[0] < 0:
+        return given[::-1]
     whole = given.base if given.base is not None else given
     contiguous = given.flags.c_contiguous or whole.size < given.size or whole.dtype != given.dtype
     if fault == "reads memory as if contiguous" and not contiguous:
@@ -191,8 +304,11 @@ def _working_dtype(dtype, fault):
     return dtype
 
 
-def _checked_targets(problem, n_classes, fault):
+def _checked_targets(problem, n_classes, ignored, fault):
     y = problem.target.a
+    if fault == "reads reversed targets forwards" and y.strides and y.strides[0] < 0:
+        y = y[::-1]
+    y = np.where(ignored, np.asarray(0, y.dtype), y)
     if fault == "takes int64 targets only" and y.dtype != np.int64:
         raise TypeError("targets must be int64")
     if fault == "narrows targets to int32":
@@ -216,7 +332,11 @@ def _weights(problem, y, work, fault):
     weight = problem.weight.a
     if fault == "weight rounded to float16":
         weight = weight.astype(np.float16)
+    if fault == "reads reversed weights forwards" and weight.strides[0] < 0:
+        weight = weight[::-1]
     weight = weight.astype(work).astype(np.float64)
+    if fault == "large weights are cut":
+        weight = np.clip(weight, -3e38, 3e38)
     if fault == "ignores negative weights":
         weight = np.maximum(weight, 0)
     if fault == "NaN weight counts as 0":
@@ -224,27 +344,48 @@ def _weights(problem, y, work, fault):
     return weight[y]
 
 
-def _sum(terms, work, fault):
+def _class_sum(terms, work, fault):
+    """The sum over the classes, divided by their number."""
+    n_classes = terms.shape[-1]
     if fault == "class sums one by one in float32":
-        return np.cumsum(terms, -1, dtype=np.float32)[..., -1].astype(np.float64)
-    return terms.sum(-1, dtype=work if fault == "computes in float16" else np.float64)
+        return np.cumsum(terms, -1, dtype=np.float32)[..., -1].astype(np.float64) / n_classes
+    if fault == "class sums overflow":
+        return terms.sum(-1, dtype=work) / n_classes
+    if fault == "class sums of float64 overflow":
+        return terms.sum(-1, dtype=np.float64) / n_classes
+    wide = work if fault == "computes in float16" else np.float64
+    return (terms / wide(n_classes) if wide is np.float64 else terms / n_classes).sum(
+        -1, dtype=wide
+    )
 
 
-def _finished(problem, losses, grad, dtype, fault):
+def _finished(problem, losses, grad, count, fault):
+    dtype = problem.input.a.dtype
     if problem.reduction == "none":
         loss = losses
+    elif problem.reduction == "sum":
+        loss = _batch_sum(losses, dtype, fault)
+    elif not count:
+        alone = fault == "empty mean is 0" and not losses.size
+        loss = np.float64(0 if alone or fault == "mean of nothing is 0" else np.nan)
     else:
-        loss = losses.sum()
-        if fault == "batch sums one by one in float32" and losses.size:
-            loss = np.cumsum(losses, dtype=np.float32)[-1]
-        if problem.reduction == "mean":
-            loss = loss / losses.size
-            if fault == "empty mean is 0" and not losses.size:
-                loss = np.float64(0)
-            if fault == "keeps an axis in the mean":
-                loss = loss[None]
+        whole = fault in ("batch sums overflow", "batch sums of float64 overflow")
+        parts = losses if whole else losses / count
+        loss = _batch_sum(parts, dtype, fault) / (count if whole else 1)
+    if fault == "keeps an axis in the mean" and problem.reduction == "mean":
+        loss = np.asarray(loss)[None]
+    if fault == "large losses are cut":
+        loss = np.clip(loss, -3e38, 3e38)
     if fault != "returns float64":
-        loss, grad = loss.astype(dtype), grad.astype(dtype)
+        loss, grad = np.asarray(loss).astype(dtype), grad.astype(dtype)
     device = "gpu" if fault == "returns another device" else problem.input.device
     kind = type(problem.input)
     return kind(np.asarray(loss), problem.xp, device), kind(grad, problem.xp, device)
+
+
+def _batch_sum(losses, dtype, fault):
+    if fault == "batch sums one by one in float32" and losses.size:
+        return np.cumsum(losses, dtype=np.float32)[-1]
+    if fault == "batch sums overflow" and dtype == np.float32:
+        return losses.sum(dtype=np.float32)
+    return losses.sum()

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: one CUDA source and what CuPy and PyTorch share around it."""

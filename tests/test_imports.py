@@ -1,0 +1,230 @@
+"""Every module can be imported first and in every form; module-level imports run one way."""
+
+import ast
+import random
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from graphlib import TopologicalSorter
+
+import pytest
+
+from tests.tree import ROOT, run_python, sources
+
+SOURCES = sources()
+# Running this one is all that it is for: importing it runs the command line.
+RUNNABLE = {name for name in SOURCES if name.endswith(".__main__")}
+MODULES = sorted(SOURCES.keys() - RUNNABLE)
+
+# The layers, from the bottom: a module imports those of its own layer and of the ones below.
+# (What a function imports when it is called is not meant: that is how kernels are loaded late.)
+CORE, PARTS, PUBLIC, CONFORMANCE, COMMANDS = range(5)
+LAYERS = {
+    # The list of built-in kernels, which the registry reads. It loads none of them.
+    "mml_arrayapi.backends": CORE,
+    "mml_arrayapi.backends.": PARTS,
+    "mml_arrayapi.evaluation": PARTS,
+    "mml_arrayapi.evaluation.": PARTS,
+    "mml_arrayapi": PUBLIC,
+    "mml_arrayapi.pytorch": PUBLIC,
+    "mml_arrayapi.sklearn": PUBLIC,
+    "mml_arrayapi.torchmetrics": PUBLIC,
+    "mml_arrayapi.sklearn": PUBLIC,
+    "mml_arrayapi.torchmetrics": PUBLIC,
+    "mml_arrayapi.conformance": CONFORMANCE,
+    "mml_arrayapi.conformance.": CONFORMANCE,
+    "mml_arrayapi.demo": COMMANDS,
+    "mml_arrayapi.cli": COMMANDS,
+    "mml_arrayapi.__main__": COMMANDS,
+}
+
+
+def layer(name):
+    """The layer of a module; those that the table doesn't name are the core."""
+    inside = [prefix for prefix in LAYERS if prefix.endswith(".") and name.startswith(prefix)]
+    return LAYERS.get(name, LAYERS[inside[0]] if inside else CORE)
+
+
+def module_level(body):
+    """The import statements that run when the module is imported."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from module_level(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for inner in ("body", "orelse", "finalbody"):
+                yield from module_level(getattr(node, inner, []))
+            for handler in getattr(node, "handlers", []):
+                yield from module_level(handler.body)
+
+
+def imported_by(name, source):
+    """The modules of the package that a module imports, with the packages that hold them."""
+    named = set()
+    for node in module_level(ast.parse(source).body):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        else:
+            assert node.level == 0, f"{name} has a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            named |= inner & SOURCES.keys()
+            if not inner <= SOURCES.keys():
+                named.add(node.module)
+    found = named & SOURCES.keys()
+    for target in list(found):
+        parts = target.split(".")
+        parents = {".".join(parts[:n]) for n in range(1, len(parts))}
+        found |= {p for p in parents if not f"{name}.".startswith(f"{p}.")}
+    return found - {name}
+
+
+IMPORTS = {name: imported_by(name, path.read_text("utf-8")) for name, path in SOURCES.items()}
+
+
+def test_imports_form_no_circle():
+    order = list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError
+    assert set(order) == set(SOURCES)
+
+
+def test_imports_run_one_way():
+    upward = [
+        f"{name} imports {target}"
+        for name, targets in IMPORTS.items()
+        for target in sorted(targets)
+        if layer(target) > layer(name)
+    ]
+    assert not upward
+
+
+def test_the_folders_of_one_layer_do_not_import_each_other():
+    def folder(name):
+        return name.split(".")[1] if layer(name) == PARTS else None
+
+    across = [
+        f"{name} imports {target}"
+        for name, targets in IMPORTS.items()
+        for target in sorted(targets)
+        if folder(name) and folder(target) and folder(name) != folder(target)
+    ]
+    assert not across
+
+
+def test_the_reader_of_imports_sees_them_all():
+    source = """
+import mml_arrayapi.loss, os
+from mml_arrayapi import kernel, Problem
+if TYPE_CHECKING:
+    from mml_arrayapi import cli
+else:
+    import mml_arrayapi.formula as f
+try:
+    from mml_arrayapi.conformance.suite import Check
+except ImportError:
+    import mml_arrayapi.demo
+class A:
+    import mml_arrayapi.registry
+def late():
+    import mml_arrayapi.accumulator
+"""
+    assert imported_by("mml_arrayapi.validation", source) == {
+        "mml_arrayapi", "mml_arrayapi.loss", "mml_arrayapi.kernel", "mml_arrayapi.formula",
+        "mml_arrayapi.conformance", "mml_arrayapi.conformance.suite", "mml_arrayapi.demo",
+        "mml_arrayapi.registry",
+    }  # fmt: skip
+
+
+def test_importing_the_package_imports_little():
+    """No library, and nothing of the standard library that takes long and most calls don't need."""
+    code = """
+import sys
+before = set(sys.modules)
+import mml_arrayapi
+new = set(sys.modules) - before
+print(sorted({name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)))
+print(sorted(new & {"importlib.metadata", "pathlib", "mml_arrayapi.evaluation", "mml_arrayapi.cli"}))
+assert set(mml_arrayapi.__all__) <= set(dir(mml_arrayapi))
+try:
+    mml_arrayapi.nothing
+except AttributeError as error:
+    print(error)
+"""
+    # -S: without the site's .pth files, which import what they like
+    folders = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    assert run_python(code, flags=("-S",), path=folders).splitlines() == [
+        "['mml_arrayapi']",
+        "[]",
+        "module 'mml_arrayapi' has no attribute 'nothing'",
+    ]
+
+
+EVERY_FORM = """
+import importlib, sys, types
+name = {name!r}
+parent, _, last = name.rpartition(".")
+try:
+    exec(f"import {{name}} as first")
+except ImportError as error:
+    if (error.name or "").startswith("mml_arrayapi"):
+        raise
+    print("needs", error.name)
+    raise SystemExit
+assert type(first) is types.ModuleType and first.__name__ == name, first
+exec(f"import {{name}}")
+assert eval(name) is first
+if parent:
+    exec(f"from {{parent}} import {{last}} as third")
+    assert third is first
+assert importlib.import_module(name) is sys.modules[name] is first
+"""
+
+
+@pytest.fixture(scope="module")
+def every_form():
+    """What a fresh interpreter says that imports a module first: {module: output or error}."""
+
+    def attempt(name):
+        try:
+            return run_python(EVERY_FORM.format(name=name))
+        except AssertionError as error:
+            return f"failed: {error}"
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MODULES, pool.map(attempt, MODULES), strict=True))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_form_of_import(name, every_form):
+    said = every_form[name]
+    if said.startswith("needs "):
+        pytest.skip(f"{name} {said}, which is not installed")
+    assert not said
+
+
+@pytest.mark.parametrize("seed", range(3), ids="order {}".format)
+def test_every_order_of_imports(seed):
+    names = random.Random(seed).sample(MODULES, len(MODULES))
+    code = f"""
+import importlib
+for name in {names}:
+    try:
+        assert importlib.import_module(name).__name__ == name
+    except ImportError as error:
+        if (error.name or "").startswith("mml_arrayapi"):
+            raise
+import mml_arrayapi
+for name in mml_arrayapi.__all__:
+    getattr(mml_arrayapi, name)
+assert callable(mml_arrayapi.evaluate)
+"""
+    assert run_python(code) == ""
+
+
+def test_what_tests_skip_for_is_no_module_of_ours_that_has_moved():
+    """``importorskip`` would skip them for ever, with a reason that is not true."""
+    skipped = re.compile(r"importorskip\(\s*[\"']((?:mml_arrayapi|tests)[\w.]*)[\"']")
+    tests = {path: path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("*.py"))}
+    helpers = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in tests}
+    for path, text in tests.items():
+        for name in skipped.findall(text):
+            assert name in SOURCES or name in helpers, f"{path.name} skips for {name}"
