@@ -259,10 +259,10 @@ def test_the_module_is_the_command():
     assert "1 pass" in done.stdout
 
 
-def test_numpy_without_numba_runs_on_the_generic_code():
+def test_numpy_without_compiled_kernels_runs_on_the_generic_code():
     program = """
 import sys
-sys.modules["numba"] = sys.modules["llvmlite"] = None
+sys.modules["mml_arrayapi.backends.cpu._baseline"] = None
 from mml_arrayapi.conformance import Context, all_checks
 check = next(check for check in all_checks() if check.name == "gradient rows sum to 0")
 result = check(Context("numpy"))
@@ -275,4 +275,4 @@ print(capabilities([Context("numpy")])["kernels"])
     )
     assert done.returncode == 0, done.stderr
     assert "'runs': 'generic'" in done.stdout
-    assert "cannot be imported: No module named 'numba'" in done.stdout
+    assert "no compiled kernels" in done.stdout or "are not built" in done.stdout
