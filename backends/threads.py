@@ -10,6 +10,7 @@ from pathlib import Path
 
 ENVIRONMENT = "MML_ARRAYAPI_NUM_THREADS"
 
+
 def number_of_threads(library_setting: int | None = None) -> int:
     """Tell how many threads a large call may use.
 

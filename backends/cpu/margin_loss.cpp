@@ -8,6 +8,7 @@
 #include "margin_loss.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -29,6 +30,7 @@ constexpr int WIDTH = 16;
 constexpr int LANE_TERMS = 16;
 constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
+constexpr int64_t STAGE = 1 << 16;  // bytes of rows that are copied together
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr int32_t OUTSIDE = -1, IGNORED = -2;
@@ -284,6 +286,10 @@ template <class T> struct Group {
     int32_t y[GROUP];  // the target's place among the call's classes; OUTSIDE or IGNORED
     T own[GROUP];      // its score; NaN where the row has no value
     double weight[GROUP];
+
+    Group() {
+        for (double &w : weight) w = 1;
+    }
 };
 
 // What a call's targets are compared with.
@@ -339,7 +345,7 @@ template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, 
     each(c.x, start, count, [&](int64_t t, const char *p) { g.row[t] = p; });
     if (c.part) {
         each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
-    } else {
+    } else if (!c.bits || !c.grad.data) {  // the backward pass by bits reads no score
         const int64_t step = c.x.step;
         for (int t = 0; t < count; t++)
             g.own[t] = g.y[t] >= 0 ? T(widen<E>(g.row[t] + g.y[t] * step)) : T(NOT_A_NUMBER);
@@ -360,7 +366,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     using F = typename L::F;
     using I = typename L::I;
     static constexpr int W = L::W;
-    static constexpr bool SINGLE = sizeof(T) == 4;
+    static constexpr int64_t SIZE = sizeof(E);
 
     const Call &c;
     const P power;
@@ -371,12 +377,26 @@ template <class E, class P, bool UNIT> struct Kernel {
     const I rest;                  // the lanes of the last vector that no other covers
 
     int64_t ahead = 0;             // bytes to the row that is fetched meanwhile
+    // Rows whose classes do not lie side by side, or are fewer than a vector, are worked on in copies.
+    const bool staged;
+    const int64_t pitch;           // bytes from copy to copy
+    const int64_t in_step, out_step;
+    char *copies = nullptr;        // of the gradient's rows, from row ``base`` on
+    int64_t base = 0;
 
     explicit Kernel(const Call &c)
         : c(c), power(c.p), margin(L::all(T(One::Computing<E>(c.margin)))), n(c.classes),
           whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
-               (L::iota() < (I{} + typename L::Index(n - last)))) {}
+               (L::iota() < (I{} + typename L::Index(n - last)))),
+          staged(UNIT && !in_place(c)), pitch((n > W ? n : W) * SIZE), in_step(staged ? SIZE : c.x.step),
+          out_step(staged ? SIZE : c.grad.step) {}
+
+    static bool in_place(const Call &c) {
+        return c.x.step == SIZE && (!c.grad.data || c.grad.step == SIZE) && c.classes >= W;
+    }
+    static bool can_stage(const Call &c) { return (c.classes > W ? c.classes : W) * SIZE <= STAGE; }
+    INLINE char *out(int64_t i) const { return staged ? copies + (i - base) * pitch : c.grad.at(i); }
 
     // The scores of the W classes from j on; beyond the row's end the last one comes again.
     INLINE F scores(const char *row, int64_t j, int64_t step) const {
@@ -391,7 +411,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         return L::only(z, ~((z <= 0) | own_class));
     }
     INLINE F hinge(const char *row, int64_t j, int shift, I at, F own) const {
-        return hinge(scores(row, j + shift, c.x.step), L::iota() + shift == at, own);
+        return hinge(scores(row, j + shift, in_step), L::iota() + shift == at, own);
     }
     static INLINE I place(int64_t y, int64_t j) { return I{} + typename L::Index(y - j); }
 
@@ -464,7 +484,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         int64_t y;
         double scale, sum = 0;
         WriteShort(const Kernel &k, int64_t i, int64_t y, double by)
-            : Write(k, k.c.grad.at(i), by), y(y), scale(by) {}
+            : Write(k, k.out(i), by), y(y), scale(by) {}
         INLINE void whole(int64_t j, F h, int) { sum += Slopes<T, P>::of(this->put(j, h)); }
         INLINE void last(F h) { sum += Slopes<T, P>::of(L::only(this->put(this->k.last, h), this->k.rest)); }
         INLINE void end() { this->k.finish(this->to, y, 0, {0, sum, 1}, scale); }
@@ -478,7 +498,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     NOINLINE Sums careful(const char *row, int64_t y, T own, double unit) const {
         Sums s = {0, 0, unit};
         for (int64_t j = 0; j < n; j++) {
-            T z = (T(widen<E>(row + j * c.x.step)) - own) + margin[0];
+            T z = (T(widen<E>(row + j * in_step)) - own) + margin[0];
             if (j == y || z <= 0) continue;
             Vec<double, 2> h = {double(z), 0};
             s.terms += power.term(h)[0] / unit;
@@ -500,16 +520,16 @@ template <class E, class P, bool UNIT> struct Kernel {
     // The rest of a gradient: the target's class; NaN in all of a row whose loss is NaN.
     void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
         if (loss != loss) return fill(to, NOT_A_NUMBER);
-        if (y >= 0) store_rounded<E>(to + y * c.grad.step, double(T(-(s.slopes * scale) * s.unit)));
+        if (y >= 0) store_rounded<E>(to + y * out_step, double(T(-(s.slopes * scale) * s.unit)));
     }
     NOINLINE void fill(char *to, double value) const {
-        for (int64_t j = 0; j < n; j++) store_rounded<E>(to + j * c.grad.step, value);
+        for (int64_t j = 0; j < n; j++) store_rounded<E>(to + j * out_step, value);
     }
     INLINE void put(char *to, int64_t j, F g) const {
         auto values = in_element_type(g);
         if constexpr (UNIT) write(to + j * int64_t(sizeof(E)), values);
         else
-            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * c.grad.step, values[k]);
+            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * out_step, values[k]);
     }
     static INLINE auto in_element_type(F g) {
         if constexpr (sizeof(E) == 8) return g;
@@ -536,7 +556,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     NOINLINE void ignore(int64_t i) const {
         if (c.losses.data) store_rounded<E>(c.losses.at(i), 0);
         if (c.sums.data) write(c.sums.at(i), 0.0), write(c.slopes.at(i), 0.0);
-        if (c.grad.data) fill(c.grad.at(i), 0);
+        if (c.grad.data) fill(out(i), 0);
         if (c.bits) std::memset(c.bits + i * bytes, 0, size_t(bytes));
     }
     // Looking up targets here and there hides from the processor that rows are read in turn: those of
@@ -625,7 +645,7 @@ template <class E, class P, bool UNIT> struct Kernel {
             return;
         each_row(start, g, result, [&](int t, int64_t i) {
             double scale = scale_of(i, g.weight[t]);
-            Write write(*this, c.grad.at(i), scale);
+            Write write(*this, out(i), scale);
             double sum = terms(g.row[t], g.y[t], g.own[t], write);
             Sums s = checked(g, t, sum, write.slopes.total());
             double loss = account(i, s, g.weight[t], result);
@@ -644,16 +664,50 @@ template <class E, class P, bool UNIT> struct Kernel {
 
     template <class Work> static void in_groups(const Call &c, int64_t start, int64_t stop, Work work) {
         Kernel kernel(c);
+        if (kernel.staged) return kernel.in_stages(start, stop, work);
         Group<T> group;
-        for (double &weight : group.weight) weight = 1;
         // Few rows at a time where they are long: what a look at the target has fetched is in reach.
-        int64_t size = NEAR / (c.classes * int64_t(sizeof(E)));
-        size = size > GROUP ? GROUP : size < 1 ? 1 : size;
+        const int64_t size = group_size(NEAR / (c.classes * SIZE));
         if (UNIT && size > 1 && c.x.ndim == 1) kernel.ahead = size * c.x.stride[0];
         for (int64_t first = start; first < stop; first += size) {
             look_up<E>(c, first, first + size < stop ? size : stop - first, group);
             work(kernel, first, group);
         }
+    }
+    static int64_t group_size(int64_t rows) { return rows > GROUP ? GROUP : rows < 1 ? 1 : rows; }
+
+    template <class Work> NOINLINE void in_stages(int64_t start, int64_t stop, Work work) {
+        Group<T> group;
+        alignas(64) char in[STAGE], back[STAGE];
+        char *rows[GROUP];
+        const int64_t size = group_size(STAGE / pitch);
+        std::memset(in, 0, size_t(size * pitch));
+        copies = back;
+        for (base = start; base < stop; base += size) {
+            const int64_t count = base + size < stop ? size : stop - base;
+            look_up<E>(c, base, count, group);
+            each(c.x, base, count, [&](int64_t t, char *p) { rows[t] = p; });
+            copy<true>(in, rows, count, c.x.step, c.x);
+            for (int64_t t = 0; t < count; t++) group.row[t] = in + t * pitch;
+            work(*this, base, group);
+            if (!c.grad.data) continue;
+            each(c.grad, base, count, [&](int64_t t, char *p) { rows[t] = p; });
+            copy<false>(back, rows, count, c.grad.step, c.grad);
+        }
+    }
+    // Between rows and their copies. What lies side by side in the rows' memory is taken in turn.
+    template <bool IN> INLINE void copy(char *stage, char *const *rows, int64_t count, int64_t step, const Walk &walk) const {
+        auto move = [&](int64_t t, int64_t j) {
+            char *a = stage + t * pitch + j * SIZE, *b = rows[t] + j * step;
+            if (IN) write(a, read<E>(b));
+            else write(b, read<E>(a));
+        };
+        if (walk.ndim == 1 && std::abs(walk.stride[0]) < std::abs(step))
+            for (int64_t j = 0; j < n; j++)
+                for (int64_t t = 0; t < count; t++) move(t, j);
+        else
+            for (int64_t t = 0; t < count; t++)
+                for (int64_t j = 0; j < n; j++) move(t, j);
     }
     static void loss_block(const Call &c, int64_t start, int64_t stop, Result &result) {
         in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
@@ -675,23 +729,16 @@ template <class E, class P, bool UNIT> struct Kernel {
 
     // The gradient of p = 1 from the bits that loss_block kept.
     static void bits_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        Kernel k(c);
-        int32_t y[GROUP];
-        double weight[GROUP];
-        for (double &w : weight) w = 1;
-        for (int64_t first = start; first < stop; first += GROUP) {
-            int64_t count = first + GROUP < stop ? GROUP : stop - first;
-            look_up_targets(c, first, count, y);
-            if (c.weight.data) look_up_weights(c, y, count, weight);
-            for (int64_t t = 0; t < count; t++) {
-                result.bad |= y[t] == OUTSIDE;
-                k.row_of_bits(first + t, y[t], weight[t]);
+        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+            for (int t = 0; t < g.count; t++) {
+                result.bad |= g.y[t] == OUTSIDE;
+                k.row_of_bits(first + t, g.y[t], g.weight[t]);
             }
-        }
+        });
     }
     INLINE void row_of_bits(int64_t i, int32_t y, double weight) const {
         const uint8_t *bits = c.bits + i * bytes;
-        char *to = c.grad.at(i);
+        char *to = out(i);
         // The target's own bit is set only where the row's loss is NaN.
         int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
         if (y < 0 || (bits[byte] >> bit & 1)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
@@ -717,12 +764,10 @@ template <class E, class P, bool UNIT> struct Kernel {
 template <class P, class F> Block with_kernel(const Call &c, F f) {
     return with_float(c.x.type, [&](auto e) -> Block {
         using E = decltype(e);
-        // Whole vectors can be loaded.
-        int64_t size = sizeof(E);
-        bool unit = c.x.step == size && (!c.grad.data || c.grad.step == size) && c.classes >= Lanes<typename P::template Computing<E>>::W;
         // Beside std::pow, loading vectors would save nothing.
-        constexpr bool can = !std::is_same<P, Other>::value;
-        return unit ? f(static_cast<Kernel<E, P, can> *>(nullptr)) : f(static_cast<Kernel<E, P, false> *>(nullptr));
+        using Fast = Kernel<E, P, !std::is_same<P, Other>::value>;
+        return Fast::in_place(c) || Fast::can_stage(c) ? f(static_cast<Fast *>(nullptr))
+                                                       : f(static_cast<Kernel<E, P, false> *>(nullptr));
     });
 }
 template <class F> Block choose(const Call &c, F f) {

@@ -16,7 +16,7 @@ from mml_arrayapi.backends import cpu, threads
 if cpu.native is None:
     pytest.skip(f"no CPU kernels: {cpu.reason()}", allow_module_level=True)
 
-from mml_arrayapi.backends.cpu import numpy as _  # accepts NumPy's arrays
+import mml_arrayapi.backends.cpu.numpy  # noqa: F401  accepts NumPy's arrays
 
 SECONDS = float(os.environ.get("MML_TEST_SECONDS", "0.5"))  # 30 for the long run
 OPTIONS = 2, 1.0, "mean", None, -1, "auto"
