@@ -181,16 +181,12 @@ def _dask() -> Library:
     import array_api_compat.dask.array as xp
     from dask import compute
 
-    from mml_arrayapi.backends.dask.alignment import check_targets_lazily
-
-    def unusable(array: Array) -> str | None:
-        form = library_of("a chunk", array._meta).unusable(array._meta)
-        return None if form is None else f"made of chunks each of which is {form}"
+    from mml_arrayapi.backends.dask.alignment import check_targets_lazily, unsupported_layout
 
     wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
-    row = replace(row, settle=check_targets_lazily, compute=compute)
-    return replace(row, unusable=unusable, widest=lambda _: wide, relu=xp.maximum)
+    row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
+    return replace(row, widest=lambda _: wide, relu=xp.maximum)
 
 
 def _jax() -> Library:
