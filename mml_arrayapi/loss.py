@@ -158,6 +158,8 @@ def multi_margin_loss_and_grad(
     loss, grad = registry.choose(problem, backend).loss_and_grad(problem, grad_output)
     if input.ndim == 0:
         grad = problem.xp.reshape(grad, ())
+    if problem.input.dtype != input.dtype:
+        grad = problem.xp.astype(grad, input.dtype)
     return _in_targets_shape(problem, target, loss), grad
 
 

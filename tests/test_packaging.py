@@ -1,5 +1,6 @@
 """Wheel, sdist and tree hold the same files; each can be used, from wherever it lies."""
 
+import itertools
 import re
 import subprocess
 import tomllib
@@ -129,18 +130,17 @@ assert_[cli.main(["conformance", "--xp", "numpy", "--dtype", "float32"]) == 0]
 def test_the_oldest_releases_stand_in_two_places_that_agree():
     """What ``pyproject.toml`` accepts from is what ``constraints-floors.txt`` installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], *(extras[name] for name in extras if name != "docs")]
     wanted = {}
-    for requirement in [
-        *project["dependencies"],
-        *sum(project["optional-dependencies"].values(), []),
-    ]:
+    for requirement in itertools.chain.from_iterable(groups):
         found = re.match(r"([\w.-]+)(?:\[.*?\])?>=([\w.]+)", requirement)
         assert found or requirement.startswith("mml_arrayapi["), requirement
         if found:
             name, version = found.groups()
             assert wanted.setdefault(name, version) == version, f"{name} has two oldest releases"
     pinned = constraints("constraints.txt")
-    untried = {name for name in wanted if name.startswith("cupy-")}  # needs a GPU
+    untried = {name for name in wanted if name.startswith(("cuda-", "cupy-", "nvidia-"))}  # GPUs
     floors = {name: version for name, version in wanted.items() if name not in {*pinned, *untried}}
     assert {k: v for k, v in constraints("constraints-floors.txt").items() if k in wanted} == floors
 
