@@ -17,7 +17,7 @@ from dask.layers import ArraySliceDep
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import InvalidTargetError, raise_invalid_target
+from mml_arrayapi.validation import InvalidTargetError, Options, raise_invalid_target
 
 Array = Any
 
@@ -40,7 +40,7 @@ def check_targets_lazily(problem: Problem) -> Problem:
     if problem.check_target == "raise" or unknown(problem.input) or unknown(target):
         rows = batch_axes(problem)
         target = da.blockwise(
-            partial(_checked, axis=problem.axis, check=problem.check_target),
+            partial(_checked, options=options_of(problem)),
             rows,
             target,
             rows,
@@ -55,6 +55,30 @@ def check_targets_lazily(problem: Problem) -> Problem:
         )
     weight = None if problem.weight is None else in_one_chunk(problem.weight)
     return problem._replace(target=target, weight=weight)
+
+
+def options_of(problem: Problem) -> Options:
+    """Return the options of a call as its tasks need them.
+
+    An ``ignore_index`` that the targets' dtype can't hold matches nothing: it becomes None.
+    """
+    index = problem.ignore_index
+    if index is not None:
+        limits = np.iinfo(problem.target.dtype)
+        index = index if limits.min <= index <= limits.max else None
+    return Options(
+        problem.p, problem.margin, problem.reduction, index, problem.axis, problem.check_target
+    )
+
+
+def ignored(target: Array, ignore_index: int | None) -> Array | None:
+    """Tell which targets are ignored; None stands for none of them."""
+    return None if ignore_index is None else target == ignore_index
+
+
+def without(values: Any, axis: int) -> tuple[Any, ...]:
+    """Return a tuple without one of its elements."""
+    return (*values[:axis], *values[axis + 1 :])
 
 
 def batch_axes(problem: Problem) -> tuple[int, ...]:
@@ -165,7 +189,7 @@ def check_length(batch: tuple[int, ...], target: Any) -> None:
         )
 
 
-def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: str) -> None:
+def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, options: Options) -> None:
     """Check the targets of a chunk, if that is asked for.
 
     Parameters
@@ -176,8 +200,8 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: 
         Where it lies in the whole array; NaN where that is unknown.
     n_classes : int
         The number of classes.
-    check : {"raise", "nan"}
-        Whether targets out of range raise.
+    options : Options
+        As :func:`options_of` returns them.
 
     Raises
     ------
@@ -185,8 +209,12 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: 
         With the position in the whole array (along an axis whose chunks have unknown sizes, in
         the chunk).
     """
-    if check != "raise":
+    if options.check_target != "raise":
         return
+    lost = ignored(target, options.ignore_index)
+    if lost is not None:
+        xp = library_of("target", target).namespace
+        target = xp.where(lost, xp.zeros_like(target), target)
     try:
         raise_invalid_target(target, n_classes)
     except InvalidTargetError as error:
@@ -195,11 +223,25 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: 
         raise InvalidTargetError(position, error.value, n_classes) from None
 
 
-def _checked(
-    target: Any, scores: Any, place: tuple[slice, ...], *, axis: int, check: str
-) -> Any:
+def refuse_masked(name: str, block: Array) -> None:
+    """Raise for a masked chunk, whose mask a kernel would not see.
+
+    Raises
+    ------
+    TypeError
+        With the argument's name.
+    """
+    if isinstance(block, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must have plain chunks, but a chunk is a masked array; fill it first, or mark "
+            "the samples to leave out with ignore_index"
+        )
+
+
+def _checked(target: Any, scores: Any, place: tuple[slice, ...], *, options: Options) -> Any:
     blocks = scores if isinstance(scores, list) else [scores]
-    shape = blocks[0].shape
-    check_length(shape[:axis] + shape[axis + 1 :], target)
-    check_targets(target, place, sum(block.shape[axis] for block in blocks), check)
+    for name, block in (("target", target), *(("input", block) for block in blocks)):
+        refuse_masked(name, block)
+    check_length(without(blocks[0].shape, options.axis), target)
+    check_targets(target, place, sum(block.shape[options.axis] for block in blocks), options)
     return target

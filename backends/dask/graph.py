@@ -28,6 +28,7 @@ from mml_arrayapi.backends.dask.alignment import (
     in_one_chunk,
     match_rows,
     once,
+    options_of,
     slices,
     unknown,
 )
@@ -92,26 +93,14 @@ class _Graph:
         # One block of weights beside every block of scores.
         weight = None if problem.weight is None else once(in_one_chunk(problem.weight))
         self.weight = (None, None) if weight is None else (weight, (axis,))
-        self.call = chunks.Call(
-            problem.p,
-            problem.margin,
-            axis,
-            x.shape[axis],
-            problem.reduction if self.rows else "none",
-            problem.check_target,
-            x.dtype,
-            backend,
-        )
+        self.call = chunks.Call(options_of(problem), x.shape[axis], x.dtype, backend)
 
     def loss(self) -> da.Array:
         if self.x.numblocks[self.call.axis] == 1:
             return self._reduced(
                 self._blockwise(chunks.loss_of_rows, self.all, *self.scores, *self.weight)
             )
-        parts = self._blockwise(
-            chunks.sums_of_part, self.all, *self.scores, *self._own(), name="-part"
-        )
-        rows = self._over_parts(parts)
+        rows = self._over_parts(self._own(), slopes=False)
         return self._reduced(self._blockwise(chunks.close, self.all, rows, self.all, classes=(1,)))
 
     def loss_and_grad(
@@ -128,18 +117,13 @@ class _Graph:
             losses = self._blockwise(chunks.first, self.all, pair, self.all)
             grad = self._blockwise(chunks.second, self.all, pair, self.all, name="_grad")
             return self._reduced(losses), grad
-        parts = self._blockwise(
-            chunks.sums_and_grad_of_part,
-            self.all,
-            *(*self.scores, *self._own(), *upstream, *self.weight),
-            name="_grad-part",
-        )
-        rows = self._over_parts(parts)
+        own = self._own()
+        rows = self._over_parts(own, slopes=True)
         losses = self._blockwise(chunks.close, self.all, rows, self.all, classes=(1,))
         grad = self._blockwise(
-            chunks.complete_grad,
+            chunks.grad_of_part,
             self.all,
-            *(parts, self.all, rows, self.all, *self.scores[2:]),
+            *(*self.scores, *own, rows, self.all, *upstream, *self.weight),
             name="_grad",
         )
         return self._reduced(losses), grad
@@ -152,9 +136,9 @@ class _Graph:
     def _upstream(self, problem: Problem, grad_output: Array | None) -> tuple[Any, ...]:
         """Arguments that hold what the gradient is multiplied with, besides ``call.scale``."""
         upstream = None if grad_output is None else da.asarray(grad_output)
-        if grad_output is not None and self.call.reduction == "none":
+        if grad_output is not None and self.call.options.reduction == "none":
             return match_rows(problem, grad_output), self.rows
-        if self.call.reduction == "mean":
+        if self.call.options.reduction == "mean":
             if unknown(self.target):
                 count = (self.target == self.target).sum()
                 upstream = (1.0 if upstream is None else upstream.astype(np.float64)) / count
@@ -162,14 +146,20 @@ class _Graph:
                 self.call = self.call._replace(scale=1 / (self.target.size or 1))
         return (None, None) if upstream is None else (once(upstream), ())
 
-    def _over_parts(self, parts: da.Array) -> da.Array:
-        """Add up the parts of each block of rows; the classes' axis becomes one block."""
+    def _over_parts(self, own: tuple[Any, ...], slopes: bool) -> da.Array:
+        """Add up the classes in each block of rows; their axis becomes one block."""
         axis, (weight, _) = self.call.axis, self.weight
+        parts = self._blockwise(
+            partial(chunks.part_of_rows, slopes=slopes),
+            self.all,
+            *(*self.scores, *own),
+            name="-part",
+        )
         return self._blockwise(
             chunks.rows_of_parts,
             self.all,
             *(parts, tuple(-1 if i == axis else i for i in self.all), self.target, self.rows),
-            *((weight, (-2,)) if weight is not None else (None, None)),
+            *((None, None) if weight is None else (weight, (-2,))),
             name="-rows",
             new_axes={axis: 1},
             classes=(1,),
@@ -207,16 +197,16 @@ class _Graph:
 
         ``da.reduction`` would do, but for one more task, or function, for every chunk.
         """
-        if self.call.reduction == "none":
+        if self.call.options.reduction == "none":
             return self._blockwise(chunks.only, self.rows, losses, self.all)
-        each = max(2, int(SUMS_PER_TASK ** (1 / len(self.rows))))
+        each = max(2, int(SUMS_PER_TASK ** (1 / max(1, len(self.rows)))))
         return _tree_reduce(
             losses,
             partial(chunks.rounded, call=self.call, like=self._meta(0)),
             self.all,
             keepdims=False,
             dtype=self.x.dtype,
-            split_every={i: each for i in self.rows} | {self.call.axis: 1},
+            split_every=dict.fromkeys(self.rows, each) | {self.call.axis: 1},
             combine=chunks.merged,
             name=NAME,
             concatenate=False,
@@ -249,5 +239,6 @@ KERNEL = Kernel(
     refuses=_refuses,
     loss=loss,
     loss_and_grad=loss_and_grad,
+    supports=frozenset({"ignore_index"}),
     on_chunks=_on_chunks,
 )

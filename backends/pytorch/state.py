@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import _reduction as _Reduction
 from torch.utils._device import DeviceContext
 
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
@@ -62,6 +63,11 @@ def _only_device_contexts() -> bool:
 def differentiates_forward() -> bool:
     """Tell whether forward-mode differentiation is active."""
     return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Tell whether torch.func or forward-mode differentiation is at work."""
+    return bool(_functorch_active()) or differentiates_forward()
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -131,6 +137,13 @@ def value_access(tensor: torch.Tensor) -> str:
     return HOST if tensor.device.type == "cpu" else DEVICE
 
 
+def under_autocast(input: torch.Tensor) -> torch.Tensor:
+    """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
+    if input.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        return input.float()
+    return input
+
+
 def unsupported_layout(tensor: torch.Tensor) -> str | None:
     """Tell what a tensor is that isn't dense; PyTorch has few operations for those."""
     layout = tensor.layout
@@ -164,3 +177,14 @@ def current_stream(device: int) -> int:
     """Return the handle of a CUDA device's current stream."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Return the reduction that PyTorch's deprecated arguments ask for, with its own warning."""
+    if size_average is None and reduce is None:
+        if reduction == "elementwise_mean":
+            _Reduction.get_enum(reduction)  # warns
+            return "mean"
+        return reduction
+    name: str = _Reduction.legacy_get_string(size_average, reduce)
+    return name
