@@ -169,7 +169,7 @@ def _implement(engine: Engine) -> None:
     """Register what the operators run on a type of device."""
 
     def loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
-        *options, keep_mask = options  # type: ignore[assignment]
+        options, keep_mask = options[:-1], options[-1]
         made = engine.loss(input, target, weight, options, keep_mask)
         if made is None:
             made = _formula_loss(input, target, weight, options), None
@@ -230,7 +230,7 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
 
 @torch.library.register_fake(_loss, lib=_library)
 def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    *options, keep_mask = options  # type: ignore[assignment]
+    options, keep_mask = options[:-1], options[-1]
     loss = input.new_empty(target.shape if options[2] == "none" else ())
     if not keep_mask:
         return loss, _no_mask(input)
@@ -255,7 +255,7 @@ def _fake_loss_and_grad(
 
 
 def _autograd_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
-    *options, keep_mask = options  # type: ignore[assignment]
+    options, keep_mask = options[:-1], options[-1]
     if _formula_must_follow(weight):
         return _formula_loss(input, target, weight, options), _no_mask(input)
     if is_grad_enabled() and input.requires_grad:
@@ -415,7 +415,7 @@ class _Gradient(state.SingleLevelFunction):
 def _map_loss(
     info: Any, in_dims: Any, input: Any, target: Any, weight: Any, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-    *options, _ = options  # type: ignore[assignment]
+    options = options[:-1]
     if _formula_must_map(in_dims[1], target, in_dims[2], options):
 
         def one(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
