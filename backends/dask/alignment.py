@@ -17,7 +17,7 @@ from dask.layers import ArraySliceDep
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import InvalidTargetError, raise_invalid_target
+from mml_arrayapi.validation import InvalidTargetError, Options, raise_invalid_target
 
 Array = Any
 
@@ -40,7 +40,7 @@ def check_targets_lazily(problem: Problem) -> Problem:
     if problem.check_target == "raise" or unknown(problem.input) or unknown(target):
         rows = batch_axes(problem)
         target = da.blockwise(
-            partial(_checked, axis=problem.axis, check=problem.check_target),
+            partial(_checked, options=options_of(problem)),
             rows,
             target,
             rows,
@@ -57,9 +57,42 @@ def check_targets_lazily(problem: Problem) -> Problem:
     return problem._replace(target=target, weight=weight)
 
 
+def options_of(problem: Problem) -> Options:
+    """Return the options of a call as its tasks need them.
+
+    An ``ignore_index`` that the targets' dtype can't hold matches nothing: it becomes None.
+    """
+    index = problem.ignore_index
+    if index is not None:
+        limits = np.iinfo(problem.target.dtype)
+        index = index if limits.min <= index <= limits.max else None
+    return Options(
+        problem.p, problem.margin, problem.reduction, index, problem.axis, problem.check_target
+    )
+
+
+def ignored(target: Array, ignore_index: int | None) -> Array | None:
+    """Tell which targets are ignored; None stands for none of them."""
+    return None if ignore_index is None else target == ignore_index
+
+
+def without(values: Any, axis: int) -> tuple[Any, ...]:
+    """Return a tuple without one of its elements."""
+    return (*values[:axis], *values[axis + 1 :])
+
+
 def batch_axes(problem: Problem) -> tuple[int, ...]:
     """Return the axes of ``input`` that are the batch's, as indices for blockwise."""
     return tuple(i for i in range(problem.input.ndim) if i != problem.axis)
+
+
+def unsupported_layout(array: da.Array) -> str | None:
+    """Tell what a Dask array is whose chunks are not dense; None for one whose chunks are."""
+    meta = array._meta
+    if isinstance(meta, np.ma.MaskedArray):
+        return "a Dask array of masked chunks"
+    form = library_of("input", meta).unusable(meta)
+    return None if form is None else f"a Dask array whose chunks are {form}"
 
 
 def unknown(array: da.Array) -> bool:
@@ -109,33 +142,34 @@ def match_rows(problem: Problem, array: Any) -> da.Array:
     return array
 
 
-def in_one_chunk(weight: Any) -> da.Array:
-    """Return the weights as a Dask array of one chunk."""
-    if isinstance(weight, np.ndarray):
-        return da.from_array(weight, chunks=-1)
-    return weight.rechunk(-1)
+def in_one_chunk(array: Any) -> da.Array:
+    """Return weights, or one number, as a Dask array of one chunk, which is computed once.
 
-
-def once(array: da.Array) -> da.Array:
-    """Make what leads to an array of one chunk run once, not in every task that takes the chunk.
-
-    Blockwise layers whose ``concatenate`` differs are not fused.
+    Dask would fuse what makes the chunk with every task that takes it. It fuses nothing with what
+    is summed over (here one block), nor with slices.
     """
-    axes = tuple(range(array.ndim))
+    if isinstance(array, np.ndarray):
+        return da.from_array(array, chunks=-1)
+    ndim = array.ndim
     return da.blockwise(
-        _same,
-        axes,
-        array,
-        axes,
+        _only if ndim else _only_number,
+        tuple(range(1, 1 + ndim)),
+        array.rechunk(-1) if ndim else array[None],
+        (0,),
         token="multi_margin_loss-once",
-        concatenate=False,
+        new_axes=dict(enumerate(array.shape, start=1)),
+        align_arrays=False,
         dtype=array.dtype,
         meta=array._meta,
     )
 
 
-def _same(block: Array) -> Array:
-    return block
+def _only(blocks: list[Array]) -> Array:
+    return blocks[0]
+
+
+def _only_number(blocks: list[Array]) -> Array:
+    return blocks[0][0]
 
 
 def slices(array: da.Array) -> ArraySliceDep:
@@ -165,7 +199,7 @@ def check_length(batch: tuple[int, ...], target: Any) -> None:
         )
 
 
-def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: str) -> None:
+def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, options: Options) -> None:
     """Check the targets of a chunk, if that is asked for.
 
     Parameters
@@ -176,8 +210,8 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: 
         Where it lies in the whole array; NaN where that is unknown.
     n_classes : int
         The number of classes.
-    check : {"raise", "nan"}
-        Whether targets out of range raise.
+    options : Options
+        As :func:`options_of` returns them.
 
     Raises
     ------
@@ -185,8 +219,12 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: 
         With the position in the whole array (along an axis whose chunks have unknown sizes, in
         the chunk).
     """
-    if check != "raise":
+    if options.check_target != "raise":
         return
+    lost = ignored(target, options.ignore_index)
+    if lost is not None:
+        xp = library_of("target", target).namespace
+        target = xp.where(lost, xp.zeros_like(target), target)
     try:
         raise_invalid_target(target, n_classes)
     except InvalidTargetError as error:
@@ -195,11 +233,25 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, check: 
         raise InvalidTargetError(position, error.value, n_classes) from None
 
 
-def _checked(
-    target: Any, scores: Any, place: tuple[slice, ...], *, axis: int, check: str
-) -> Any:
+def refuse_masked(name: str, block: Array) -> None:
+    """Raise for a masked chunk, whose mask a kernel would not see.
+
+    Raises
+    ------
+    TypeError
+        With the argument's name.
+    """
+    if isinstance(block, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must have plain chunks, but a chunk is a masked array; fill it first, or mark "
+            "the samples to leave out with ignore_index"
+        )
+
+
+def _checked(target: Any, scores: Any, place: tuple[slice, ...], *, options: Options) -> Any:
     blocks = scores if isinstance(scores, list) else [scores]
-    shape = blocks[0].shape
-    check_length(shape[:axis] + shape[axis + 1 :], target)
-    check_targets(target, place, sum(block.shape[axis] for block in blocks), check)
+    for name, block in (("target", target), *(("input", block) for block in blocks)):
+        refuse_masked(name, block)
+    check_length(without(blocks[0].shape, options.axis), target)
+    check_targets(target, place, sum(block.shape[options.axis] for block in blocks), options)
     return target

@@ -12,7 +12,6 @@ decide which kernel runs or how it adds.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from functools import reduce
 from operator import add
@@ -20,13 +19,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mml_arrayapi._version import __version__
-from mml_arrayapi.backends.dask.alignment import check_length, check_targets
+from mml_arrayapi.backends.dask.alignment import (
+    check_length,
+    check_targets,
+    ignored,
+    refuse_masked,
+    without,
+)
+from mml_arrayapi.backends.dask.report import Ran, ran, warn_of_mixture
 from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.registry import GENERIC, choose_for_job
-from mml_arrayapi.validation import check
+from mml_arrayapi.registry import GENERIC, choose
+from mml_arrayapi.validation import Options, check_arrays
 
 Array = Any
 
@@ -38,40 +43,32 @@ TILE = 2**20
 class Call(NamedTuple):
     """What the tasks of a call need to know besides their blocks."""
 
-    p: float
-    margin: float
-    axis: int
+    options: Options  # the axis counted from the front; an ignore_index that targets can hold
     n_classes: int
-    reduction: str
-    check_target: str
     dtype: Any  # the scores'
     backend: str | None  # the kernel that the chunks must take
-    scale: float = 1.0  # what the gradient is multiplied with
 
-
-class Ran(NamedTuple):
-    """Who computed something, and with what."""
-
-    worker: str | None  # the address of a cluster's worker
-    kernel: str
-    version: str
-
-
-class Part(NamedTuple):
-    """What a part of the classes adds to the losses of its rows."""
-
-    sums: Array  # float64, one per row: a part of its loss, without the weight
-    ran: frozenset[Ran]
-    slopes: Array | None = None  # float64: the derivative by the target's score
-    grad: Array | None = None  # of the block
+    @property
+    def axis(self) -> int:
+        """Where the classes are."""
+        return self.options.axis
 
 
 class Rows(NamedTuple):
     """The losses of a block of rows, in the computing precision."""
 
-    losses: Array
+    losses: Array  # 0 for ignored rows
+    n_ignored: int
     ran: frozenset[Ran]
-    slopes: Array | None = None
+    slopes: Array | None = None  # as in Part, of all classes; NaN where the loss is
+
+
+class Part(NamedTuple):
+    """What a part of the classes adds to its rows, in float64."""
+
+    sums: Array  # of max(0, z) ** p, divided by the number of all classes
+    slopes: Array | None  # of p * max(0, z) ** (p - 1)
+    ran: frozenset[Ran]
 
 
 class Sum(NamedTuple):
@@ -93,11 +90,18 @@ def loss_of_rows(
 
 
 def loss_and_grad_of_rows(
-    block: Array, place: Any, target: Array, upstream: Any, weight: Array | None, *, call: Call
+    block: Array,
+    place: Any,
+    target: Array,
+    upstream: Any,
+    share: Any,
+    weight: Array | None,
+    *,
+    call: Call,
 ) -> tuple[Array | Sum, Array]:
     """Return what :func:`loss_of_rows` does, and the gradient."""
     target = _checked(block, target, place, call)
-    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, call))
+    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, share))
     return close(rows, call=call), grad
 
 
@@ -116,7 +120,77 @@ def only(blocks: list[Array], *, call: Call) -> Array:  # noqa: ARG001
     return blocks[0]
 
 
-# Classes in several chunks.
+def _run(
+    block: Array, target: Array, weight: Array | None, call: Call, scale: Array | None = None
+) -> tuple[Rows, Array | None]:
+    """Run the kernel that is chosen for a call on this block; with a scale, for the gradient too.
+
+    A kernel takes the block as it is. What makes temporaries (the generic implementation, and
+    16-bit scores, whose losses must not be rounded one by one) goes through it in tiles.
+    """
+    xp = library_of("input", block).namespace
+    dtype, n_ignored = _computing(xp, block), _count(ignored(target, call.options.ignore_index))
+    weight = None if weight is None else xp.asarray(weight)
+    problem, kernel = _chosen(block, target, weight, call)
+    if kernel is not GENERIC and block.dtype == dtype:
+        if scale is None:
+            return Rows(kernel.loss(problem), n_ignored, ran(kernel.name)), None
+        losses, grad = kernel.loss_and_grad(problem, scale)
+        return Rows(losses, n_ignored, ran(kernel.name)), grad
+    losses = xp.empty(target.shape, dtype=dtype)
+    grad = None if scale is None else xp.empty_like(block)
+    for where, rows in _tiles(block.shape, call.axis):
+        tile = xp.astype(block[where], dtype, copy=False)
+        problem, kernel = _chosen(tile, target[rows], weight, call)
+        if scale is None:
+            losses[rows] = kernel.loss(problem)
+        else:
+            losses[rows], grad[where] = kernel.loss_and_grad(problem, scale[rows])
+    return Rows(losses, n_ignored, ran(kernel.name)), grad
+
+
+def _chosen(
+    block: Array, target: Array, weight: Array | None, call: Call
+) -> tuple[Problem, Kernel]:
+    """Return the call on a block, and the kernel that is chosen for it."""
+    # The targets have been looked at.
+    options = call.options._replace(reduction="none", check_target="nan")
+    problem = check_arrays(block, target, weight, options)
+    block = _in_order(block)
+    if not isinstance(block, np.ndarray) or block.flags.aligned:
+        problem = problem._replace(input=block)
+        return problem, choose(problem, call.backend)
+    # The kernel is chosen for an aligned block; it gets this one if it takes it, else a copy.
+    kernel = choose(problem._replace(input=np.empty_like(block)), call.backend)
+    problem = problem._replace(input=block)
+    if kernel is GENERIC or kernel.refuses(problem) is not None:
+        problem = problem._replace(input=block.copy(order="K"))
+    return problem, kernel
+
+
+def _in_order(block: Array) -> Array:
+    """Return a block in an order of memory that survives a journey.
+
+    Pickling, and Dask's serialization, keep the order of contiguous arrays and make others
+    C-contiguous. Left as they are: rows that follow one another at any distance.
+    """
+    if not isinstance(block, np.ndarray) or block.flags.f_contiguous or _in_c_order(block):
+        return block
+    return block.copy(order="C")
+
+
+def _in_c_order(block: np.ndarray) -> bool:
+    extent = block.itemsize
+    for i in reversed([i for i, n in enumerate(block.shape) if n > 1]):
+        stride = block.strides[i]
+        if stride < extent or (i == block.ndim - 1 and stride != extent):
+            return False
+        extent = stride * block.shape[i]
+    return True
+
+
+# Classes in several chunks. The CPU kernels have functions for that. Any other kernel can add up
+# a part of the classes if the target's score is appended to it as one class more.
 
 
 def own_scores(block: Array, place: Any, target: Array, *, call: Call) -> Array:
@@ -124,127 +198,189 @@ def own_scores(block: Array, place: Any, target: Array, *, call: Call) -> Array:
 
     The blocks of the first classes look after the targets out of range: NaN, or an error.
     """
-    first_classes = place[call.axis].start == 0
-    target = _checked(
-        block, target, place, call if first_classes else call._replace(check_target="nan")
-    )
+    at = place[call.axis].start
+    target = _checked(block, target, place, call, raises=at == 0)
     xp = library_of("input", block).namespace
-    own = _own_scores(xp, block, place, target, call)
-    if first_classes and call.check_target == "nan":
+    own = _own_scores(xp, block, at, target, call)
+    if at == 0 and call.options.check_target == "nan":
         wide = xp.astype(target, xp.int64)
         own = xp.where((wide >= 0) & (wide < call.n_classes), own, math.nan)
     return own
 
 
-def _own_scores(xp: Any, block: Array, place: Any, target: Array, call: Call) -> Array:
+def _own_scores(xp: Any, block: Array, at: int, target: Array, call: Call) -> Array:
     dtype = _computing(xp, block)
     if not block.shape[call.axis]:
         return xp.zeros(target.shape, dtype=dtype)
-    inside, column = _column(xp, block, place, target, call)
+    native, options = _native(block, target, call)
+    if native is not None:
+        own = native.own_scores(block, target, options, at, np.empty(target.shape, dtype))
+        if own is not None:
+            return own
+    inside, column = _column(xp, block.shape[call.axis], at, target)
     column = xp.expand_dims(xp.where(inside, column, 0), axis=call.axis)
     own = xp.squeeze(xp.take_along_axis(block, column, axis=call.axis), axis=call.axis)
     return xp.astype(xp.where(inside, own, 0), dtype)
 
 
-def sums_of_part(block: Array, place: Any, target: Array, found: list[Array], *, call: Call) -> Part:
-    """Return what the classes of this block, but the target's, add to each row's loss."""
-    xp, target = _namespace(block, target)
-    own: Array = reduce(add, found)
-    inside, column = _column(xp, block, place, target, call)
-    sums = xp.empty(target.shape, dtype=xp.float64)
-    ran: set[Ran] = set()
-    for where, rows in _tiles(block.shape, call.axis):
-        tile = _with_target(xp, block[where], own[rows], inside[rows], call.axis)
-        problem, kernel = _chosen(tile, column[rows], None, call)
-        sums[rows] = kernel.loss(problem)
-        ran.add(_ran(kernel))
-    # The kernel divides by the number of its classes, so that nothing overflows.
-    return Part(sums * ((block.shape[call.axis] + 1) / call.n_classes), frozenset(ran))
-
-
-def sums_and_grad_of_part(
-    block: Array,
-    place: Any,
-    target: Array,
-    found: list[Array],
-    upstream: Any,
-    weight: Array | None,
-    *,
-    call: Call,
+def part_of_rows(
+    block: Array, place: Any, target: Array, found: list[Array], *, call: Call, slopes: bool
 ) -> Part:
-    """Return what :func:`sums_of_part` does, with its slopes and the block's gradient."""
+    """Return what the classes of this block, but the target's, add to each row."""
     xp, target = _namespace(block, target)
-    n, axis = block.shape[call.axis], call.axis
-    head = (slice(None),) * axis
-    sums, slopes = (xp.empty(target.shape, dtype=xp.float64) for _ in range(2))
-    grad = xp.empty_like(block)
-    own: Array = reduce(add, found)
-    inside, column = _column(xp, block, place, target, call)
-    share = (n + 1) / call.n_classes
-    scale = _scale(block, target, upstream, call) * _weights(xp, target, weight, call) * share
-    ran: set[Ran] = set()
+    own, at = reduce(add, found), place[call.axis].start
+    native, options = _native(block, target, call)
+    if native is not None:
+        sums, of_slopes = np.empty(target.shape), np.empty(target.shape)
+        if native.part_sums(block, target, options, at, own, sums, of_slopes) is not None:
+            sums /= call.n_classes
+            _redo_infinite(sums, block, at, target, own, call)
+            return Part(sums, of_slopes if slopes else None, ran(NATIVE))
+    return _part_of_rows(xp, block, at, target, own, call, slopes)
+
+
+def _redo_infinite(
+    sums: np.ndarray, block: np.ndarray, at: int, target: np.ndarray, own: np.ndarray, call: Call
+) -> None:
+    """Add up in another way what was too large to be divided afterwards."""
+    rows = np.isinf(sums)
+    if rows.any():
+        few = np.moveaxis(block, call.axis, -1)[rows]
+        call = call._replace(options=call.options._replace(axis=1))
+        sums[rows] = _part_of_rows(np, few, at, target[rows], own[rows], call, False).sums
+
+
+def _part_of_rows(
+    xp: Any, block: Array, at: int, target: Array, own: Array, call: Call, slopes: bool
+) -> Part:
+    """Do it with any kernel. It divides by the number of its classes, so nothing overflows."""
+    n, axis = block.shape[call.axis] + 1, call.axis
+    inside, column = _column(xp, block.shape[call.axis], at, target)
+    sums = xp.empty(target.shape, dtype=xp.float64)
+    of_slopes = xp.empty(target.shape, dtype=xp.float64) if slopes else None
+    name = GENERIC.name
     for where, rows in _tiles(block.shape, axis):
-        tile = _with_target(xp, block[where], own[rows], inside[rows], axis)
-        problem, kernel = _chosen(tile, column[rows], None, call)
-        sums[rows], slope = kernel.loss_and_grad(problem, scale[rows])
-        at = xp.expand_dims(column[rows], axis=axis)
-        by_own = xp.squeeze(xp.take_along_axis(slope, at, axis=axis), axis=axis)
+        few = block[where], target[rows], column[rows], own[rows], inside[rows]
+        problem, kernel = _with_own_class(xp, *few, call)
+        name = kernel.name
+        if of_slopes is None:
+            sums[rows] = kernel.loss(problem)
+            continue
+        sums[rows], grad = kernel.loss_and_grad(problem, xp.ones_like(sums[rows]))
+        place = xp.expand_dims(column[rows], axis=axis)
+        by_own = xp.squeeze(xp.take_along_axis(grad, place, axis=axis), axis=axis)
         # What stands beside a target's score of minus infinity costs something, and isn't there.
-        extra = slope[(*head, n)]
-        slopes[rows] = by_own + xp.where(inside[rows] & xp.isfinite(extra), extra, 0)
-        grad[where] = slope[(*head, slice(n))]
-        ran.add(_ran(kernel))
-    return Part(sums * share, frozenset(ran), slopes, grad)
+        extra = grad[(*(slice(None),) * axis, n - 1)]
+        by_own = by_own + xp.where(inside[rows] & xp.isfinite(extra), extra, 0)
+        of_slopes[rows] = xp.astype(-by_own, xp.float64) * n
+    return Part(sums * (n / call.n_classes), of_slopes, ran(name))
 
 
 def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) -> Rows:
     """Add up the parts of the rows."""
     sums = reduce(add, (part.sums for part in parts))
     xp, target = _namespace(sums, target)
-    losses = sums * _weights(xp, target, weight and weight[0], call)
+    lost = ignored(target, call.options.ignore_index)
+    losses = sums if weight is None else sums * _weights(xp, target, weight[0], call)
+    if lost is not None:
+        losses = xp.where(lost, 0.0, losses)
     with np.errstate(over="ignore"):
         losses = xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32)
-    slopes = None if parts[0].slopes is None else reduce(add, (part.slopes for part in parts))
-    return Rows(losses, frozenset().union(*(part.ran for part in parts)), slopes)
+    slopes = None
+    if parts[0].slopes is not None:
+        slopes = reduce(add, (part.slopes for part in parts))
+        slopes = xp.where(xp.isnan(losses), math.nan, slopes)
+    everyone = frozenset[Ran]().union(*(part.ran for part in parts))
+    return Rows(losses, _count(lost), everyone, slopes)
 
 
-def complete_grad(
-    part: Part, rows: Rows, place: Any, target: Array, *, call: Call
+def grad_of_part(
+    block: Array,
+    place: Any,
+    target: Array,
+    found: list[Array],
+    rows: Rows,
+    upstream: Any,
+    share: Any,
+    weight: Array | None,
+    *,
+    call: Call,
 ) -> Array:
-    """Put the derivatives by the targets' scores into a block's gradient, and NaN into NaN rows."""
-    axis, grad = call.axis, part.grad
-    xp, target = _namespace(grad, target)
-    inside, column = _column(xp, grad, place, target, call)
-    column = xp.where(inside, column, -1)
-    n = grad.shape[axis]
-    classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(grad.ndim)))
-    made = xp.empty_like(grad)
-    for where, few in _tiles(grad.shape, axis):
-        own = classes == xp.expand_dims(column[few], axis=axis)
-        slope = xp.astype(xp.expand_dims(rows.slopes[few], axis=axis), grad.dtype)
-        lost = xp.expand_dims(xp.isnan(rows.losses[few]), axis=axis)
-        made[where] = xp.where(lost, math.nan, xp.where(own, slope, grad[where]))
-    return made
+    """Return the gradient by the scores of this block."""
+    xp, target = _namespace(block, target)
+    own, at = reduce(add, found), place[call.axis].start
+    scale = _scale(block, target, upstream, share) * _weights(xp, target, weight, call)
+    of_rows = own, rows.slopes, scale / call.n_classes
+    native, options = _native(block, target, call)
+    if native is not None:
+        grad = native.part_grad(block, target, options, at, of_rows, np.empty_like(block))
+        if grad is not None:
+            return grad
+    return _grad_of_part(xp, block, at, target, of_rows, call)
 
 
-def _with_target(xp: Any, tile: Array, own: Array, inside: Array, axis: int) -> Array:
-    """Append a column: the target's score, or where the tile has that already, what costs nothing.
+def _grad_of_part(
+    xp: Any, block: Array, at: int, target: Array, of_rows: tuple[Array, Array, Array], call: Call
+) -> Array:
+    """Do it with any kernel, which sees one class more, by whose number it divides."""
+    n, axis, (own, slopes, scale) = block.shape[call.axis], call.axis, of_rows
+    lost = ignored(target, call.options.ignore_index)
+    if lost is not None:
+        scale = xp.where(lost, 0.0, scale)
+    inside, column = _column(xp, block.shape[call.axis], at, target)
+    classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
+    grad = xp.empty_like(block)
+    for where, rows in _tiles(block.shape, axis):
+        few = block[where], target[rows], column[rows], own[rows], inside[rows]
+        problem, kernel = _with_own_class(xp, *few, call)
+        _, made = kernel.loss_and_grad(problem, scale[rows] * (n + 1))
+        made = made[(*(slice(None),) * axis, slice(n))]
+        is_own = classes == xp.expand_dims(column[rows], axis=axis)
+        by_own = xp.expand_dims(xp.astype(-slopes[rows] * scale[rows], made.dtype), axis=axis)
+        # A row of NaN slopes is one of NaN.
+        grad[where] = xp.where(is_own | xp.isnan(by_own), by_own, made)
+    return grad
+
+
+NATIVE = "numpy-cpu"
+
+
+def _native(block: Array, target: Array, call: Call) -> tuple[Any, tuple[Any, ...]]:
+    """Return the CPU kernels where they are chosen for a block and one class more, else None."""
+    options = tuple(call.options._replace(check_target="nan"))
+    if not isinstance(block, np.ndarray) or not block.size:
+        return None, options
+    shape = tuple(n + (i == call.axis) for i, n in enumerate(block.shape))
+    if _chosen(np.empty(shape, block.dtype), target, None, call)[1].name != NATIVE:
+        return None, options
+    from mml_arrayapi.backends import cpu
+
+    return cpu.native, options
+
+
+def _with_own_class(
+    xp: Any, tile: Array, target: Array, column: Array, own: Array, inside: Array, call: Call
+) -> tuple[Problem, Kernel]:
+    """Append the target's score; where the tile has it already, what costs nothing.
 
     That is minus infinity, but for a target's score of minus infinity, from which it would be
     no distance: any finite score then gives the infinite loss that the sample has anyway.
     """
     nothing = xp.where(own == -math.inf, 0.0, -math.inf)
-    column = xp.astype(xp.where(inside, nothing, own), own.dtype)
-    tile = xp.astype(tile, own.dtype, copy=False)
-    return xp.concat([tile, xp.expand_dims(column, axis=axis)], axis=axis)
+    last = xp.expand_dims(xp.astype(xp.where(inside, nothing, own), own.dtype), axis=call.axis)
+    tile = xp.concat([xp.astype(tile, own.dtype, copy=False), last], axis=call.axis)
+    lost = ignored(target, call.options.ignore_index)
+    if lost is not None:
+        column = xp.where(lost, -1, column)
+        call = call._replace(options=call.options._replace(ignore_index=-1))
+    return _chosen(tile, column, None, call)
 
 
-def _column(xp: Any, block: Array, place: Any, target: Array, call: Call) -> tuple[Array, Array]:
-    """Tell which targets are in this block, and where; those that aren't are one past its end."""
-    n, start = block.shape[call.axis], place[call.axis].start
+def _column(xp: Any, n: int, at: int, target: Array) -> tuple[Array, Array]:
+    """Tell which targets are in a block of n classes, and where; others are one past its end."""
     target = xp.astype(target, xp.int64)  # what is too large turns negative, and is in no block
-    inside = (target >= start) & (target < start + n)
-    return inside, xp.where(inside, target - start, n)
+    inside = (target >= at) & (target < at + n)
+    return inside, xp.where(inside, target - at, n)
 
 
 def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
@@ -258,77 +394,6 @@ def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
     return xp.astype(xp.reshape(taken, target.shape), xp.float64)
 
 
-# Kernels on a block of whole rows.
-
-
-def _run(
-    block: Array, target: Array, weight: Array | None, call: Call, scale: Array | None = None
-) -> tuple[Rows, Array | None]:
-    """Run the kernel that is chosen for a call on this block; with a scale, for the gradient too.
-
-    A kernel takes the block as it is. What makes temporaries (the generic implementation, and
-    16-bit scores, whose losses must not be rounded one by one) goes through it in tiles.
-    """
-    xp = library_of("input", block).namespace
-    dtype = _computing(xp, block)
-    weight = None if weight is None else xp.asarray(weight)
-    problem, kernel = _chosen(_in_order(block), target, weight, call)
-    if kernel is not GENERIC and block.dtype == dtype:
-        if scale is None:
-            return Rows(kernel.loss(problem), frozenset([_ran(kernel)])), None
-        losses, grad = kernel.loss_and_grad(problem, scale)
-        return Rows(losses, frozenset([_ran(kernel)])), grad
-    losses = xp.empty(target.shape, dtype=dtype)
-    grad = None if scale is None else xp.empty_like(block)
-    for where, rows in _tiles(block.shape, call.axis):
-        tile = xp.astype(_in_order(block[where]), dtype, copy=False)
-        problem, kernel = _chosen(tile, target[rows], weight, call)
-        if grad is None:
-            losses[rows] = kernel.loss(problem)
-        else:
-            losses[rows], grad[where] = kernel.loss_and_grad(problem, scale[rows])
-    return Rows(losses, frozenset([_ran(kernel)])), grad
-
-
-def _chosen(
-    block: Array, target: Array, weight: Array | None, call: Call
-) -> tuple[Problem, Kernel]:
-    problem = check(
-        block,
-        target,
-        p=call.p,
-        margin=call.margin,
-        weight=weight,
-        reduction="none",
-        axis=call.axis,
-        check_target="nan",  # they have been looked at
-    )
-    return problem, choose_for_job(problem, call.backend, math.inf)
-
-
-def _in_order(block: Array) -> Array:
-    """Return a block as every kernel takes it, in an order of memory that survives a journey.
-
-    Pickling, and Dask's serialization, keep the order of memory of contiguous arrays, and make
-    others C-contiguous.
-    """
-    if not isinstance(block, np.ndarray):
-        return block
-    if not block.flags.aligned or not (block.flags.f_contiguous or _rows_in_c_order(block)):
-        return np.array(block, order="F" if block.flags.f_contiguous else "C")
-    return block
-
-
-def _rows_in_c_order(block: np.ndarray) -> bool:
-    """Tell whether an array is C-contiguous, or a slice of one that took all of its last axis."""
-    extent = block.itemsize
-    for n, stride in zip(reversed(block.shape), reversed(block.strides), strict=True):
-        if n > 1 and stride < extent:
-            return False
-        extent = stride * n
-    return block.shape[-1] < 2 or block.strides[-1] == block.itemsize
-
-
 # What all have in common.
 
 
@@ -338,19 +403,23 @@ def _namespace(block: Array, target: Array) -> tuple[Any, Array]:
     return xp, xp.asarray(target)
 
 
-def _checked(block: Array, target: Array, place: Any, call: Call) -> Array:
-    check_length(_without(block.shape, call.axis), target)
+def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool = True) -> Array:
+    """Return the targets of a block in its library, once they have been looked at."""
+    for name, array in (("input", block), ("target", target)):
+        refuse_masked(name, array)
+    check_length(without(block.shape, call.axis), target)
     _, target = _namespace(block, target)
-    check_targets(target, _without(place, call.axis), call.n_classes, call.check_target)
+    if raises:
+        check_targets(target, without(place, call.axis), call.n_classes, call.options)
     return target
-
-
-def _without(values: Any, axis: int) -> tuple[Any, ...]:
-    return (*values[:axis], *values[axis + 1 :])
 
 
 def _computing(xp: Any, block: Array) -> Any:
     return xp.float64 if block.dtype == xp.float64 else xp.float32
+
+
+def _count(where: Array | None) -> int:
+    return 0 if where is None else int(where.sum())
 
 
 def _tiles(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, Any]]:
@@ -368,19 +437,39 @@ def _tiles(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, Any]]:
         yield where, where if longest < axis else where[1:]
 
 
-def _scale(block: Array, target: Array, upstream: Any, call: Call) -> Array:
+def _scale(block: Array, target: Array, upstream: Any, share: Any) -> Array:
     """Return what each sample's gradient is multiplied with."""
     xp = library_of("input", block).namespace
-    scale = xp.asarray(1.0 if upstream is None else upstream, dtype=xp.float64) * call.scale
+    scale = xp.asarray(1.0 if upstream is None else upstream, dtype=xp.float64) * float(share)
     return xp.broadcast_to(scale, target.shape)
+
+
+def number_of_rows(target: Array, *, call: Call) -> int:
+    """Return how many samples of a block are not ignored."""
+    return math.prod(target.shape) - _count(ignored(target, call.options.ignore_index))
+
+
+def added(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    """Add nested lists of counts."""
+    if computing_meta or not isinstance(counts, list):
+        return counts
+    return sum(added(count, axis, keepdims) for count in counts)
+
+
+def share(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    """Return each sample's share in the mean; of none, no gradient counts."""
+    if computing_meta:
+        return np.empty(())
+    return np.float64(1 / max(1, added(counts, axis, keepdims)))
 
 
 def close(rows: Rows, *, call: Call) -> Array | Sum:
     """Return the losses of a block in the scores' dtype, or their exact sum."""
     library = library_of("input", rows.losses)
-    if call.reduction != "none":
+    if call.options.reduction != "none":
         total = ExactSum()
         total.add(np.asarray(library.on_host(rows.losses)))
+        total.count -= rows.n_ignored
         return Sum(total, rows.ran)
     with np.errstate(over="ignore"):
         return library.namespace.astype(rows.losses, call.dtype)
@@ -390,15 +479,15 @@ def merged(sums: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -
     """Merge nested lists of sums into a new one."""
     if computing_meta:
         return sums
-    total, ran, pending = ExactSum(), frozenset[Ran](), [sums]
+    total, everyone, pending = ExactSum(), frozenset[Ran](), [sums]
     while pending:
         one = pending.pop()
         if isinstance(one, list):
             pending += one
         else:
             total.merge(one.total)
-            ran |= one.ran
-    return Sum(total, ran)
+            everyone |= one.ran
+    return Sum(total, everyone)
 
 
 def rounded(
@@ -407,43 +496,10 @@ def rounded(
     """Return the sum or the mean of all samples as an array of the scores' dtype."""
     if computing_meta:
         return like
-    total, ran = merged(sums, axis, keepdims)
-    _warn_of_mixture(ran)
+    total, everyone = merged(sums, axis, keepdims)
+    warn_of_mixture(everyone)
     xp = library_of("input", like).namespace
     with np.errstate(over="ignore"):
-        value = np.float64(total.over(total.count if call.reduction == "mean" else 1))
+        mean = call.options.reduction == "mean"
+        value = np.float64(total.over(total.count if mean else 1))
         return xp.asarray(value.astype(call.dtype))
-
-
-def _ran(kernel: Kernel) -> Ran:
-    return Ran(_worker(), kernel.name, __version__)
-
-
-def _worker() -> str | None:
-    """Return the address of the cluster's worker that this task runs on, or None."""
-    distributed = sys.modules.get("distributed")
-    if distributed is None:
-        return None
-    try:
-        return str(distributed.get_worker().address)
-    except ValueError:
-        return None
-
-
-def _warn_of_mixture(ran: frozenset[Ran]) -> None:
-    """Tell the user, who may be at another machine, that workers ran different kernels."""
-    by_worker: dict[str, set[str]] = {}
-    for worker, kernel, version in ran:
-        if worker is not None:
-            by_worker.setdefault(worker, set()).add(f"{kernel} of mml_arrayapi {version}")
-    used = {worker: ", ".join(sorted(names)) for worker, names in by_worker.items()}
-    if len(set(used.values())) < 2:
-        return
-    from distributed import warn
-
-    listed = "; ".join(f"{worker}: {names}" for worker, names in sorted(used.items()))
-    warn(
-        "the workers of this cluster ran different kernels, which agree to rounding but not to "
-        f"the last bit ({listed}); install the same packages on all of them, or name one kernel "
-        "with backend="
-    )

@@ -17,8 +17,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from mml_arrayapi import formula
-from mml_arrayapi.backends.pytorch import state
+from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.backends.pytorch.state import (
     below_autograd,
     is_grad_enabled,
@@ -133,9 +132,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
     _implement(engine)
     on_types = dict.fromkeys(state.PLAIN, direct)
     features = frozenset({"ignore_index"})
-    return Kernel(
-        name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types
-    )
+    return Kernel(name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types)
 
 
 def _arguments(problem: Problem) -> tuple[tuple[Tensor, Tensor, Tensor | None], Options]:
@@ -208,13 +205,13 @@ def _empty_mask(engine: Engine, input: Tensor, target: Tensor, options: Options)
 
 
 def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
-    return formula.loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
+    return generic.loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
 
 
 def _formula_loss_and_grad(
     input: Any, target: Any, weight: Any, grad_output: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
-    return formula.loss_and_grad(_problem(input, target, weight, options), grad_output)
+    return generic.loss_and_grad(_problem(input, target, weight, options), grad_output)
 
 
 def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
@@ -506,7 +503,9 @@ def _map_loss_and_grad(
     info: Any, in_dims: Any, input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     (losses, _), _ = _map_loss(info, in_dims, input, target, weight, *options, False)
-    upstream, at = (grad_output, in_dims[3]) if grad_output is not None else (torch.ones_like(losses), 0)
+    upstream, at = (
+        (grad_output, in_dims[3]) if grad_output is not None else (torch.ones_like(losses), 0)
+    )
     grad, _ = _map_gradient(
         info, (at, *in_dims[:3], None), upstream, input, target, weight, None, *options
     )

@@ -69,6 +69,11 @@ def differentiates_forward() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_transformed() -> bool:
+    """Tell whether torch.func or forward-mode differentiation is at work."""
+    return bool(_functorch_active()) or differentiates_forward()
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor's address and strides say all about its values.
 

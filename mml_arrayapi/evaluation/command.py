@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-import time
 from typing import Any
 
+from mml_arrayapi.evaluation.errors import InputError, WorkerError, require
 from mml_arrayapi.evaluation.run import TIMEOUT, evaluate
 from mml_arrayapi.validation import InvalidTargetError
 
@@ -28,102 +29,101 @@ def add_parser(commands: Any) -> None:
         "the margin, in all and by class of the target.",
         epilog="accuracy: the share of samples whose target has the highest score of all; a tie is "
         "no success. inside the margin: the share of samples with another class within the margin "
-        "of the target's score, or above it.",
+        "of the target's score, or above it. Exit codes: 0; 1 if workers fail; 2 for bad input, or "
+        "if a file cannot be written; 130 for Ctrl-C.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "logits",
         metavar="LOGITS",
-        help="scores, shape (N, C): .npy, .npz, .parquet, a Zarr store, or a quoted pattern such "
-        "as 'part-*.npy'; FILE#NAME for one of several arrays or columns",
+        help="scores, shape (N, C): .npy, .npz, .parquet, .h5, .safetensors, a Zarr store, a URL, "
+        "or a quoted pattern such as 'part-*.npy'; FILE#NAME for one of several arrays or columns",
     )
-    parser.add_argument("targets", metavar="TARGETS", help="integer classes, shape (N,)")
-    parser.add_argument("--p", type=float, default=1.0, help="exponent, at least 1 (default 1)")
-    parser.add_argument("--margin", type=float, default=1.0, help="default 1")
-    parser.add_argument(
-        "--weight", metavar="W", help="one weight per class: a file, or numbers with commas"
+    add("targets", metavar="TARGETS", help="integer classes, shape (N,)")
+    add("--p", type=float, default=1.0, help="exponent, at least 1 (default 1)")
+    add("--margin", type=float, default=1.0, help="default 1")
+    add("--weight", metavar="W", help="one weight per class: a file, or numbers with commas")
+    add("--sample-weight", metavar="FILE", help="one weight per sample")
+    add("--ignore-index", type=int, metavar="LABEL", help="leave out samples with this label")
+    add("--reduction", choices=("mean", "sum"), default="mean")
+    add("--axis", type=int, default=-1, help="the classes' axis (default -1)")
+    add("--backend", metavar="KERNEL", help="the kernel that must run")
+    add("--class-names", metavar="FILE", help="one name per line, or a list in a .json file")
+    add(
+        "--unwritten-chunks",
+        choices=("error", "fill"),
+        help="chunks of a store that were never written (default: an error, except in the scores)",
     )
-    parser.add_argument("--reduction", choices=("mean", "sum"), default="mean")
-    parser.add_argument("--axis", type=int, default=-1, help="the classes' axis (default -1)")
-    parser.add_argument("--backend", metavar="KERNEL", help="the kernel that must run")
-    parser.add_argument(
+    add(
         "--scheduler",
         default="threads",
         metavar="threads|processes|ADDRESS",
         help="who does the work; ADDRESS of a Dask scheduler (default threads)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="default: one per core")
-    parser.add_argument("--chunk-size", type=int, metavar="ROWS", help="rows read at a time")
-    parser.add_argument(
+    add("--workers", type=int, metavar="N", help="default: as the CPUs and the memory allow")
+    add("--chunk-size", type=int, metavar="ROWS", help="rows read at a time")
+    add(
         "--timeout",
         type=float,
         default=TIMEOUT,
         metavar="S",
         help="on a cluster: seconds without progress until idle workers take over (default 300)",
     )
-    parser.add_argument(
-        "--checkpoint", metavar="DIR", help="keep finished pieces there; resume if it has some"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--report", metavar="FILE.html", help="write a page with plots")
+    add("--checkpoint", metavar="DIR", help="keep finished batches there; resume if it has some")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--report", metavar="FILE.html", help="write a page with plots")
+    add("--compare", metavar="OTHER.json", help="show the figures beside those of another --json")
     parser.set_defaults(run=_command)
 
 
-def _command(arguments: Any) -> int:
-    from mml_arrayapi.evaluation.inputs import InputError, WorkerError
-    from mml_arrayapi.evaluation.journal import write_whole
-    from mml_arrayapi.evaluation.report import to_html
+OPTIONS: tuple[str, ...] = (
+    "p",
+    "margin",
+    "sample_weight",
+    "ignore_index",
+    "reduction",
+    "axis",
+    "backend",
+)
+OPTIONS += ("class_names", "unwritten_chunks", "scheduler", "workers", "chunk_size", "timeout")
 
-    keep = ("logits", "targets", "p", "margin", "reduction", "axis", "backend", "scheduler")
-    options = {name: getattr(arguments, name) for name in (*keep, "workers", "chunk_size")}
-    bar = _Progress() if sys.stderr.isatty() else None
+
+def _command(arguments: Any) -> int:
     try:
-        figures = evaluate(
-            **options,
-            weight=_weight(arguments.weight),
-            timeout=arguments.timeout,
-            checkpoint=arguments.checkpoint,
-            progress=bar,
-        )
-        if arguments.report:
-            write_whole(arguments.report, to_html(figures, arguments.logits, arguments.targets))
+        _evaluate(arguments)
     except InvalidTargetError as error:
         return _fail(f"{arguments.targets}: {error}; check the labels, or --axis", BAD_INPUT)
     except WorkerError as error:
         return _fail(str(error), FAILED)
     except (InputError, ValueError, TypeError) as error:
         return _fail(str(error), BAD_INPUT)
-    finally:
-        if bar is not None:
-            bar.end()
-    print(json.dumps(figures.to_json(), indent=1) if arguments.json else figures)
     return 0
 
 
-class _Progress:
-    """A bar on the terminal: the share that is done, rows per second, the time that is left."""
+def _evaluate(arguments: Any) -> None:
+    require("numpy", "evaluate")
+    from mml_arrayapi.evaluation import inputs, report
+    from mml_arrayapi.evaluation.journal import check_writable, write_whole
 
-    def __init__(self) -> None:
-        self._start: float | None = None
-        self._first = 0
-        self._shown = 0.0
-
-    def __call__(self, done: int, rows: int) -> None:
-        now = time.monotonic()
-        if self._start is None:
-            self._start, self._first = now, done
-        if done < rows and now - self._shown < 0.1:
-            return
-        self._shown = now
-        filled = 30 * done // max(1, rows)
-        text = f"[{'#' * filled:<30}] {100 * done // max(1, rows):3d} %  {done:,} of {rows:,} rows"
-        if done > self._first:
-            speed = (done - self._first) / max(now - self._start, 1e-9)
-            text += f"  {speed:,.0f}/s  {(rows - done) / speed:,.0f} s left"
-        print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self._start is not None:
-            print(file=sys.stderr)
+    before = None if arguments.compare is None else report.read_figures(arguments.compare)
+    if arguments.report:  # what the report needs, before any work
+        report.check_libraries()
+        check_writable(arguments.report)
+    figures = evaluate(
+        arguments.logits,
+        arguments.targets,
+        weight=_weight(arguments.weight),
+        checkpoint=arguments.checkpoint,
+        progress=True,
+        **{name: getattr(arguments, name) for name in OPTIONS},
+    )
+    text = json.dumps(figures.to_json(), indent=1) if arguments.json else str(figures)
+    if before is not None and not arguments.json:
+        text += "\n\n" + report.comparison(figures, before, arguments.compare)
+    print(text, flush=True)
+    if arguments.report:
+        command = inputs.printable(shlex.join(["mml-arrayapi", *sys.argv[1:]]))
+        write_whole(arguments.report, report.to_html(figures, command, before))
 
 
 def _weight(text: str | None) -> Any:
@@ -137,7 +137,7 @@ def _weight(text: str | None) -> Any:
     try:
         return np.asarray([float(part) for part in text.split(",")])
     except ValueError:
-        return read_array(text)
+        return np.asarray(read_array(text), dtype=float)
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,41 +1,34 @@
-"""Files and arrays as rows that are read piece by piece, with errors that name the file."""
+"""Files and arrays as one data set that is read batch by batch, with errors that name the file."""
 
 from __future__ import annotations
 
-import glob
 import os
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
-from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
-from mml_arrayapi.evaluation.metrics import Loss, Tally
-from mml_arrayapi.validation import InvalidTargetError
+from mml_arrayapi.evaluation.errors import InputError, one_line
+from mml_arrayapi.evaluation.files import File, correspond, find, numbered
+from mml_arrayapi.evaluation.formats import (
+    SCORES,
+    TARGETS,
+    WEIGHTS,
+    Rules,
+    adopt,
+    open_array,
+)
 
 Array = Any
 
-PIECE = 2**22  # scores read at a time, unless told otherwise: 16 MB of float32
-SCORES, TARGETS = "scores", "targets"
-
-
-class InputError(ValueError):
-    """An input of an evaluation cannot be used. The message names it and says what to do.
-
-    Examples
-    --------
-    >>> from mml_arrayapi import InputError, evaluate
-    >>> try:
-    ...     evaluate("no-such-file.npy", "targets.npy")
-    ... except InputError as error:
-    ...     print(error)
-    no-such-file.npy: there is no such file; check the path
-    """
-
-
-class WorkerError(RuntimeError):
-    """The workers cannot finish an evaluation; the message says why and what to do."""
+BATCH = 2**22  # scores read at a time, unless told otherwise: 16 MB of float32
+BLOCKS = 2**28  # bytes of decoded chunks that are kept for the batches after
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,140 +40,326 @@ class Shard:
     name : str
         The path as it was given, with ``#item`` where the file holds several arrays; or what the
         array is.
-    path : str
-        The absolute path (workers run in other folders), with ``#item``; empty for an array.
-    role : {"scores", "targets"}
+    role : {"scores", "targets", "sample weights"}
         What it is read for.
-    array : array or None
-        The array, where it is no file.
-    stamp : tuple of int
-        The file's size and time of change, so that a changed file is not taken for the old one.
+    source : File or array
+        Where the rows come from.
+    version : str
+        What changes when the file does; empty for an array.
+    rules : Rules
+        How values that are no plain data are taken.
     shape, dtype
         As NumPy has them.
-    steps : tuple of int
-        Where rows may be cut, where not everywhere: the starts of Parquet's row groups.
-    chunks : tuple of int
-        The shape of what is stored together (Zarr): its rows are not torn apart.
+    chunks : tuple or None
+        The sizes of what is stored together: such rows are not torn apart.
+    columns : tuple of str
+        Of a table, the columns that are read.
     """
 
     name: str
-    path: str
     role: str
-    array: Array | None
-    stamp: tuple[int, ...]
-    shape: tuple[int, ...]
+    source: Any
+    version: str
+    rules: Rules
+    shape: tuple[Any, ...]
     dtype: Any
-    steps: tuple[int, ...] = ()
-    chunks: tuple[int, ...] = ()
+    chunks: Any
+    columns: tuple[str, ...] = ()
 
-    def read(self, axis: int, start: int, stop: int) -> Any:
+    def read(self, axis: int, start: int, stop: int) -> Array:
         """Return some rows as a NumPy array; ``axis`` is the rows' axis."""
         import numpy as np
 
         where = (*(slice(None),) * axis, slice(start, stop))
         try:
-            source = _open(self.path, self.role, self.stamp) if self.array is None else self.array
-            part = source[where]
+            part = self.source[where] if self.version == "" else self._read_file(where)
             if hasattr(part, "compute"):  # Dask: this runs in a worker already
                 part = part.compute(scheduler="synchronous")
-            return np.asarray(part)
-        except (InputError, MemoryError):
-            raise
+            refuse_subclass(self.role, part)
+            part = np.asarray(part)
+            if part.dtype.name == "bfloat16":
+                part = part.astype(np.float32)
+            if part.shape != (*self.shape[:axis], stop - start, *self.shape[axis + 1 :]):
+                raise ValueError(f"they have shape {part.shape}")  # noqa: TRY301
         except Exception as error:
+            self._check_version_after(error)
             raise InputError(
-                f"{self.name}: rows {start} to {stop - 1} cannot be read ({_line(error)}); "
+                f"{self.name}: rows {start} to {stop - 1} cannot be read ({one_line(error)}); "
                 "write or copy it again"
             ) from error
+        if not (self.version and self.source.store):  # stores are looked at once, at the end
+            self.check_version()
+        return part
+
+    def check_version(self) -> None:
+        """Raise if the file is not the one that the evaluation began with."""
+        if self.version and file_version(self.source) != self.version:
+            raise InputError(
+                f"{self.name}: the file has changed since the evaluation began; run again when "
+                "nothing writes to it (workers must see the same file, not a copy)"
+            )
+
+    def _check_version_after(self, error: Exception) -> None:
+        """Raise what explains an error: that the file has changed; or the error, if it is plain."""
+        with suppress(OSError):  # it isn't there any more
+            self.check_version()
+        if isinstance(error, (InputError, MemoryError, TypeError)):
+            raise error
+
+    def starts(self, axis: int) -> list[int]:
+        """Return where the rows' chunks begin, and the number of rows; nothing without chunks."""
+        n = self.shape[axis]
+        if not self.chunks:
+            return []
+        sizes = self.chunks[axis]
+        if isinstance(sizes, int):
+            return [*range(0, n, sizes), n]
+        return list(accumulate(sizes, initial=0))
+
+    def _read_file(self, where: tuple[slice, ...]) -> Array:
+        """Read rows; a chunk that they are only a part of is kept for the batches after."""
+        import numpy as np
+
+        array = _open(self.source, self.role, self.rules, self.version)
+        axis, start, stop = len(where) - 1, where[-1].start, where[-1].stop
+        starts = self.starts(axis)
+        first = bisect_right(starts, start) - 1
+        if not starts or (starts[first] == start and stop in starts):
+            return array[where]
+        parts = []
+        for low, high in pairwise(starts[first:]):
+            if low >= stop:
+                break
+            key = (self.source, self.role, self.version, low)
+            kept = _blocks.get(key, partial(array.__getitem__, (*where[:-1], slice(low, high))))
+            parts.append(kept[(*where[:-1], slice(max(start - low, 0), stop - low))])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
-class Span(NamedTuple):
+class _Blocks:
+    """Decoded chunks that several batches share; each is decoded once, by whoever comes first."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._futures: OrderedDict[Any, Future[Any]] = OrderedDict()
+
+    def get(self, key: Any, load: Callable[[], Array]) -> Array:
+        with self._lock:
+            future = self._futures.pop(key, None)
+            mine = future is None
+            future = self._futures[key] = future or Future()
+        if mine:
+            try:
+                future.set_result(load())
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    self._futures.pop(key, None)
+                raise
+            self._forget_old()
+        return future.result()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._futures.clear()
+
+    def _forget_old(self) -> None:
+        with self._lock:
+            done = {k: f.result().nbytes for k, f in self._futures.items() if f.done()}
+            total = sum(done.values())
+            for key, size in done.items():
+                if total <= BLOCKS:
+                    break
+                total -= size
+                del self._futures[key]
+
+
+_blocks = _Blocks()
+
+
+def forget() -> None:
+    """Forget decoded chunks and open files."""
+    _blocks.clear()
+    _open.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def _open(file: File, role: str, rules: Rules, version: str) -> Array:  # noqa: ARG001
+    return open_array(file, role, rules)
+
+
+def file_version(file: File) -> str:
+    """Return what changes when the file does, or the array within the store that is meant."""
+    return file.version(file.item if file.store and file.exists(f"/{file.item}") else "")
+
+
+class ShardSlice(NamedTuple):
     """Rows of one shard."""
 
     shard: Shard
     start: int
     stop: int
 
+    def read(self, axis: int) -> Array:
+        """Return the rows as a NumPy array."""
+        return self.shard.read(axis, self.start, self.stop)
 
-class Piece(NamedTuple):
-    """Rows that are read and tallied together; ``start`` counts from the first row of all."""
+
+class Batch(NamedTuple):
+    """Rows that are read and counted together; ``start`` counts from the first row of all.
+
+    Where a shard is an array, its rows stand here themselves.
+    """
 
     start: int
-    scores: Span
-    targets: tuple[Span, ...]
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return self.scores.stop - self.scores.start
+    stop: int
+    scores: tuple[ShardSlice]
+    targets: tuple[ShardSlice, ...]
+    weights: tuple[ShardSlice, ...]
 
 
-class Rows(NamedTuple):
-    """What is evaluated, cut into pieces.
+class Dataset(NamedTuple):
+    """What is evaluated, cut into batches.
 
     Attributes
     ----------
-    pieces : list of Piece
+    shards : dict of str to list of Shard
+        The files or arrays, by role.
+    batches : list of Batch
         All rows, in order.
     axis : int
         The classes' axis in the scores, not negative.
-    n_classes, elements : int
-        The number of classes, and of scores in all.
-    dtype
-        The scores' NumPy dtype.
-    identity : list
-        The size of the pieces, then what each shard is, as plain JSON.
     """
 
-    pieces: list[Piece]
+    shards: dict[str, list[Shard]]
+    batches: list[Batch]
     axis: int
-    n_classes: int
-    elements: int
-    dtype: Any
-    identity: list[Any]
+
+    @property
+    def rows_axis(self) -> int:
+        """The axis of the scores along which they are cut."""
+        return 0 if self.axis else 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first scores."""
+        return self.shards[SCORES][0].shape
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes."""
+        return int(self.shape[self.axis])
 
     @property
     def n_rows(self) -> int:
         """The number of rows."""
-        return sum(piece.rows for piece in self.pieces)
+        return self.batches[-1].stop if self.batches else 0
+
+    @property
+    def samples_per_row(self) -> int:
+        """How many samples a row has, where the scores have more than two axes."""
+        counts = [n for i, n in enumerate(self.shape) if i not in (self.axis, self.rows_axis)]
+        made = 1
+        for n in counts:
+            made *= n
+        return made
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether any input is a Dask array."""
+        return any(hasattr(s.source, "dask") for shards in self.shards.values() for s in shards)
+
+    def largest_batch(self) -> int:
+        """Return the bytes of the scores of the largest batch."""
+        rows = max((batch.stop - batch.start for batch in self.batches), default=0)
+        return (
+            rows
+            * self.samples_per_row
+            * self.n_classes
+            * int(self.shards[SCORES][0].dtype.itemsize)
+        )
+
+    def place(self, sample: int) -> tuple[str, int, tuple[int, ...]]:
+        """Return a sample's file, its row there, and its position in the whole."""
+        import numpy as np
+
+        row, within = divmod(sample, self.samples_per_row)
+        inner = [n for i, n in enumerate(self.shape) if i not in (self.axis, self.rows_axis)]
+        rest = tuple(int(i) for i in np.unravel_index(within, inner)) if inner else ()
+        first = 0
+        for shard in self.shards[SCORES]:
+            n = shard.shape[self.rows_axis]
+            if row < first + n:
+                return shard.name, row - first, (row, *rest)
+            first += n
+        raise IndexError(sample)
+
+    def check_versions(self) -> None:
+        """Raise if a file is not the one that the evaluation began with."""
+        for shards in self.shards.values():
+            for shard in shards:
+                shard.check_version()
+
+    def identity(self) -> list[Any]:
+        """Return what each shard is, as plain JSON."""
+        return [
+            [s.source.where, list(s.shape), str(s.dtype), list(s.columns), s.version]
+            for shards in self.shards.values()
+            for s in shards
+        ]
+
+    def pairing(self) -> list[dict[str, Any]]:
+        """Return which rows of which files belong together, in order, as plain JSON."""
+        made = []
+        first = 0
+        for shard in self.shards[SCORES]:
+            stop = first + shard.shape[self.rows_axis]
+            line: dict[str, Any] = {"rows": [first, stop], SCORES: _told(shard, 0, stop - first)}
+            for role in (TARGETS, WEIGHTS):
+                spans = list(_spans(self.shards.get(role, []), first, stop))
+                if spans:
+                    line[role] = [_told(s.shard, s.start, s.stop) for s in spans]
+            made.append(line)
+            first = stop
+        return made
 
 
-def tally_piece(piece: Piece, axis: int, loss: Loss) -> Tally:
-    """Read a piece and count it."""
-    import numpy as np
-
-    span = piece.scores
-    scores = span.shard.read(0 if axis else 1, span.start, span.stop)
-    parts = [s.shard.read(0, s.start, s.stop) for s in piece.targets]
-    target = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    tally = Tally(scores.shape[axis])
-    rows = np.moveaxis(scores, axis, -1).reshape(-1, scores.shape[axis])
-    try:
-        tally.add(rows, target.reshape(-1), loss)
-    except InvalidTargetError as error:
-        first, *others = (int(i) for i in np.unravel_index(error.position[0], target.shape))
-        position = (first + piece.start, *others)
-        raise InvalidTargetError(position, error.value, error.n_classes) from None
-    return tally
+def _told(shard: Shard, start: int, stop: int) -> dict[str, Any]:
+    name = printable(shard.name)
+    told: dict[str, Any] = {"name": name, "rows": [start, stop]}
+    return {**told, "columns": list(shard.columns)} if shard.columns else told
 
 
-def rows_of(logits: Any, targets: Any, axis: int, chunk_size: int | None) -> Rows:
-    """Find the shards, check that they fit together, and cut them into pieces.
+def printable(name: str) -> str:
+    """Return a name with what is not UTF-8 in it written out, so that it can be printed."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def open_dataset(
+    logits: Any, targets: Any, sample_weight: Any, axis: int, chunk_size: int | None, rules: Rules
+) -> Dataset:
+    """Find the shards, check that they fit together, and cut them into batches.
 
     Parameters
     ----------
-    logits, targets, axis, chunk_size
+    logits, targets, sample_weight, axis, chunk_size
         As in :func:`mml_arrayapi.evaluate`.
+    rules : Rules
+        How values that are no plain data are taken.
 
     Returns
     -------
-    Rows
+    Dataset
 
     Raises
     ------
     InputError
         With the name of the file, what is wrong, and what to do.
     """
-    scores, labels = _shards(logits, SCORES), _shards(targets, TARGETS)
+    given = {SCORES: logits, TARGETS: targets, WEIGHTS: sample_weight}
+    found = {role: _shards(one, role, rules) for role, one in given.items() if one is not None}
+    found = _optimised(found)
+    scores = found[SCORES] = _of_known_width(found[SCORES])
     first = scores[0]
     ndim = len(first.shape)
     if ndim < 2:
@@ -189,46 +368,57 @@ def rows_of(logits: Any, targets: Any, axis: int, chunk_size: int | None) -> Row
         )
     if not -ndim <= axis < ndim:
         raise InputError(f"{first.name}: scores have {ndim} axes, but axis is {axis}")
-    axis %= ndim
-    rows_axis = 0 if axis else 1
-    _check_alike(scores, axis, rows_axis)
-    batch = tuple(n for i, n in enumerate(first.shape) if i not in (axis, rows_axis))
-    for shard in labels:
-        if shard.shape[1:] != batch or not shard.shape:
-            wanted = ", ".join(map(str, ("N", *batch)))
-            raise InputError(
-                f"{shard.name}: targets must have shape ({wanted}) beside scores of shape "
-                f"{first.shape} with the classes at axis {axis}, but have shape {shard.shape}"
-            )
-    _check_lengths(scores, labels, rows_axis)
-    per_row = first.shape[axis]
-    for n in batch:
-        per_row *= n
-    step = max(1, PIECE // max(1, per_row)) if chunk_size is None else chunk_size
-    pieces = list(_pieces(scores, labels, rows_axis, step))
-    identity = [[s.path, list(s.shape), str(s.dtype), *s.stamp] for s in (*scores, *labels)]
-    elements = per_row * sum(s.shape[rows_axis] for s in scores)
-    return Rows(pieces, axis, first.shape[axis], elements, first.dtype, [step, *identity])
+    data = Dataset(found, [], axis % ndim)
+    _check_alike(scores, data.axis, data.rows_axis)
+    batch = tuple(n for i, n in enumerate(first.shape) if i not in (data.axis, data.rows_axis))
+    for role, shards in found.items():
+        if role == SCORES:
+            continue
+        for shard in shards:
+            if shard.shape[1:] != batch or not shard.shape:
+                wanted = ", ".join(map(str, ("N", *batch)))
+                raise InputError(
+                    f"{shard.name}: {role} must have shape ({wanted}) beside scores of shape "
+                    f"{first.shape} with the classes at axis {data.axis}, but have shape "
+                    f"{shard.shape}"
+                )
+        _check_order(scores, shards)
+        _check_lengths(scores, shards, data.rows_axis)
+    per_row = max(1, data.n_classes * data.samples_per_row)
+    step = max(1, BATCH // per_row) if chunk_size is None else chunk_size
+    return data._replace(batches=list(_batches(data, step)))
 
 
-def read_array(path: str) -> Any:
-    """Read a whole file of floats.
+def _optimised(found: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
+    """Let Dask optimise its arrays, all together, so that what they share stays shared."""
+    lazy = [s for shards in found.values() for s in shards if hasattr(s.source, "dask")]
+    if not lazy:
+        return found
+    import dask
+
+    # Fusion of single tasks would repeat a chunk's producer for each of its consumers.
+    with dask.config.set({"optimization.fuse.active": False}):
+        made = iter(dask.optimize(*(shard.source for shard in lazy)))
+    return {
+        role: [replace(s, source=next(made)) if hasattr(s.source, "dask") else s for s in shards]
+        for role, shards in found.items()
+    }
+
+
+def read_array(path: str) -> Array:
+    """Read a whole file of floats of any format.
 
     Parameters
     ----------
     path : str
-        A file of any accepted format.
-
-    Returns
-    -------
-    numpy array
+        Where it is.
 
     Raises
     ------
     InputError
         It cannot be read.
     """
-    shard = _file_shard(_names(path)[0], SCORES)
+    (shard, *_) = _shards(path, WEIGHTS, Rules())
     return shard.read(0, 0, shard.shape[0] if shard.shape else 1)
 
 
@@ -249,69 +439,123 @@ def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
                 f"continue those of {first.name}, of shape {first.shape} and dtype {first.dtype}; "
                 "give files of one data set"
             )
+        if len(shard.columns) > 1 and shard.columns != first.columns:
+            raise InputError(
+                f"{shard.name}: its columns are {', '.join(shard.columns)}, but those of "
+                f"{first.name} are {', '.join(first.columns)}; name them, in the order of the "
+                f"classes, as in {first.name}#NAME,NAME"
+            )
 
 
-def _check_lengths(scores: list[Shard], labels: list[Shard], rows_axis: int) -> None:
-    if len(scores) == len(labels):
-        for s, t in zip(scores, labels, strict=True):
+def _of_known_width(scores: list[Shard]) -> list[Shard]:
+    """Give tables without rows, of whose lists nobody knows the length, that of the others."""
+    known = [shard for shard in scores if None not in shard.shape]
+    if not known:
+        raise InputError(f"{scores[0].name}: has no rows, so that the number of classes is unknown")
+    empty = (0, *known[0].shape[1:])
+    return [replace(shard, shape=empty) if None in shard.shape else shard for shard in scores]
+
+
+def _check_order(scores: list[Shard], others: list[Shard]) -> None:
+    """Refuse files whose order a pattern leaves in doubt."""
+    ours, theirs = _found(scores), _found(others)
+    if len(scores) == len(others):
+        if len(ours) > 1 and len(theirs) > 1 and not correspond(ours, theirs):
+            raise InputError(
+                f"{ours[0]} to {ours[-1]}: the parts in which their names differ are not those of "
+                f"{theirs[0]} to {theirs[-1]}, so that it is in doubt which belong together; name "
+                "them alike, or give lists"
+            )
+        return
+    for names in (ours, theirs):
+        if len(names) > 1 and (any("=" in name for name in names) or not numbered(names)):
+            raise InputError(
+                f"{names[0]}: the order of its {len(names)} files is in doubt, since their names "
+                f"differ in more than numbers, and {len(scores)} file(s) of scores stand beside "
+                f"{len(others)} of {others[0].role}; give a list, or as many files of both"
+            )
+
+
+def _found(shards: list[Shard]) -> list[str]:
+    """Return what of the paths is below the folder that was searched, if one was for all."""
+    files = [shard.source for shard in shards if isinstance(shard.source, File)]
+    roots = {file.root for file in files}
+    if len(files) != len(shards) or len(roots) != 1 or "" in roots:
+        return []
+    return [file.path[len(file.root) :].lstrip("/") for file in files]
+
+
+def _check_lengths(scores: list[Shard], others: list[Shard], rows_axis: int) -> None:
+    role = others[0].role
+    if len(scores) == len(others):
+        for s, t in zip(scores, others, strict=True):
             if s.shape[rows_axis] != t.shape[0]:
                 raise InputError(
-                    f"{t.name}: has {t.shape[0]:,} targets, but {s.name} has "
+                    f"{t.name}: has {t.shape[0]:,} {role}, but {s.name} has "
                     f"{s.shape[rows_axis]:,} samples; give files that belong together"
                 )
     n_scores = sum(s.shape[rows_axis] for s in scores)
-    n_labels = sum(t.shape[0] for t in labels)
-    if n_scores != n_labels:
+    n_others = sum(t.shape[0] for t in others)
+    if n_scores != n_others:
         raise InputError(
-            f"{labels[0].name}: {len(labels)} file(s) have {n_labels:,} targets, but "
+            f"{others[0].name}: {len(others)} file(s) have {n_others:,} {role}, but "
             f"{len(scores)} file(s) from {scores[0].name} on have {n_scores:,} samples; "
             "give files that belong together"
         )
 
 
-def _pieces(scores: list[Shard], labels: list[Shard], rows_axis: int, step: int) -> Iterator[Piece]:
-    ends = list(accumulate((t.shape[0] for t in labels), initial=0))
+def _batches(data: Dataset, step: int) -> Iterator[Batch]:
     base = 0
-    for shard in scores:
-        n = shard.shape[rows_axis]
-        steps: Sequence[int] = shard.steps
-        if shard.chunks:
-            steps = range(0, n, shard.chunks[rows_axis])
-        for start, stop in pairwise(_cuts(n, steps, step)):
-            spans = []
-            for t, low, high in zip(labels, ends, ends[1:], strict=False):
-                a, b = max(base + start, low), min(base + stop, high)
-                if a < b:
-                    spans.append(_span(t, 0, a - low, b - low))
-            yield Piece(base + start, _span(shard, rows_axis, start, stop), tuple(spans))
-        base += shard.shape[rows_axis]
+    for shard in data.shards[SCORES]:
+        n = shard.shape[data.rows_axis]
+        for start, stop in pairwise(_cuts(n, shard.starts(data.rows_axis), step)):
+            others = (
+                tuple(_spans(data.shards.get(role, []), base + start, base + stop))
+                for role in (TARGETS, WEIGHTS)
+            )
+            rows = (_slice(shard, data.rows_axis, start, stop),)
+            yield Batch(base + start, base + stop, rows, *others)
+        base += n
 
 
-def _cuts(n: int, steps: Sequence[int], step: int) -> list[int]:
-    """Cut n rows into pieces of about ``step``, at whole ``steps`` where there are any."""
+def _cuts(n: int, starts: Sequence[int], step: int) -> list[int]:
+    """Cut n rows into batches of about ``step``, where chunks begin if there are any."""
     if not n:
         return []
     cuts = [0]
-    for at in steps or range(step, n, step):
+    for at in starts or range(step, n, step):
         if at - cuts[-1] >= step and at < n:
             cuts.append(at)
     return [*cuts, n]
 
 
-def _span(shard: Shard, axis: int, start: int, stop: int) -> Span:
+def _spans(shards: list[Shard], start: int, stop: int) -> Iterator[ShardSlice]:
+    """Find the rows from ``start`` to ``stop`` of all in the shards."""
+    ends = list(accumulate((shard.shape[0] for shard in shards), initial=0))
+    first = max(bisect_right(ends, start) - 1, 0)
+    for shard, low, high in zip(shards[first:], ends[first:], ends[first + 1 :], strict=False):
+        if low >= stop:
+            break
+        a, b = max(start, low), min(stop, high)
+        if a < b:
+            yield _slice(shard, 0, a - low, b - low)
+
+
+def _slice(shard: Shard, axis: int, start: int, stop: int) -> ShardSlice:
     """Rows of a shard; of an array only these rows travel to the worker."""
-    if shard.array is None:
-        return Span(shard, start, stop)
-    part = shard.array[(*(slice(None),) * axis, slice(start, stop))]
-    return Span(replace(shard, array=part), 0, stop - start)
+    if shard.version:
+        return ShardSlice(shard, start, stop)
+    part = shard.source[(*(slice(None),) * axis, slice(start, stop))]
+    shape = (*shard.shape[:axis], stop - start, *shard.shape[axis + 1 :])
+    return ShardSlice(replace(shard, source=part, shape=shape), 0, stop - start)
 
 
-def _shards(given: Any, role: str) -> list[Shard]:
+def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
     """Find what a path, a pattern, an array, or a list of those stands for."""
     if isinstance(given, (str, os.PathLike)):
-        return [_file_shard(name, role) for name in _names(os.fspath(given))]
+        return [_file_shard(file, role, rules) for file in find(os.fspath(given))]
     if isinstance(given, (list, tuple)):
-        found = [shard for one in given for shard in _shards(one, role)]
+        found = [shard for one in given for shard in _shards(one, role, rules)]
         if not found:
             raise InputError(f"{role}: the list is empty; give at least one file or array")
         return found
@@ -320,246 +564,63 @@ def _shards(given: Any, role: str) -> list[Shard]:
             f"{role} must be a path, an array, or a list of those, but is of type "
             f"{type(given).__name__}"
         )
-    return [_shard(role, "", role, given, (), given)]
-
-
-def _names(path: str) -> list[str]:
-    file, item = _split(path)
-    if os.path.isdir(file) and not _is_zarr(file):
-        found = sorted(glob.glob(os.path.join(glob.escape(file), "*.parquet")))
-    elif os.path.exists(file):
-        found = [file]
-    else:
-        found = sorted(glob.glob(file, recursive=True))
-    if not found:
-        what = "no file matches it" if glob.has_magic(file) else "there is no such file"
-        if os.path.isdir(file):
-            what = "the folder is no Zarr store and holds no .parquet files"
-        raise InputError(f"{path}: {what}; check the path")
-    return [f"{name}#{item}" if item else name for name in found]
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Split ``file#item``; a file whose own name has a ``#`` is found first."""
-    if os.path.exists(path) or "#" not in path:
-        return path, ""
-    file, _, item = path.rpartition("#")
-    return file, item
-
-
-def _file_shard(name: str, role: str) -> Shard:
-    file, item = _split(name)
-    path = os.path.abspath(file)
-    try:
-        status = os.stat(file)
-        stamp = (status.st_size, status.st_mtime_ns)
-        full = f"{path}#{item}" if item else path
-        return _shard(name, full, role, None, stamp, _open(full, role, stamp))
-    except InputError as error:
-        raise InputError(str(error).replace(path, file)) from error
-    except ImportError as error:
+    refuse_subclass(role, given)
+    array = adopt(given, role, rules)
+    if any(n != n for n in given.shape):
         raise InputError(
-            f"{name}: reading it needs {error.name}; pip install 'mml_arrayapi[evaluate]'"
-        ) from error
+            f"{role}: the sizes of the chunks are unknown; compute_chunk_sizes() first"
+        )
+    return [_shard(Shard(role, role, array, "", rules, (), None, None), array)]
+
+
+def _file_shard(file: File, role: str, rules: Rules) -> Shard:
+    try:
+        version = file_version(file)
+        array = _open(file, role, rules, version)
+        return _shard(Shard(file.name, role, file, version, rules, (), None, None), array)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
-            f"{name}: cannot be read ({_line(error)}); write or copy it again"
+            f"{file.name}: cannot be read ({one_line(error)}); write or copy it again"
         ) from error
 
 
-def _shard(
-    name: str, path: str, role: str, array: Array, stamp: tuple[int, ...], source: Array
-) -> Shard:
+def _shard(shard: Shard, array: Array) -> Shard:
+    """Fill in what the array tells of itself; check its dtype."""
     import numpy as np
 
-    dtype = np.dtype(source.dtype)
-    if role == SCORES and not (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)):
+    try:
+        dtype = np.dtype(np.float32 if str(array.dtype) == "bfloat16" else array.dtype)
+    except TypeError:
+        raise TypeError(
+            f"{shard.role} must be files, NumPy arrays or Dask arrays, but have dtype {array.dtype}"
+        ) from None
+    floats = dtype.kind == "f" and dtype.itemsize in (2, 4, 8)
+    if shard.role == SCORES and not floats:
         raise InputError(
-            f"{name}: scores must be float16, float32 or float64, but are {dtype}; "
+            f"{shard.name}: scores must be float16, float32 or float64, but are {dtype}; "
             "convert them, as with array.astype('float32')"
         )
-    if role == TARGETS and dtype.kind not in "iu":
+    if shard.role == TARGETS and dtype.kind not in "iu":
         raise InputError(
-            f"{name}: targets must be integers, but are {dtype}; "
+            f"{shard.name}: targets must be integers, but are {dtype}; "
             "convert them, as with array.astype('int64')"
         )
-    shape = tuple(int(n) for n in source.shape)
-    chunks = getattr(source, "chunks", None) or ()
-    if array is not None:  # a Dask array's chunks have another form, and need not be respected
-        chunks = ()
-    return Shard(
-        name, path, role, array, stamp, shape, dtype, getattr(source, "steps", ()), tuple(chunks)
-    )
+    if shard.role == WEIGHTS and not (floats or dtype.kind in "iu"):
+        raise InputError(f"{shard.name}: {WEIGHTS} must be real numbers, but are {dtype}")
+    shape = tuple(n if n is None else int(n) for n in array.shape)
+    chunks = getattr(array, "chunks", None) or None
+    columns = tuple(getattr(array, "columns", ()))
+    return replace(shard, shape=shape, dtype=dtype, chunks=chunks, columns=columns)
 
 
-@lru_cache(maxsize=8)  # .npz files are read whole: once a process, not once a piece
-def _open(name: str, role: str, _: tuple[int, ...]) -> Array:
-    file, item = _split(name)
-    if _is_zarr(file):
-        return _open_zarr(file, item)
-    opener = FORMATS.get(Path(file).suffix.lower())
-    if opener is None:
-        raise InputError(
-            f"{name}: the format is not known; accepted are {', '.join(FORMATS)} files and Zarr "
-            "stores"
+def refuse_subclass(role: str, array: Array) -> None:
+    """Raise if an array is of a subclass whose meaning a plain one would lose, such as a mask."""
+    import numpy as np
+
+    if isinstance(array, np.ndarray) and type(array) not in (np.ndarray, np.memmap):
+        raise TypeError(
+            f"{role} must be plain arrays, but are of type {type(array).__name__}; convert them, "
+            "so that masked values are not taken for data"
         )
-    return opener(file, item, role)
-
-
-def _is_zarr(file: str) -> bool:
-    markers = ("zarr.json", ".zarray", ".zgroup")
-    return any(os.path.exists(os.path.join(file, marker)) for marker in markers)
-
-
-def _open_npy(file: str, item: str, role: str) -> Array:  # noqa: ARG001
-    import numpy as np
-
-    _refuse_empty(file)
-    return np.load(file, mmap_mode="r", allow_pickle=False)
-
-
-def _open_npz(file: str, item: str, role: str) -> Array:
-    import numpy as np
-
-    _refuse_empty(file)
-    # np.load leaves a file open that it fails on.
-    with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
-        return archive[_choose_item(file, item, role, archive.files)]
-
-
-def _refuse_empty(file: str) -> None:
-    if not os.path.getsize(file):  # np.load would speak of pickles
-        raise InputError(f"{file}: the file is empty; write or copy it again")
-
-
-def _open_zarr(file: str, item: str) -> Array:
-    import zarr
-
-    store = zarr.open(file, mode="r")
-    if hasattr(store, "dtype"):
-        return store
-    return store[_choose_item(file, item, "array", [name for name, _ in store.arrays()])]
-
-
-def _choose_item(file: str, item: str, role: str, items: Sequence[str]) -> str:
-    if item in items:
-        return item
-    if not item and len(items) == 1:
-        return items[0]
-    missing = f"has no array {item!r}" if item else f"holds {len(items)} arrays"
-    raise InputError(
-        f"{file}: {missing}; name the one with the {role}, as in {file}#NAME, where NAME is one "
-        f"of {', '.join(items) or 'none'}"
-    )
-
-
-class _Parquet:
-    """Columns of a Parquet file as an array; reading rows reads the row groups that hold them."""
-
-    def __init__(self, file: str, item: str, role: str) -> None:
-        import numpy as np
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        opened = pq.ParquetFile(file, memory_map=True)
-        self._name, self._metadata, schema = file, opened.metadata, opened.schema_arrow
-        self._columns = item.split(",") if item else _columns_for(role, schema, file)
-        missing = [name for name in self._columns if name not in schema.names]
-        if missing:
-            raise InputError(
-                f"{file}: has no column {missing[0]!r}; its columns are {', '.join(schema.names)}"
-            )
-        types = [schema.field(name).type for name in self._columns]
-        metadata = self._metadata
-        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self.steps = tuple(accumulate(counts, initial=0))
-        self.listed = len(types) == 1 and _is_list(types[0])
-        n_classes: tuple[int, ...] = ()
-        if self.listed:
-            first = self._table(0).column(0)[:1].combine_chunks() if metadata.num_rows else []
-            n_classes = (len(first[0]) if len(first) else 0,)
-            types = [types[0].value_type]
-        elif role == SCORES:
-            n_classes = (len(self._columns),)
-        self.shape = (metadata.num_rows, *n_classes)
-        self.dtype = np.result_type(*(pa.DataType.to_pandas_dtype(t) for t in types))
-
-    def _table(self, group: int) -> Any:
-        import pyarrow.parquet as pq
-
-        # Opened anew: pieces are read by several threads, and an open file is for one.
-        file = pq.ParquetFile(self._name, memory_map=True, metadata=self._metadata)
-        return file.read_row_group(group, columns=self._columns, use_threads=False)
-
-    def __getitem__(self, where: tuple[slice, ...]) -> Any:
-        import numpy as np
-
-        start, stop = where[-1].start, where[-1].stop
-        parts = [np.empty((0, *self.shape[1:]), self.dtype)]
-        for group, (low, high) in enumerate(pairwise(self.steps)):
-            if start < high and low < stop:
-                rows = self._array(self._table(group))
-                parts.append(rows[max(0, start - low) : stop - low])
-        return parts[1] if len(parts) == 2 else np.concatenate(parts)
-
-    def _array(self, table: Any) -> Any:
-        import numpy as np
-        import pyarrow.compute as pc
-
-        for name, column in zip(self._columns, table.columns, strict=True):
-            if column.null_count:
-                raise InputError(
-                    f"{self._name}: column {name!r} has empty values; fill or drop them"
-                )
-        if not self.listed:
-            columns = [column.to_numpy() for column in table.columns]
-            return columns[0] if len(self.shape) == 1 else np.stack(columns, axis=1)
-        lists = table.column(0)
-        lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
-        if lengths != [self.shape[1]]:
-            raise InputError(
-                f"{self._name}: lists of column {self._columns[0]!r} have different lengths, such "
-                f"as {sorted({self.shape[1], *lengths})[:3]}; each must hold one score per class"
-            )
-        values = pc.list_flatten(lists)
-        if values.null_count:
-            raise InputError(f"{self._name}: lists hold empty values; fill or drop them")
-        return values.to_numpy().reshape(-1, self.shape[1])
-
-
-def _columns_for(role: str, schema: Any, file: str) -> list[str]:
-    """Choose the columns by their types: one column of lists or all floats; the only integers."""
-    import pyarrow.types as kinds
-
-    lists = [field.name for field in schema if _is_list(field.type)]
-    floats = [field.name for field in schema if kinds.is_floating(field.type)]
-    integers = [field.name for field in schema if kinds.is_integer(field.type)]
-    if role == SCORES and len(lists) == 1:
-        return lists
-    if role == SCORES and not lists and floats:
-        return floats
-    if role == TARGETS and len(integers) == 1:
-        return integers
-    raise InputError(
-        f"{file}: cannot tell which columns hold the {role}; name them, as in {file}#NAME or "
-        f"{file}#NAME,NAME; its columns are {', '.join(f'{f.name} ({f.type})' for f in schema)}"
-    )
-
-
-def _is_list(kind: Any) -> bool:
-    import pyarrow.types as kinds
-
-    return bool(kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind))
-
-
-FORMATS: dict[str, Callable[[str, str, str], Array]] = {
-    ".npy": _open_npy,
-    ".npz": _open_npz,
-    ".parquet": _Parquet,
-}
-
-
-def _line(error: BaseException) -> str:
-    """Return an error's message on one line, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."

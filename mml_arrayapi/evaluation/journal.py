@@ -1,97 +1,159 @@
-"""The journal of an evaluation: finished pieces on disk, so that a killed run can be resumed."""
+"""The journal of an evaluation: finished batches on disk, so that a killed run can be resumed."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from mml_arrayapi.evaluation.inputs import InputError
-from mml_arrayapi.evaluation.metrics import Tally
+from mml_arrayapi.evaluation.errors import InputError, one_line, require
+from mml_arrayapi.evaluation.metrics import MetricState
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # pragma: no cover
+    flock = None  # type: ignore[assignment]  # Windows has no such locks
 
 NAME = "journal.jsonl"
 
 
 class Journal:
-    """An append-only file: a line that says what is evaluated, then one line per finished piece.
+    """An append-only file: a line that says what is evaluated, then one line per finished batch.
 
     Each line begins with the checksum of the rest. A torn last line, as a killed run leaves it, is
-    dropped; any other damage is an error.
+    dropped; any other damage is an error. One run at a time may have it open. On a remote file
+    system, where nothing can be appended, each line is a file of its own; there runs may write at
+    once, since all write the same.
 
     Parameters
     ----------
     folder : str
-        Where the journal is, or will be.
+        A folder, or the URL of one.
     about : dict
         What is evaluated, as plain JSON. A journal about something else is refused.
 
     Attributes
     ----------
-    finished : dict of int to Tally
-        The pieces that the journal holds already, by number.
+    finished : dict of int to MetricState
+        The batches that the journal holds already, by number.
     """
 
     def __init__(self, folder: str, about: dict[str, Any]) -> None:
-        self.path = Path(folder) / NAME
-        self.finished: dict[int, Tally] = {}
+        self._lines = _Remote(folder) if "://" in folder else _Local(folder)
+        self.finished: dict[int, MetricState] = {}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            records, length = _read(self.path)
-            if records:
-                _compare(self.path, records[0], json.loads(json.dumps(about)))
-            self._file = self.path.open("ab", buffering=0)
-            self._file.truncate(length)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        if not records:
-            self._append(about)
-        for record in records[1:]:
-            self.finished[record["piece"]] = Tally.from_state(record["tally"])
+            records = list(self._lines.read())
+            if not records:
+                self._append(0, about)
+            else:
+                _compare(self._lines.path, records[0], json.loads(json.dumps(about)))
+            for record in records[1:]:
+                self.finished[record["batch"]] = MetricState.from_state(record["state"])
+        except BaseException:
+            self.close()
+            raise
 
-    def add(self, piece: int, tally: Tally) -> None:
-        """Write down a finished piece; it is on disk when this returns."""
-        self._append({"piece": piece, "tally": tally.state()})
+    def add(self, batch: int, state: MetricState) -> None:
+        """Write down a finished batch; it is on disk when this returns."""
+        self._append(batch + 1, {"batch": batch, "state": state.state()})
 
     def close(self) -> None:
         """Close the file."""
+        self._lines.close()
+
+    def _append(self, number: int, record: dict[str, Any]) -> None:
+        text = json.dumps(record, separators=(",", ":")).encode()
+        try:
+            self._lines.append(number, b"%08x %s\n" % (crc32(text), text))
+        except OSError as error:
+            raise cannot_write(self._lines.path, error) from error
+
+
+class _Local:
+    def __init__(self, folder: str) -> None:
+        path = Path(folder) / NAME
+        self.path = str(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            if flock is not None:
+                flock(self._file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise InputError(
+                f"{self.path}: is in use by another evaluation; wait for it, or give another folder"
+            ) from error
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        length = 0
+        for number, line in enumerate(lines, start=1):
+            record = _record(line)
+            if record is None and number < len(lines):
+                raise _damaged(self.path, f"line {number}")
+            if record is not None:
+                length += len(line)
+                yield record
+        self._file.truncate(length)
+
+    def append(self, number: int, line: bytes) -> None:  # noqa: ARG002
+        while line:
+            line = line[self._file.write(line) :]
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
         self._file.close()
 
-    def _append(self, record: dict[str, Any]) -> None:
-        text = json.dumps(record, separators=(",", ":")).encode()
-        line = b"%08x %s\n" % (crc32(text), text)
+
+class _Remote:
+    def __init__(self, folder: str) -> None:
+        self.path = folder.rstrip("/")
         try:
-            while line:
-                line = line[self._file.write(line) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self.close()
-            raise _cannot_write(self.path, error) from error
+            self._fs, self._folder = require("fsspec.core", folder).url_to_fs(self.path)
+            self._fs.invalidate_cache()
+            self._fs.makedirs(self._folder, exist_ok=True)
+        except (OSError, ImportError, ValueError) as error:
+            raise cannot_write(folder, error) from error
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        names = sorted(self._fs.glob(f"{self._folder}/journal-*.json"))
+        for name in names:
+            record = _record(self._fs.cat_file(name))
+            if record is None:
+                raise _damaged(name, "it")
+            yield record
+
+    def append(self, number: int, line: bytes) -> None:
+        # Fifteen digits: the names sort as the numbers do.
+        self._fs.pipe_file(f"{self._folder}/journal-{number:015}.json", line)
+
+    def close(self) -> None:
+        pass
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the journal's records, and the length of what is whole."""
-    if not path.exists():
-        return [], 0
-    content = path.read_bytes()
-    records, length = [], 0
-    lines = content.splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        checksum, _, text = line.rstrip(b"\n").partition(b" ")
-        whole = line.endswith(b"\n") and checksum == b"%08x" % crc32(text)
-        if not whole and number < len(lines):
-            raise InputError(
-                f"{path}: line {number} is damaged; remove the file, and evaluate from the start"
-            )
-        if whole:
-            records.append(json.loads(text))
-            length += len(line)
-    return records, length
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return what a line holds, or None if it is not whole."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
+        return None
+    record: dict[str, Any] = json.loads(text)
+    return record
 
 
-def _compare(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _damaged(path: str, what: str) -> InputError:
+    return InputError(f"{path}: {what} is damaged; remove the file, and evaluate from the start")
+
+
+def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    if "version" not in old:
+        raise _damaged(path, "the first line")
     for key, value in new.items():
         if old.get(key) == value:
             continue
@@ -108,8 +170,38 @@ def _compare(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
+def check_writable(path: str) -> None:
+    """Raise before any work if a file cannot be written afterwards.
+
+    Parameters
+    ----------
+    path : str
+        Where to.
+
+    Raises
+    ------
+    InputError
+        It cannot be written.
+    """
+    path = os.path.realpath(path)
+    try:
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise PermissionError("you may not write to it")
+        if os.path.isdir(path):
+            raise IsADirectoryError("it is a folder")
+        if _is_plain(path):
+            part = _part(path)
+            os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o666))
+            os.unlink(part)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def write_whole(path: str, text: str) -> None:
     """Write a file so that it is either there as a whole or not at all.
+
+    A symbolic link stays one; the permissions are those of the file that was there, or as the
+    process's umask has them.
 
     Parameters
     ----------
@@ -123,25 +215,36 @@ def write_whole(path: str, text: str) -> None:
     InputError
         It cannot be written.
     """
-    temporary = None
+    path = os.path.realpath(path)
+    part = _part(path) if _is_plain(path) else path
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=Path(path).parent, prefix=".", suffix=".part", delete=False
-        ) as file:
-            temporary = file.name
+        with open(part, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            if part != path:
+                os.fsync(file.fileno())
+        if part != path:
+            if os.path.exists(path):
+                os.chmod(part, os.stat(path).st_mode)
+            os.replace(part, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        if part != path:
+            Path(part).unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
 
 
-def _cannot_write(path: Any, error: OSError) -> InputError:
+def _is_plain(path: str) -> bool:  # not a pipe or a terminal
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
+def _part(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name[:200]}.{os.getpid()}.part")
+
+
+def cannot_write(path: str, error: Exception) -> InputError:
+    """Return the error that says so."""
+    why = getattr(error, "strerror", None) or one_line(error)
     return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); free some space, or choose "
-        "another place"
+        f"{path}: cannot be written ({why}); free some space, or choose another place"
     )

@@ -1,9 +1,10 @@
-"""What is known of evaluated samples: exact and mergeable while counting, then plain figures."""
+"""What is counted of samples: exact, mergeable in any order, and small where classes are many."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mml_arrayapi.exact_sum import ExactSum, exact_sums
@@ -14,10 +15,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 TILE = 2**17  # scores looked at together: what is derived from them stays in the cache
+BLOCK = 2**20  # scores whose losses are computed together
 ROWS = 2**18  # rows counted together: what is kept of each is about 100 bytes
-BAR = 8  # bars of the histogram per unit
-REACH = 64 * BAR  # bars on either side of zero; what lies beyond is counted in the outermost ones
-SHOWN_CLASSES = 20
+FEW_CLASSES = 32  # up to here the highest score is found class by class, for all rows at once
+STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
+WORST = 20  # samples that are kept as the worst, and as the first that are NaN
+SHOWN_SCORES = 5  # highest scores that are kept of each of the worst samples
+PAIRS = 500_000  # different confusions that are kept
+KINDS = 6  # rows of counts: samples, right, inside the margin; losses NaN, infinite, -infinite
 
 
 class Loss(NamedTuple):
@@ -31,12 +36,15 @@ class Loss(NamedTuple):
         One factor per class.
     backend : str or None
         The kernel that must run.
+    ignore_index : int or None
+        The label of samples that are left out.
     """
 
     p: float = 1.0
     margin: float = 1.0
     weight: Any = None
     backend: str | None = None
+    ignore_index: int | None = None
 
     @property
     def unit(self) -> float:
@@ -44,31 +52,93 @@ class Loss(NamedTuple):
         return abs(self.margin) or 1.0
 
 
-class Tally:
+class Sample(NamedTuple):
+    """One of the worst samples; they sort by loss, then by position.
+
+    Attributes
+    ----------
+    cost : float
+        Minus the loss.
+    sample : int
+        Its place among all samples.
+    target : int
+        Its class.
+    score : float
+        The target's score.
+    highest : tuple of (int, float)
+        The classes of the highest scores, and these.
+    """
+
+    cost: float
+    sample: int
+    target: int
+    score: float
+    highest: tuple[tuple[int, float], ...]
+
+
+class MetricState:
     """Counts and exact sums over samples, by class of the target.
 
     Attributes
     ----------
-    counts : numpy array of int64, shape (6, C)
+    classes : numpy array of int64, shape (K,)
+        The classes that have samples, in order; or all.
+    counts : numpy array of int64, shape (6, K)
         Per class: samples; those whose target has the highest score; those with another class
         within the margin; losses that are NaN, infinite, minus infinite.
     sums : list of int
-        Per class, the sum of the finite losses in units of ``2 ** -UNIT``.
-    histogram : numpy array of int64
-        How far the target's score lies above the highest other score, in bars of 1/8 unit; the
-        last element counts those that are NaN.
+        Per class, the sum of the finite losses (times the samples' weights) in units of
+        ``2 ** -UNIT``.
+    weights : list of lists of int
+        With sample weights, their sums in the same units, for the first three of the counts.
+    histogram : Counter
+        How far the target's score lies above the highest other score: how many by bin.
+    confusions : Counter or None
+        How many samples by ``target * C + class of the highest score``, where that is another;
+        None if there are more than half a million different ones.
+    worst : list of Sample
+        The samples of highest loss, NaN left out.
+    nan : list of int
+        The places of the first samples whose loss is NaN.
+    ignored : int
+        How many samples were left out.
     """
 
-    __slots__ = ("counts", "histogram", "sums")
+    __slots__ = (
+        "classes",
+        "confusions",
+        "counts",
+        "histogram",
+        "ignored",
+        "n_classes",
+        "nan",
+        "sums",
+        "weights",
+        "worst",
+    )
 
-    def __init__(self, n_classes: int) -> None:
+    def __init__(self, n_classes: int, *, weighted: bool = False, dense: bool = False) -> None:
         import numpy as np
 
-        self.counts = np.zeros((6, n_classes), dtype=np.int64)
-        self.sums = [0] * n_classes
-        self.histogram = np.zeros(2 * REACH + 1, dtype=np.int64)
+        self.n_classes = n_classes
+        self.classes = np.arange(n_classes if dense else 0)
+        self.counts = np.zeros((KINDS, len(self.classes)), dtype=np.int64)
+        self.sums = [0] * len(self.classes)
+        self.weights = [[0] * len(self.classes) for _ in range(3 if weighted else 0)]
+        self.histogram: Counter[int] = Counter()
+        self.confusions: Counter[int] | None = Counter()
+        self.worst: list[Sample] = []
+        self.nan: list[int] = []
+        self.ignored = 0
 
-    def add(self, scores: np.ndarray, target: np.ndarray, loss: Loss) -> None:
+    def add(
+        self,
+        scores: np.ndarray,
+        target: np.ndarray,
+        weights: np.ndarray | None,
+        loss: Loss,
+        first: int = 0,
+    ) -> None:
         """Add samples.
 
         Parameters
@@ -77,8 +147,12 @@ class Tally:
             The scores.
         target : numpy array, shape (N,), any integer dtype
             Each sample's class.
+        weights : numpy array, shape (N,), or None
+            Each sample's weight.
         loss : Loss
             The loss's parameters.
+        first : int
+            The place of the first one among all samples.
 
         Raises
         ------
@@ -87,100 +161,248 @@ class Tally:
         """
         import numpy as np
 
+        keep = None
+        if loss.ignore_index is not None:
+            ignored = target == loss.ignore_index
+            if ignored.any():
+                keep = np.flatnonzero(~ignored)
+                self.ignored += len(target) - len(keep)
+                target = np.where(ignored, 0, target)
         raise_invalid_target(target, scores.shape[1])
-        for start in range(0, len(target), ROWS):
-            part = slice(start, start + ROWS)
-            self._add(scores[part], target[part].astype(np.int64), loss)
+        for start in range(0, len(target) if keep is None else len(keep), ROWS):
+            rows: Any = slice(start, min(start + ROWS, len(target)))
+            places = np.arange(rows.start, rows.stop) if keep is None else keep[rows]
+            rows = rows if keep is None else places
+            weight = None if weights is None else weights[rows]
+            self.merge(
+                _count(scores[rows], target[rows].astype(np.int64), weight, loss, places + first)
+            )
 
-    def _add(self, scores: np.ndarray, target: np.ndarray, loss: Loss) -> None:
+    def merge(self, other: MetricState) -> None:
+        """Add what another state holds."""
+        where = self._places(other.classes)
+        self.counts[:, where] += other.counts
+        for mine, theirs in (
+            (self.sums, other.sums),
+            *zip(self.weights, other.weights, strict=True),
+        ):
+            for i, value in zip(where.tolist(), theirs, strict=True):
+                mine[i] += value
+        self.histogram.update(other.histogram)
+        if self.confusions is not None and other.confusions is not None:
+            self.confusions.update(other.confusions)
+            if len(self.confusions) > PAIRS:
+                self.confusions = None
+        else:
+            self.confusions = None
+        self.worst = sorted(self.worst + other.worst)[:WORST]
+        self.nan = sorted(self.nan + other.nan)[:WORST]
+        self.ignored += other.ignored
+
+    def _places(self, classes: np.ndarray) -> np.ndarray:
+        """Return where classes stand here; make room for those that don't yet."""
         import numpy as np
 
-        n_classes = scores.shape[1]
-        losses, lead, inside = _look_at(scores, target, loss)
-        finite = np.isfinite(losses)
-        values, groups = (losses, target) if finite.all() else (losses[finite], target[finite])
-        for group, total in enumerate(exact_sums(values, groups, n_classes)):
-            self.sums[group] += total
-        chosen = (slice(None), lead > 0, inside, np.isnan(losses), losses == math.inf)
-        for row, which in zip(self.counts, (*chosen, losses == -math.inf), strict=True):
-            row += np.bincount(target[which], minlength=n_classes)
-        defined = lead[~np.isnan(lead)].astype(np.float64)
-        bars = np.clip(np.floor(defined * (BAR / loss.unit)), -REACH, REACH - 1)
-        self.histogram += np.bincount(bars.astype(np.int64) + REACH, minlength=2 * REACH + 1)
-        self.histogram[-1] += len(lead) - len(defined)
-
-    def merge(self, other: Tally) -> None:
-        """Add what another tally holds."""
-        self.counts += other.counts
-        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
-        self.histogram += other.histogram
+        if len(classes) == len(self.classes) and (classes == self.classes).all():
+            return np.arange(len(classes))
+        union = (
+            np.union1d(self.classes, classes)
+            if len(self.classes) < self.n_classes
+            else self.classes
+        )
+        if len(union) > len(self.classes):
+            old = np.searchsorted(union, self.classes)
+            counts = np.zeros((KINDS, len(union)), dtype=np.int64)
+            counts[:, old] = self.counts
+            self.classes, self.counts = union, counts
+            self.sums, *self.weights = (
+                _spread(sums, old, len(union)) for sums in (self.sums, *self.weights)
+            )
+        return np.searchsorted(self.classes, classes)
 
     def state(self) -> dict[str, Any]:
-        """Return the state as plain JSON; classes and bars without samples are left out."""
+        """Return the state as plain JSON; classes and bins without samples are left out."""
         import numpy as np
 
-        classes = np.flatnonzero(self.counts[0]).tolist()
-        bars = np.flatnonzero(self.histogram).tolist()
+        kept = np.flatnonzero(self.counts[0]).tolist()
         return {
-            "n_classes": len(self.sums),
-            "classes": {
-                str(c): [ExactSum(self.sums[c]).state()[0], *self.counts[:, c].tolist()]
-                for c in classes
-            },
-            "histogram": {str(bar): int(self.histogram[bar]) for bar in bars},
+            "n_classes": self.n_classes,
+            "classes": self.classes[kept].tolist(),
+            "counts": self.counts[:, kept].tolist(),
+            "sums": [[_hex(sums[i]) for i in kept] for sums in (self.sums, *self.weights)],
+            "histogram": _pairs(self.histogram),
+            "confusions": None if self.confusions is None else _pairs(self.confusions),
+            "worst": [
+                [*map(_exact, s[:-1]), [[c, _exact(v)] for c, v in s[-1]]] for s in self.worst
+            ],
+            "nan": self.nan,
+            "ignored": self.ignored,
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Tally:
-        """Make the tally that :meth:`state` described."""
+    def from_state(cls, state: dict[str, Any]) -> MetricState:
+        """Make the state that :meth:`state` described."""
+        import numpy as np
+
         made = cls(state["n_classes"])
-        for name, (total, *counts) in state["classes"].items():
-            made.sums[int(name)] = ExactSum.from_state([total, 0, 0, 0, 0]).total
-            made.counts[:, int(name)] = counts
-        for bar, count in state["histogram"].items():
-            made.histogram[int(bar)] = count
+        made.classes = np.asarray(state["classes"], dtype=np.int64)
+        made.counts = np.asarray(state["counts"], dtype=np.int64).reshape(KINDS, -1)
+        sums = [[_unhex(text) for text in row] for row in state["sums"]]
+        made.sums, made.weights = sums[0], sums[1:]
+        made.histogram = Counter(dict(zip(*state["histogram"], strict=True)))
+        pairs = state["confusions"]
+        made.confusions = None if pairs is None else Counter(dict(zip(*pairs, strict=True)))
+        made.worst = [
+            Sample(float(cost), i, c, float(score), tuple((k, float(v)) for k, v in highest))
+            for cost, i, c, score, highest in state["worst"]
+        ]
+        made.nan, made.ignored = state["nan"], state["ignored"]
         return made
 
-    def evaluation(self, loss: Loss, reduction: str, kernel: str) -> Evaluation:
-        """Return the figures."""
-        classes = tuple(self._figures(c) for c in range(len(self.sums)))
-        total = ExactSum()
-        for c in range(len(self.sums)):
-            total.merge(self._sum(c))
-        samples, correct, inside = (int(n) for n in self.counts[:3].sum(axis=1))
-        return Evaluation(
-            loss=total.over(1 if reduction == "sum" else samples),
-            reduction=reduction,
-            samples=samples,
-            accuracy=correct / samples if samples else math.nan,
-            inside_margin=inside / samples if samples else math.nan,
-            p=loss.p,
-            margin=loss.margin,
-            kernel=kernel,
-            classes=classes,
-            unit=loss.unit,
-            histogram=tuple(self.histogram[:-1].tolist()),
-            undefined=int(self.histogram[-1]),
-        )
+    def total(self, kind: int = 0) -> tuple[int, int]:
+        """Return how many samples there are of a kind of count, and their weight in units."""
+        count = int(self.counts[kind].sum())
+        return count, sum(self.weights[kind]) if self.weights else count
 
-    def _sum(self, c: int) -> ExactSum:
-        count, nan, plus, minus = (int(self.counts[i, c]) for i in (0, 3, 4, 5))
-        return ExactSum(self.sums[c], count, nan, plus, minus)
 
-    def _figures(self, c: int) -> ClassFigures:
-        count, correct, inside = (int(n) for n in self.counts[:3, c])
-        mean = self._sum(c).over(count)
-        if not count:
-            return ClassFigures(0, mean, math.nan, math.nan)
-        return ClassFigures(count, mean, correct / count, inside / count)
+def _spread(values: Sequence[int], places: np.ndarray, n: int) -> list[int]:
+    made = [0] * n
+    for i, value in zip(places.tolist(), values, strict=True):
+        made[i] = value
+    return made
+
+
+def _hex(units: int) -> str:
+    return str(ExactSum(units).state()[0])
+
+
+def _unhex(text: str) -> int:
+    return ExactSum.from_state([text, 0, 0, 0, 0]).total
+
+
+def _pairs(counter: Counter[int]) -> list[list[int]]:
+    return [list(counter.keys()), list(counter.values())]
+
+
+def _exact(value: Any) -> Any:
+    """JSON knows no infinities."""
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _count(
+    scores: np.ndarray,
+    target: np.ndarray,
+    weights: np.ndarray | None,
+    loss: Loss,
+    places: np.ndarray,
+) -> MetricState:
+    import numpy as np
+
+    losses, lead, inside, rival = _look_at(scores, target, loss)
+    made = MetricState(scores.shape[1], weighted=weights is not None)
+    made.classes, groups = _classes(target, scores.shape[1])
+    n = len(made.classes)
+    values = losses
+    if weights is not None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            values = losses.astype(np.float64) * weights
+    finite = np.isfinite(values)
+    odd = (np.isnan(values), values == math.inf, values == -math.inf)
+    chosen: Any = (slice(None), lead > 0, inside, *odd)
+    made.counts = np.stack([np.bincount(groups[which], minlength=n) for which in chosen])
+    added = (values, groups) if finite.all() else (values[finite], groups[finite])
+    made.sums = exact_sums(*added, n_groups=n)
+    if weights is not None:
+        made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen[:3]]
+    made.histogram = _bins(lead, loss.unit)
+    made.nan = places[np.flatnonzero(np.isnan(losses))[:WORST]].tolist()
+    wrong = np.flatnonzero(rival >= 0)
+    made.confusions = _frequencies(target[wrong] * scores.shape[1] + rival[wrong])
+    made.worst = _worst(scores, target, losses, places)
+    return made
+
+
+def _classes(target: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes that have samples, and each sample's place among them."""
+    import numpy as np
+
+    if n_classes > len(target):
+        return np.unique(target, return_inverse=True)
+    there = np.bincount(target, minlength=n_classes) > 0
+    classes = np.flatnonzero(there)
+    return classes, target if len(classes) == n_classes else (np.cumsum(there) - 1)[target]
+
+
+def _frequencies(values: np.ndarray) -> Counter[int]:
+    """Count how often each of some integers occurs."""
+    import numpy as np
+
+    lowest = int(values.min()) if len(values) else 0
+    if len(values) and int(values.max()) - lowest < 4 * len(values):
+        counts = np.bincount(values - lowest)
+        kept = np.flatnonzero(counts)
+        counts = counts[kept]
+        kept += lowest
+    else:
+        kept, counts = np.unique(values, return_counts=True)
+    return Counter(dict(zip(kept.tolist(), counts.tolist(), strict=True)))
+
+
+def _worst(
+    scores: np.ndarray, target: np.ndarray, losses: np.ndarray, places: np.ndarray
+) -> list[Sample]:
+    import numpy as np
+
+    cost = np.where(np.isnan(losses), math.inf, -losses)
+    rows = np.arange(len(cost))
+    if len(cost) > WORST:
+        bound = np.partition(cost, WORST)[WORST]
+        below, equal = np.flatnonzero(cost < bound), np.flatnonzero(cost == bound)
+        rows = np.concatenate((below, equal[: WORST - len(below)]))
+    made = []
+    for row in rows.tolist():
+        if not math.isnan(losses[row]):
+            own = scores[row].astype(np.float64)
+            order = np.argsort(-own, kind="stable")[:SHOWN_SCORES].tolist()
+            highest = tuple((c, float(own[c])) for c in order)
+            c = int(target[row])
+            made.append(Sample(float(cost[row]), int(places[row]), c, float(own[c]), highest))
+    return sorted(made)
+
+
+def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
+    """Count leads by bin: the leading bits of their float64, in units of the margin.
+
+    Bins are as fine as the numbers in them, so that no range has to be known beforehand. Bin ``b``
+    is from :func:`bin_start` of ``b`` up to that of the next. NaN is left out.
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        scaled = lead[~np.isnan(lead)].astype(np.float64) / unit + 0.0  # no -0.0
+    bits = np.abs(scaled).view(np.int64)
+    shift = 52 - STEPS
+    return _frequencies(np.where(scaled < 0, ~((bits - 1) >> shift), bits >> shift))
+
+
+def bin_start(number: int) -> float:
+    """Return where a bin of the histogram begins, in units of the margin."""
+    import numpy as np
+
+    if number < 0:
+        return -bin_start(-number)
+    return float(np.int64(number << (52 - STEPS)).view(np.float64))
 
 
 def _look_at(
     scores: np.ndarray, target: np.ndarray, loss: Loss
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each sample's loss, lead (target's score less the highest other), inside the margin.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return each sample's loss, lead, whether it is inside the margin, and its rival.
 
-    The scores are walked in tiles, so that what is derived from them stays small. The tiles are
+    The lead is the target's score less the highest other one; the rival is the class of that where
+    it is not below, else -1.
+
+    The scores are walked in blocks, so that what is derived from them stays small. These are
     C-contiguous, whatever the file's order, so that a row is always summed in the same order.
     """
     import numpy as np
@@ -188,174 +410,105 @@ def _look_at(
     n, n_classes = scores.shape
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
     losses, lead = np.empty(n, dtype), np.empty(n, dtype)
-    inside = np.empty(n, bool)
-    step = max(1, TILE // n_classes)
-    for start in range(0, n, step):
-        part = slice(start, start + step)
-        tile, own_class = np.ascontiguousarray(scores[part], dtype=dtype), target[part]
-        with np.errstate(invalid="ignore"):  # two infinite scores: NaN, as it should be
-            losses[part] = sample_losses(tile, own_class, **loss._asdict(), check_target="nan")
-        rows = np.arange(len(tile))
-        own = tile[rows, own_class]
+    inside, rival = np.empty(n, bool), np.full(n, -1)
+    step, small = max(1, BLOCK // n_classes), max(1, TILE // n_classes)
+    options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
+        margin = dtype(loss.margin)
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            block, own_class = np.ascontiguousarray(scores[part], dtype=dtype), target[part]
+            losses[part] = sample_losses(block, own_class, check_target="nan", **options)
+            for low in range(0, len(block), small):
+                tile = slice(low, low + small)
+                rows = slice(start + low, min(start + low + small, start + len(block)))
+                own, highest, rival[rows] = _highest_other(block[tile], own_class[tile])
+                lead[rows] = own - highest
+                # In the loss's own order of operations; a sample with a NaN counts as inside.
+                inside[rows] = ~((highest - own) + margin <= 0)
+    return losses, lead, inside, rival
+
+
+def _highest_other(
+    tile: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the target's score, the highest other one, and its class where it is not below."""
+    import numpy as np
+
+    rows = np.arange(len(tile))
+    own = tile[rows, target]
+    if tile.shape[1] <= FEW_CLASSES:
+        others = tile.T.copy()
+        others[target, rows] = -math.inf
+        highest, others = others.max(axis=0), others.T
+    else:
         others = tile.copy()
-        others[rows, own_class] = -math.inf
+        others[rows, target] = -math.inf
         highest = others.max(axis=1)
-        with np.errstate(invalid="ignore"):
-            lead[part] = own - highest
-            # In the loss's own order of operations; a sample with a NaN counts as inside.
-            inside[part] = ~((highest - own) + dtype(loss.margin) <= 0)
-    return losses, lead, inside
+    rival = np.full(len(tile), -1)
+    wrong = np.flatnonzero((highest >= own) & (highest > -math.inf))
+    rival[wrong] = np.argmax(others[wrong], axis=1)
+    return own, highest, rival
 
 
-@dataclass(frozen=True, slots=True)
-class ClassFigures:
-    """The figures of the samples whose target is one class.
+def count_batch(
+    batch: Any, axis: int, loss: Loss, n_classes: int, samples_per_row: int
+) -> MetricState:
+    """Read a batch and count it.
 
-    Attributes
+    Parameters
     ----------
-    count : int
-        The number of samples.
-    loss : float
-        The mean of their losses.
-    accuracy, inside_margin : float
-        As in :class:`Evaluation`. All three are NaN for a class without samples.
-    """
-
-    count: int
-    loss: float
-    accuracy: float
-    inside_margin: float
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The figures of an evaluation. Printed, it is a table.
-
-    Attributes
-    ----------
-    loss : float
-        The loss over all samples, correctly rounded from the exact sum of the samples' losses.
-    reduction : {"mean", "sum"}
-        What ``loss`` is.
-    samples : int
-        The number of samples.
-    accuracy : float
-        The share of samples whose target has the highest score of all. A tie for the highest
-        score is no success, nor is a sample with a NaN among its scores.
-    inside_margin : float
-        The share of samples with another class within the margin of the target's score, or above
-        it: those that cost something (for weights other than 0). Samples with a NaN count.
-    p, margin : float
+    batch : Batch
+        The rows; in place of each :class:`ShardSlice` a NumPy array may stand.
+    axis : int
+        The classes' axis in the scores.
+    loss : Loss
         The loss's parameters.
-    kernel : str
-        The kernel that ran (on the machine that asked, where there are several).
-    classes : tuple of ClassFigures
-        The figures by class of the target.
-    unit : float
-        The unit of the histogram: the margin, or 1 where that is 0.
-    histogram : tuple of int
-        How far the target's score lies above the highest other score: element ``i`` counts the
-        samples from ``(i - n / 2) / 8`` units up to the next; the outermost two count all that
-        lies beyond as well.
-    undefined : int
-        The samples that are not in the histogram, since a score is NaN or two are infinite.
+    n_classes, samples_per_row : int
+        The number of classes, and of samples in each row.
+
+    Returns
+    -------
+    MetricState
     """
+    import numpy as np
 
-    loss: float
-    reduction: str
-    samples: int
-    accuracy: float
-    inside_margin: float
-    p: float
-    margin: float
-    kernel: str
-    classes: tuple[ClassFigures, ...]
-    unit: float
-    histogram: tuple[int, ...]
-    undefined: int
+    from mml_arrayapi.evaluation.inputs import refuse_subclass
+    from mml_arrayapi.validation import InvalidTargetError
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as plain JSON; NaN and infinities are strings.
+    def read(part: Any, role: str, rows_axis: int) -> np.ndarray:
+        array = part.read(rows_axis) if hasattr(part, "read") else part
+        refuse_subclass(role, array)
+        return np.asarray(array)
 
-        Returns
-        -------
-        dict
-            The attributes; ``classes`` by name, without those that have no samples, and
-            ``histogram`` as a list of ``[from, to, count]`` without the empty bars.
-        """
-        names = ("loss", "reduction", "samples", "accuracy", "inside_margin", "p", "margin")
-        made: dict[str, Any] = {name: getattr(self, name) for name in (*names, "kernel")}
-        made["n_classes"] = len(self.classes)
-        made["classes"] = {
-            str(c): {key: _plain(value) for key, value in asdict(figures).items()}
-            for c, figures in enumerate(self.classes)
-            if figures.count
-        }
-        made["histogram"] = [list(bar) for bar in self.bars()]
-        made["undefined"] = self.undefined
-        return {key: _plain(value) for key, value in made.items()}
-
-    def bars(self, width: int = 1) -> list[tuple[float, float, int]]:
-        """Return the bars of the histogram that are not empty.
-
-        Parameters
-        ----------
-        width : int
-            How many of the histogram's bars make one.
-
-        Returns
-        -------
-        list of (float, float, int)
-            From, to, and the count.
-        """
-        scale = self.unit / BAR
-        found = []
-        for i in range(0, len(self.histogram), width):
-            count = sum(self.histogram[i : i + width])
-            if count:
-                found.append(((i - REACH) * scale, (i + width - REACH) * scale, count))
-        return found
-
-    def __str__(self) -> str:
-        lines = [
-            f"{'samples':<15}{self.samples:,} in {len(self.classes):,} classes",
-            f"{'loss':<15}{self.loss!r} ({self.reduction}; p {self.p:g}, margin {self.margin:g})",
-            f"{'accuracy':<15}{_percent(self.accuracy)}  (target has the highest score)",
-            f"{'inside margin':<15}{_percent(self.inside_margin)}  "
-            "(another class within the margin, or above)",
-            f"{'kernel':<15}{self.kernel}",
-            "",
-            f"{'class':>7}{'samples':>15}{'mean loss':>13}{'accuracy':>11}{'inside':>11}",
-        ]
-        shown = self.shown_classes()
-        lines += [
-            f"{c:>7}{f.count:>15,}{f.loss:>13.6g}{_percent(f.accuracy):>11}"
-            f"{_percent(f.inside_margin):>11}"
-            for c, f in shown
-        ]
-        if len(shown) < len(self.classes):
-            lines.append(f"the {len(shown)} classes of highest mean loss, of {len(self.classes):,}")
-        return "\n".join(lines)
-
-    def shown_classes(self) -> list[tuple[int, ClassFigures]]:
-        """Return the classes that a table shows: all, or those of highest mean loss."""
-        classes = list(enumerate(self.classes))
-        if len(classes) <= SHOWN_CLASSES:
-            return classes
-        with_samples = [(c, f) for c, f in classes if f.count]
-        return sorted(with_samples, key=lambda item: -_or_inf(item[1].loss))[:SHOWN_CLASSES]
+    scores = read(batch.scores[0], "scores", 0 if axis else 1)
+    target = np.concatenate([read(part, "targets", 0) for part in batch.targets])
+    weights = None
+    if batch.weights:
+        parts = [read(part, "sample weights", 0) for part in batch.weights]
+        weights = _checked(np.concatenate(parts), batch.start).reshape(-1)
+    state = MetricState(n_classes, weighted=weights is not None)
+    rows = np.moveaxis(scores, axis, -1).reshape(-1, n_classes)
+    try:
+        state.add(rows, target.reshape(-1), weights, loss, batch.start * samples_per_row)
+    except InvalidTargetError as error:
+        first, *others = (int(i) for i in np.unravel_index(error.position[0], target.shape))
+        position = (first + batch.start, *others)
+        raise InvalidTargetError(position, error.value, error.n_classes) from None
+    return state
 
 
-def _or_inf(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+def _checked(weights: np.ndarray, start: int) -> np.ndarray:
+    """Return weights as float64; refuse what is no weight."""
+    import numpy as np
 
+    from mml_arrayapi.evaluation.errors import InputError
 
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.3f} %"
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinities."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    bad = np.argwhere(~((weights >= 0) & (weights < math.inf)))
+    if len(bad):
+        first = tuple(int(i) for i in bad[0])
+        where = ", ".join(map(str, (first[0] + start, *first[1:])))
+        raise InputError(
+            f"sample weights: [{where}] is {weights[first]}; accepted are finite numbers >= 0"
+        )
+    return weights.astype(np.float64)

@@ -1,46 +1,92 @@
-"""An evaluation as one HTML page: figures, plots and tables, nothing loaded from elsewhere."""
+"""An evaluation as one HTML page, and its comparison with another one."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from html import escape
+from datetime import datetime
+from typing import Any
 
 from mml_arrayapi._version import __version__
-from mml_arrayapi.evaluation.metrics import BAR, ClassFigures, Evaluation
+from mml_arrayapi.evaluation import page
+from mml_arrayapi.evaluation.errors import InputError, require
+from mml_arrayapi.evaluation.figures import SCHEMA, Evaluation, percent
 
-ROWS = 1000  # classes in the table; of more, those of highest mean loss
-COLUMNS = 60  # classes, or groups of them, in the plot
-BARS = 64  # bars of the histogram
-WIDTH, HEIGHT, LEFT, BELOW = 860, 260, 64, 40
-
-STYLE = """
-:root { color-scheme: light; --ink: #1d2733; --soft: #5d6b7a; --line: #d7dde4; --blue: #2f6db5;
-  --red: #c2502e; --green: #2e8b62 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 900px;
-  margin: 2rem auto; padding: 0 1rem; background: #fff }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-p, figcaption { color: var(--soft); margin: .3rem 0 }
-.figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
-.figures div { border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; flex: 1 }
-.figures b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums }
-.figures span { color: var(--soft); font-size: .85rem }
-figure { margin: 0 } svg { width: 100%; height: auto; font: 12px system-ui, sans-serif }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line) }
-th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
-"""
+ROWS = 200  # classes that the table shows at once
+COLUMNS = 60  # classes in the plot by class; of more, the sorted curve is drawn
+POINTS = 400  # of that curve
+SHARES = ("accuracy", "inside_margin")
 
 
-def to_html(figures: Evaluation, logits: str, targets: str) -> str:
+def check_libraries() -> None:
+    """Raise an :class:`InputError` if what the report needs is not installed."""
+    for module in ("jinja2", "matplotlib"):
+        require(module, "--report")
+
+
+def read_figures(path: str) -> dict[str, Any]:
+    """Read what ``--json`` has written.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+
+    Raises
+    ------
+    InputError
+        It is something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            told = json.load(file)
+        if told["schema"] != SCHEMA:
+            raise ValueError(  # noqa: TRY301
+                f"its schema is {told['schema']}, not {SCHEMA}"
+            )
+        for figures in (told, *told["classes"].values()):
+            for name in ("loss", *SHARES):
+                figures[name] = float(figures[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: holds no figures to compare with ({type(error).__name__}: {error}); write it "
+            "by `mml-arrayapi evaluate ... --json > FILE`"
+        ) from error
+    return dict(told)
+
+
+def comparison(figures: Evaluation, before: dict[str, Any], name: str) -> str:
+    """Return a small table of figures beside those of another evaluation.
+
+    Parameters
+    ----------
+    figures : Evaluation
+        The new ones.
+    before : dict
+        What :func:`read_figures` returned.
+    name : str
+        What to call the old ones.
+    """
+    lines = [f"{'':<15}{'now':>15}{'before':>15}{'change':>15}   before: {name}"]
+    for key in ("loss", *SHARES):
+        new, old = getattr(figures, key), before[key]
+        shown = [percent(v) if key in SHARES else f"{v:.6g}" for v in (new, old)]
+        change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
+        lines.append(f"{key.replace('_', ' '):<15}{shown[0]:>15}{shown[1]:>15}{change:>15}")
+    return "\n".join(lines)
+
+
+def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = None) -> str:
     """Return the page.
 
     Parameters
     ----------
     figures : Evaluation
         What to show.
-    logits, targets : str
-        What was evaluated, as the reader should see it named.
+    command : str
+        How they were made.
+    before : dict, optional
+        Figures to compare with: what :func:`read_figures` returned.
 
     Returns
     -------
@@ -48,166 +94,152 @@ def to_html(figures: Evaluation, logits: str, targets: str) -> str:
         HTML with inline SVG; it opens without a network.
     """
     classes = [(c, f) for c, f in enumerate(figures.classes) if f.count]
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>Evaluation of {escape(logits)}</title><style>{STYLE}</style></head><body>",
-        "<h1>Multi-class hinge loss</h1>",
-        f"<p>Scores {escape(logits)}, targets {escape(targets)}</p>",
-        f"<p>p = {figures.p:g}, margin = {figures.margin:g}; kernel {escape(figures.kernel)}; "
-        f"mml_arrayapi {__version__}</p>",
-        "<div class='figures'>",
-        _figure(f"{figures.loss:.6g}", f"loss ({figures.reduction})"),
-        _figure(_percent(figures.accuracy), "accuracy: target has the highest score"),
-        _figure(_percent(figures.inside_margin), "inside the margin: another class within it"),
-        _figure(f"{figures.samples:,}", f"samples in {len(figures.classes):,} classes"),
-        "</div>",
-        "<h2>How far the target's score lies above the highest other</h2>",
-        f"<figure>{_histogram(figures)}<figcaption>Left of 0 another class wins; between 0 and the "
-        "margin the target wins, but costs something. Counts beyond the plot are in its outermost "
-        f"bars. {_undefined(figures)}</figcaption></figure>",
-        "<h2>Mean loss by class</h2>",
-        f"<figure>{_class_plot(classes)}</figure>",
-        "<h2>Classes</h2>",
-        _table(classes),
-        f"<p>The loss to all digits: {figures.loss!r}.</p>",
-        "</body></html>",
-    ]
-    return "\n".join(parts)
-
-
-def _figure(value: str, label: str) -> str:
-    return f"<div><b>{value}</b><span>{label}</span></div>"
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.2f} %"
-
-
-def _undefined(figures: Evaluation) -> str:
-    if not figures.undefined:
-        return ""
-    return f"{figures.undefined:,} samples are in no bar: a score is NaN, or two are infinite."
-
-
-def _histogram(figures: Evaluation) -> str:
-    """Draw the histogram between the bars that hold all but a thousandth of the samples."""
-    bars = figures.histogram
-    total, low, high = sum(bars), 0, len(bars)
-    cut = total / 2000
-    while low < high and sum(bars[: low + 1]) <= cut:
-        low += 1
-    while high > low and sum(bars[high - 1 :]) <= cut:
-        high -= 1
-    low, high = min(low, len(bars) // 2 - BAR), max(high, len(bars) // 2 + 2 * BAR)
-    width = -(-(high - low) // BARS)
-    high = low + -(-(high - low) // width) * width
-    counts = [sum(bars[i : i + width]) for i in range(low, high, width)]
-    if counts:
-        counts[0] += sum(bars[:low])
-        counts[-1] += sum(bars[high:])
-    scale = figures.unit / BAR
-    start, stop = (low - len(bars) // 2) * scale, (high - len(bars) // 2) * scale
-    colours = []
-    for i in range(len(counts)):
-        middle = start + (i + 0.5) * width * scale
-        wins = "var(--blue)" if middle < figures.margin else "var(--green)"
-        colours.append("var(--red)" if middle < 0 else wins)
-    lines = [(0.0, "0"), (figures.margin, "margin")] if figures.margin else [(0.0, "0")]
-    return _plot(counts, colours, (start, stop), lines, "samples")
-
-
-def _class_plot(classes: Sequence[tuple[int, ClassFigures]]) -> str:
-    """Draw the classes' mean losses; many classes are grouped in order, by their samples' mean."""
-    finite = [(c, f) for c, f in classes if math.isfinite(f.loss)]
-    if not finite:
-        return "<p>No class has a finite mean loss.</p>"
-    step = -(-len(finite) // COLUMNS)
-    groups = [finite[i : i + step] for i in range(0, len(finite), step)]
-    means = [sum(f.loss * f.count for _, f in g) / sum(f.count for _, f in g) for g in groups]
-    labels = [str(g[0][0]) if step == 1 else f"{g[0][0]}-{g[-1][0]}" for g in groups]
-    return _plot(means, ["var(--blue)"] * len(means), labels, [], "mean loss")
-
-
-def _plot(
-    values: Sequence[float],
-    colours: Sequence[str],
-    axis: tuple[float, float] | Sequence[str],
-    lines: Sequence[tuple[float, str]],
-    label: str,
-) -> str:
-    """Draw bars; ``axis`` is the range of numbers below them, or their names."""
-    top = max([*values, 0]) or 1
-    bottom = min([*values, 0])
-    room, tall = WIDTH - LEFT - 10, HEIGHT - BELOW - 24
-    each = room / max(1, len(values))
-
-    def y(value: float) -> float:
-        return 24 + tall * (top - value) / (top - bottom)
-
-    made = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{label}'>"]
-    made.append(_text(LEFT, 14, label, "start"))
-    for tick in _ticks(bottom, top):
-        made.append(
-            f"<line x1='{LEFT}' x2='{WIDTH - 10}' y1='{y(tick):.1f}' y2='{y(tick):.1f}' "
-            "stroke='var(--line)'/>"
+    old = (before or {}).get("classes", {})
+    data = []
+    for c, f in classes:
+        row = [figures.name(c), f.count, *map(_number, (f.loss, f.accuracy, f.inside_margin))]
+        data.append(
+            [*row, _number(old[str(c)]["loss"]) if str(c) in old else None][: 6 if old else 5]
         )
-        made.append(_text(LEFT - 6, y(tick) + 4, f"{tick:,g}", "end"))
-    for i, (value, colour) in enumerate(zip(values, colours, strict=True)):
-        high, low = y(max(value, 0)), y(min(value, 0))
-        made.append(
-            f"<rect x='{LEFT + i * each + 0.5:.1f}' y='{high:.1f}' width='{max(1, each - 1):.1f}' "
-            f"height='{max(low - high, 0):.1f}' fill='{colour}'><title>{value:,g}</title></rect>"
-        )
-    if isinstance(axis[0], str):
-        skip = -(-len(axis) // 15)
-        made += [
-            _text(LEFT + (i + 0.5) * each, HEIGHT - 18, str(axis[i]), "middle")
-            for i in range(0, len(axis), skip)
-        ]
-        made.append(_text(LEFT + room / 2, HEIGHT - 2, "class", "middle"))
-        return "".join([*made, "</svg>"])
-    start, stop = float(axis[0]), float(axis[1])
-    for tick in _ticks(start, stop):
-        x = LEFT + room * (tick - start) / (stop - start)
-        made.append(_text(x, HEIGHT - 18, f"{tick:g}", "middle"))
-    for value, name in lines:
-        x = LEFT + room * (value - start) / (stop - start)
-        made.append(
-            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='18' y2='{24 + tall}' stroke='var(--ink)' "
-            "stroke-dasharray='4 3'/>"
-        )
-        made.append(_text(x + 4, 16, name, "start"))
-    return "".join([*made, "</svg>"])
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between two others, about six of them."""
-    rough = (high - low) / 6
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
-    first, last = math.ceil(low / step), math.floor(high / step)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='var(--soft)'>"
-        f"{escape(text)}</text>"
+    if len(data) > ROWS:  # those without a number first, then those of highest loss
+        data.sort(key=lambda row: math.inf if isinstance(row[2], str) else row[2], reverse=True)
+    histogram, beyond = _histogram(figures)
+    by_class, note = _by_class(figures, classes)
+    headings = ("class", "samples", "mean loss", "accuracy", "inside the margin", "loss before")
+    return page.render(
+        __package__,
+        "report.html",
+        f=figures,
+        title=", ".join(dict.fromkeys(line["scores"]["name"] for line in figures.pairing[:2])),
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=__version__,
+        cards=_cards(figures, before),
+        histogram=histogram,
+        beyond=beyond,
+        by_class=by_class,
+        by_class_note=note,
+        headings=headings[: 6 if old else 5],
+        rows=[[_cell(v, i) for i, v in enumerate(row)] for row in data[:ROWS]],
+        table_note=f"{min(ROWS, len(data)):,} of {len(data):,} classes",
+        pairs=figures.pairs() if len(figures.pairing) > 1000 else _all_pairs(figures),
+        command=command,
+        data=data,
+        page=ROWS,
+        percent_columns=[3, 4],
     )
 
 
-def _table(classes: Sequence[tuple[int, ClassFigures]]) -> str:
-    note = ""
-    if len(classes) > ROWS:
-        worst = sorted(classes, key=lambda item: -item[1].loss)[:ROWS]
-        note = f"<p>The {ROWS:,} classes of highest mean loss, of {len(classes):,}.</p>"
-        classes = worst
-    rows = [
-        f"<tr><td>{c}</td><td>{f.count:,}</td><td>{f.loss:.6g}</td><td>{_percent(f.accuracy)}</td>"
-        f"<td>{_percent(f.inside_margin)}</td></tr>"
-        for c, f in classes
+def _all_pairs(figures: Evaluation) -> list[str]:
+    from mml_arrayapi.evaluation.figures import pair
+
+    return [" with ".join(pair(line)) for line in figures.pairing]
+
+
+def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
+    told = [
+        ("loss", f"{figures.loss:.6g}", f"loss ({figures.reduction})"),
+        ("accuracy", percent(figures.accuracy), "accuracy: target has the highest score"),
+        (
+            "inside_margin",
+            percent(figures.inside_margin),
+            "inside the margin: another class within",
+        ),
     ]
-    names = ("class", "samples", "mean loss", "accuracy", "inside the margin")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"{note}<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    cards: list[Any] = []
+    for key, value, label in told:
+        if before is None:
+            cards.append((value, label, "", None))
+            continue
+        old, new = before[key], getattr(figures, key)
+        change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
+        better = (new > old) == (key == "accuracy")
+        style = ("better" if better else "worse") if new > old or new < old else ""
+        cards.append(
+            (value, label, percent(old) if key in SHARES else f"{old:.6g}", (change, style))
+        )
+    samples = f"samples in {len(figures.classes):,} classes"
+    old = "" if before is None else f"{before['samples']:,}"
+    cards.append((f"{figures.samples:,}", samples, old, ("", "")))
+    return cards
+
+
+def _number(value: float) -> Any:
+    return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{value}".title()
+
+
+def _cell(value: Any, column: int) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,}" if column == 1 else percent(value) if column in (3, 4) else f"{value:.6g}"
+
+
+def _histogram(figures: Evaluation) -> tuple[Any, str]:
+    bars = figures.bars()
+    if not bars:
+        return "", "No sample is in the histogram: a score of each is NaN, or two are infinite."
+    width = min(stop - start for start, stop, _ in bars)
+    shown = [bar for bar in bars if math.isclose(bar[1] - bar[0], width, rel_tol=1e-6)]
+    scale = 1.0
+    if not 1e-290 < width < 1e290:  # matplotlib's own arithmetic would overflow
+        scale = 2.0 ** -math.frexp(shown[-1][1] or shown[0][0])[1]
+    starts = [start * scale for start, _, _ in shown]
+
+    def draw(axes: Any) -> None:
+        colours = [
+            page.BAD if start < 0 else page.MIDDLE if start < figures.margin else page.GOOD
+            for start, _, _ in shown
+        ]
+        counts = [count for _, _, count in shown]
+        axes.bar(starts, counts, width * scale * 0.94, align="edge", color=colours)
+        for place, name in ((0.0, "0"), (figures.margin, "margin")):
+            if starts[0] <= place * scale <= starts[-1] + width * scale:
+                axes.axvline(place * scale, color=page.INK, linewidth=0.8, linestyle="--")
+                axes.text(
+                    place * scale, 1.01, name, transform=axes.get_xaxis_transform(), ha="center"
+                )
+        axes.set_ylabel("samples")
+        axes.set_xlabel(
+            "score of the target less the highest other" + ("" if scale == 1 else f" x {scale:g}")
+        )
+
+    far = [bar for bar in bars if bar not in shown]
+    told = [
+        f"{count:,} more from {start:.4g} to {stop:.4g}"
+        for start, stop, count in (far[:3] + far[3:][-3:])
+    ]
+    note = f"Beyond the plot: {'; '.join(told)}." if told else ""
+    if figures.undefined:
+        note += f" {figures.undefined:,} are in no bar: a score is NaN, or two are infinite."
+    return page.plot(draw), note
+
+
+def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
+    finite = [(c, f) for c, f in classes if math.isfinite(f.loss)]
+    left = len(classes) - len(finite)
+    note = (
+        f"{left:,} classes without a finite mean loss are not drawn; the table shows them."
+        if left
+        else ""
+    )
+    if not finite:
+        return "", note or "There are no samples."
+    top = max(abs(f.loss) for _, f in finite)
+    scale = 1.0 if top < 1e290 else 2.0 ** -math.frexp(top)[1]
+
+    def draw(axes: Any) -> None:
+        axes.set_ylabel("mean loss" + ("" if scale == 1 else f" x {scale:g}"))
+        if len(finite) <= COLUMNS:
+            axes.bar(range(len(finite)), [f.loss * scale for _, f in finite], color=page.OTHER)
+            names = [figures.name(c)[:16] for c, _ in finite]
+            crowded = len(names) > 20 or max(map(len, names)) * len(names) > 110
+            axes.set_xticks(range(len(names)), names, rotation=90 if crowded else 0)
+            axes.set_xlim(-0.6, len(names) - 0.4)
+            return
+        losses = sorted((f.loss * scale for _, f in finite), reverse=True)
+        step = max(1, len(losses) // POINTS)
+        ranks = [*range(0, len(losses), step), len(losses) - 1]
+        axes.fill_between([r + 1 for r in ranks], [losses[r] for r in ranks], color=page.OTHER)
+        axes.set_xlabel("classes, from the highest mean loss to the lowest")
+        axes.set_xlim(1, len(losses))
+
+    return page.plot(draw), note

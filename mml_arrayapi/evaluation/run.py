@@ -1,15 +1,20 @@
-"""Evaluation of files: loss, accuracy, share inside the margin, by class; exact and restartable."""
+"""The evaluation of files: loss, accuracy, share inside the margin; exact and restartable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from mml_arrayapi.validation import check_parameters
+from mml_arrayapi.evaluation.errors import InputError, require
+from mml_arrayapi.validation import check_ignore_index, check_parameters
 
 if TYPE_CHECKING:
-    from mml_arrayapi.evaluation.inputs import Rows
-    from mml_arrayapi.evaluation.metrics import Evaluation, Loss
+    from mml_arrayapi.evaluation.figures import Evaluation
+    from mml_arrayapi.evaluation.inputs import Dataset
+    from mml_arrayapi.evaluation.metrics import Loss, MetricState
 
 Array = Any
 
@@ -23,51 +28,68 @@ def evaluate(
     p: float = 1,
     margin: float = 1.0,
     weight: Array | None = None,
+    sample_weight: Any = None,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     axis: int = -1,
     backend: str | None = None,
-    scheduler: str = "threads",
+    class_names: str | Sequence[str] | None = None,
+    unwritten_chunks: str | None = None,
+    scheduler: Any = "threads",
     workers: int | None = None,
     chunk_size: int | None = None,
     checkpoint: str | None = None,
     timeout: float = TIMEOUT,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> Evaluation:
     """Evaluate scores in files of any size.
 
-    The scores are read and counted piece by piece. The losses are added without rounding, so that
+    The scores are read and counted batch by batch. The losses are added without rounding, so that
     the figures are the same to the last bit for any ``chunk_size``, scheduler and number of
     workers, whatever happens to these on the way.
 
     Parameters
     ----------
-    logits : path, array, or list of those
-        The scores: float16, float32 or float64, shape (N, C). A path is a ``.npy`` file (it is
-        mapped, not read), a ``.npz`` archive, a Zarr store, a Parquet file (one column of lists,
-        or one column of floats per class), or a pattern such as ``"part-*.npy"``, whose files
-        follow one another. Where a file holds several arrays or columns, the name of one follows
-        a ``#``: ``"file.npz#logits"``. An array is NumPy's or Dask's.
-    targets : path, array, or list of those
+    logits : path, URL, array, or list of those
+        The scores: float16, bfloat16, float32 or float64, shape (N, C). Files are ``.npy``,
+        ``.npz``, ``.parquet``, ``.h5``, ``.safetensors`` or Zarr stores, on this machine or
+        wherever fsspec reads (``s3://``, ``https://``, ...). A pattern such as ``"part-*.npy"``
+        stands for files that follow one another, part-2 before part-10; a folder stands for its
+        Parquet files. Where a file holds several arrays or columns, the name of one follows a
+        ``#``: ``"file.npz#logits"``. An array is NumPy's, Dask's, Zarr's or h5py's.
+    targets : path, URL, array, or list of those
         Each sample's class: integers, shape (N,).
-    p, margin, weight, reduction, axis, backend
+    p, margin, weight, ignore_index, reduction, axis, backend
         As in :func:`mml_arrayapi.multi_margin_loss`; ``reduction`` is ``"mean"`` or ``"sum"``,
         ``weight`` a NumPy array, ``backend`` a kernel for NumPy arrays.
-    scheduler : str, default "threads"
-        ``"threads"``, ``"processes"``, or the address of a Dask scheduler, whose workers must see
-        the files under the same paths.
+    sample_weight : path, URL, array, or list of those, optional
+        Each sample's weight: finite numbers >= 0, shape (N,). The mean is the sum of the losses
+        times these over the sum of these; accuracy and the share inside the margin likewise.
+    class_names : sequence of str or path, optional
+        The names of the classes, for tables and the report: a list, a file with one name per line,
+        or a ``.json`` file with a list.
+    unwritten_chunks : {"error", "fill"}, optional
+        What it means that a chunk of a Zarr store or HDF5 file was never written: an error, or that
+        all its values are the store's fill value. If left out, an error, except in the scores.
+    scheduler : str, Client or Cluster, default "threads"
+        ``"threads"``; ``"processes"`` (a ``LocalCluster`` of Dask); the address of a Dask
+        scheduler, or one of Dask's clients or clusters, whose workers must see the same files under
+        the same paths.
     workers : int, optional
-        The number of threads or processes, one per core if left out; of a cluster, how many
-        workers to wait for.
+        The number of threads or processes, as many as the CPUs and the memory allowed to this
+        process suffice for if left out; of a cluster, how many workers to wait for.
     chunk_size : int, optional
-        The number of rows per piece; about 4 million scores if left out. Zarr's chunks and
-        Parquet's row groups are not torn apart.
-    checkpoint : path, optional
-        A folder for a journal of the finished pieces. A run that was killed is resumed there.
+        The number of rows per batch; about 4 million scores if left out. What is stored together
+        (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz`` array) is not torn
+        apart.
+    checkpoint : path or URL, optional
+        A folder for a journal of the finished batches. A run that was killed is resumed there.
     timeout : float, default 300
-        On a cluster, seconds without any finished piece after which the unfinished ones are given
+        On a cluster, seconds without any finished batch after which the unfinished ones are given
         to idle workers.
-    progress : callable, optional
-        Called as ``progress(done, rows)`` when a piece is finished.
+    progress : callable or bool, optional
+        Called as ``progress(done, rows)`` when a batch is finished; True shows a bar (in a terminal
+        or a notebook).
 
     Returns
     -------
@@ -77,7 +99,8 @@ def evaluate(
     Raises
     ------
     InputError
-        An input is missing, damaged, or doesn't fit the others; the message says what to do.
+        An input is missing, damaged, has changed meanwhile, or doesn't fit the others; the message
+        says what to do.
     InvalidTargetError
         A target is out of range, with its position in the whole.
     WorkerError
@@ -93,53 +116,80 @@ def evaluate(
     >>> figures.loss, figures.accuracy, figures.inside_margin
     (0.3125, 0.5, 0.5)
     """
-    from mml_arrayapi.evaluation.inputs import rows_of, tally_piece
+    require("numpy", "evaluate")
+    from mml_arrayapi.evaluation import inputs
+    from mml_arrayapi.evaluation.cluster import Work, run
+    from mml_arrayapi.evaluation.figures import figures_of
+    from mml_arrayapi.evaluation.formats import Rules
     from mml_arrayapi.evaluation.journal import Journal
-    from mml_arrayapi.evaluation.metrics import Tally
-    from mml_arrayapi.evaluation.schedule import run
+    from mml_arrayapi.evaluation.metrics import MetricState, count_batch
 
-    loss = _check(p, margin, weight, reduction, backend)
+    loss = _check(p, margin, weight, reduction, backend, ignore_index)
     for name, value in (("workers", workers), ("chunk_size", chunk_size), ("timeout", timeout)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, but is {value}")
-    rows = rows_of(logits, targets, axis, chunk_size)
-    kernel = _kernel(rows, loss)
+    if unwritten_chunks not in (None, "error", "fill"):
+        raise ValueError(f"unwritten_chunks must be 'error' or 'fill', but is {unwritten_chunks!r}")
+    rules = Rules(ignore_index, unwritten_chunks)
+    data = inputs.open_dataset(logits, targets, sample_weight, axis, chunk_size, rules)
+    kernel = _kernel(data, loss)
+    names = _class_names(class_names, data.n_classes)
 
-    total, done = Tally(rows.n_classes), 0
-    journal = Journal(checkpoint, _about(rows, loss, kernel)) if checkpoint is not None else None
-    finished = journal.finished if journal is not None else {}
-    for number, tally in finished.items():
-        total.merge(tally)
-        done += rows.pieces[number].rows
-    jobs = [(number, (piece, rows.axis, loss)) for number, piece in enumerate(rows.pieces)]
-    left = [job for job in jobs if job[0] not in finished]
-    try:
-        for number, tally in run(tally_piece, left, scheduler, workers, timeout) if left else ():
-            if journal is not None:
-                journal.add(number, tally)
-            total.merge(tally)
-            done += rows.pieces[number].rows
-            if progress is not None:
-                progress(done, rows.n_rows)
-    finally:
-        if journal is not None:
-            journal.close()
-    return total.evaluation(loss, reduction, kernel)
+    weighted = sample_weight is not None
+    total = MetricState(data.n_classes, weighted=weighted, dense=True)
+    nan: dict[str, int] = {}
+    done = 0
+
+    def add(number: int, state: MetricState) -> None:
+        nonlocal done
+        batch = data.batches[number]
+        total.merge(state)
+        done += batch.stop - batch.start
+        if count := int(state.counts[3].sum()):
+            name = batch.scores[0].shard.name
+            nan[name] = nan.get(name, 0) + count
+
+    with ExitStack() as stack:
+        stack.callback(inputs.forget)
+        finished: dict[int, MetricState] = {}
+        if checkpoint is not None:
+            journal = Journal(os.fspath(checkpoint), _about(data, loss, kernel, rules))
+            stack.callback(journal.close)
+            finished = journal.finished
+        for number, state in finished.items():
+            add(number, state)
+        if progress is True:
+            from mml_arrayapi.evaluation.progress import bar
+
+            progress = stack.enter_context(bar())
+        left = {n: batch for n, batch in enumerate(data.batches) if n not in finished}
+        options = (data.axis, loss, data.n_classes, data.samples_per_row)
+        work = Work(count_batch, options, left, data.is_lazy, data.largest_batch())
+        for number, state in run(work, scheduler, workers, timeout) if left else ():
+            if checkpoint is not None:
+                journal.add(number, state)
+            add(number, state)
+            if progress:
+                progress(done, data.n_rows)
+    data.check_versions()
+    return figures_of(total, data, loss, reduction, kernel, names, dict(sorted(nan.items())))
 
 
-def _about(rows: Rows, loss: Loss, kernel: str) -> dict[str, Any]:
-    """Return what a journal must agree with for its pieces to be used."""
-    from mml_arrayapi.evaluation.inputs import InputError
-
-    if any(piece.scores.shard.array is not None for piece in rows.pieces):
+def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]:
+    """Return what a journal must agree with for its batches to be used."""
+    if not all(shard.version for shards in data.shards.values() for shard in shards):
         raise InputError("checkpoint: only files can be resumed, but arrays were given")
     weight = None if loss.weight is None else loss.weight.tolist()
-    parameters = {"p": loss.p, "margin": loss.margin, "weight": weight, "axis": rows.axis}
-    cut = {"kernel": kernel, "chunk size": rows.identity[0], "inputs": rows.identity[1:]}
-    return {"version": 1, **parameters, **cut}
+    parameters = {"p": loss.p, "margin": loss.margin, "weight": weight, "axis": data.axis}
+    parameters |= {"ignore_index": loss.ignore_index, "unwritten_chunks": rules.unwritten}
+    starts = [batch.start for batch in data.batches]
+    cut = {"kernel": kernel, "chunk size": max((b.stop - b.start for b in data.batches), default=0)}
+    return {"version": 2, **parameters, **cut, "batches": starts, "inputs": data.identity()}
 
 
-def _check(p: float, margin: float, weight: Any, reduction: str, backend: str | None) -> Loss:
+def _check(
+    p: float, margin: float, weight: Any, reduction: str, backend: str | None, ignore_index: Any
+) -> Loss:
     import numpy as np
 
     from mml_arrayapi.evaluation.metrics import Loss
@@ -147,16 +197,47 @@ def _check(p: float, margin: float, weight: Any, reduction: str, backend: str | 
     p, margin = check_parameters(reduction, p, margin)
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', but is 'none'")
-    return Loss(p, margin, None if weight is None else np.asarray(weight), backend)
+    ignore_index = check_ignore_index(ignore_index)
+    return Loss(p, margin, None if weight is None else np.asarray(weight), backend, ignore_index)
 
 
-def _kernel(rows: Rows, loss: Loss) -> str:
+def _kernel(data: Dataset, loss: Loss) -> str:
     """Return the name of the kernel that runs; refuse what it refuses before any work."""
     import numpy as np
 
     from mml_arrayapi.loss import explain
 
-    dtype = np.float64 if rows.dtype.itemsize == 8 else np.float32
-    scores = np.zeros((1, rows.n_classes), dtype)
-    options = {**loss._asdict(), "reduction": "none", "check_target": "nan"}
-    return explain(scores, np.zeros(1, np.int64), **options).kernel
+    dtype = np.float64 if data.shards["scores"][0].dtype.itemsize == 8 else np.float32
+    return explain(
+        np.zeros((1, data.n_classes), dtype),
+        np.zeros(1, np.int64),
+        p=loss.p,
+        margin=loss.margin,
+        weight=loss.weight,
+        reduction="none",
+        check_target="nan",
+        backend=loss.backend,
+    ).kernel
+
+
+def _class_names(given: Any, n_classes: int) -> Sequence[str] | None:
+    if given is None:
+        return None
+    names, where = given, "class_names"
+    if isinstance(given, (str, os.PathLike)):
+        where = os.fspath(given)
+        try:
+            with open(where, encoding="utf-8") as file:
+                text = file.read()
+            names = json.loads(text) if where.endswith(".json") else text.splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{where}: the names of the classes cannot be read ({error})"
+            ) from error
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: must be a list of names, one per class")
+    if len(names) != n_classes:
+        raise InputError(
+            f"{where}: has {len(names):,} names, but the scores have {n_classes:,} classes"
+        )
+    return names

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
-from mml_arrayapi.evaluation import schedule
+from mml_arrayapi.evaluation import cluster as cluster_module
 from mml_arrayapi.evaluation.command import add_parser
 from mml_arrayapi.evaluation.journal import NAME
 
@@ -131,14 +131,16 @@ def test_a_target_out_of_range_is_found_by_a_worker(folder, client):
 
 def lose_a_file(folder, address):
     """Remove a file after it has been looked at, before the workers read it."""
-    from mml_arrayapi.evaluation.inputs import rows_of, tally_piece
-    from mml_arrayapi.evaluation.metrics import Loss
+    from mml_arrayapi.evaluation.cluster import Work, run
+    from mml_arrayapi.evaluation.formats import Rules
+    from mml_arrayapi.evaluation.inputs import open_dataset
+    from mml_arrayapi.evaluation.metrics import Loss, count_batch
 
     np.save(folder / "gone.npy", np.zeros((N, C)))
-    rows = rows_of(folder / "gone.npy", folder / "y.npy", -1, None)
+    data = open_dataset(folder / "gone.npy", folder / "y.npy", None, -1, None, Rules())
     os.remove(folder / "gone.npy")
-    jobs = [(0, (rows.pieces[0], rows.axis, Loss()))]
-    list(schedule.run(tally_piece, jobs, address, None, 60))
+    work = Work(count_batch, (data.axis, Loss(), C, 1), {0: data.batches[0]}, False, 0)
+    list(run(work, address, None, 60))
 
 
 def test_a_worker_killed_in_mid_run(folder, client, wanted):
@@ -171,7 +173,7 @@ def test_all_workers_hang(folder, client, wanted, tmp_path):
 
     address = client.scheduler.address
     try:
-        with pytest.raises(mml.WorkerError, match="no piece has been finished for 1 s, and no wor"):
+        with pytest.raises(mml.WorkerError, match="no batch has been finished for 1 s, and no wor"):
             run(folder, address, timeout=1, progress=at(5, stop), checkpoint=tmp_path)
     finally:
         for victim in victims:
@@ -206,7 +208,9 @@ def test_kill_9_of_the_client(folder, client, wanted, tmp_path):
 def test_a_scheduler_that_goes_away_and_the_run_after(folder, wanted, tmp_path):
     with local_cluster(1) as lost:
         keywords = {"progress": at(5, lost.close), "checkpoint": tmp_path, "timeout": 10}
-        with pytest.raises(mml.WorkerError, match="the connection to the scheduler is lost; run"):
+        with pytest.raises(
+            mml.WorkerError, match=r"the connection to the scheduler tcp.* is lost; run"
+        ):
             run(folder, lost.scheduler_address, **keywords)
     assert run(folder, "threads", checkpoint=tmp_path) == wanted
 
@@ -214,7 +218,7 @@ def test_a_scheduler_that_goes_away_and_the_run_after(folder, wanted, tmp_path):
 def test_no_scheduler_at_that_address(folder, capsys, monkeypatch):
     from argparse import ArgumentParser
 
-    monkeypatch.setattr(schedule, "CONNECT", 0.3)
+    monkeypatch.setattr(cluster_module, "CONNECT", 0.3)
     parser = ArgumentParser()
     add_parser(parser.add_subparsers())
     for address in ("tcp://127.0.0.1:1", "thread"):

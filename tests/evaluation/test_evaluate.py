@@ -17,7 +17,6 @@ import pytest
 
 import mml_arrayapi as mml
 from mml_arrayapi.evaluation.command import add_parser
-from mml_arrayapi.evaluation.inputs import _open
 from mml_arrayapi.evaluation.journal import NAME
 from mml_arrayapi.loss import sample_losses
 
@@ -37,7 +36,6 @@ def arrays():
 def files(arrays, tmp_path, monkeypatch):
     """The scores and targets as .npy files in the working directory."""
     monkeypatch.chdir(tmp_path)
-    _open.cache_clear()
     np.save("x.npy", arrays[0])
     np.save("y.npy", arrays[1])
     return tmp_path
@@ -70,9 +68,7 @@ def test_the_figures(arrays):
     scores, target = arrays
     weight = np.linspace(0.5, 2, C)
     figures = mml.evaluate(scores, target, p=2, margin=0.5, weight=weight, reduction="sum")
-    losses = sample_losses(
-        scores, target, p=2, margin=0.5, weight=weight, check_target="raise", elements=0
-    )
+    losses = sample_losses(scores, target, p=2, margin=0.5, weight=weight, check_target="raise")
     assert figures.loss == math.fsum(losses)
     order = np.argsort(scores, axis=1)
     assert figures.accuracy == np.mean(order[:, -1] == target)
@@ -95,7 +91,6 @@ def test_the_histogram(arrays):
     for start, stop, count in figures.bars():
         lead = (own - others).astype(np.float64)
         assert count == np.sum((lead >= start) & (lead < stop))
-    assert sum(figures.bars(8)[i][2] for i in range(len(figures.bars(8)))) == N
 
 
 def test_ties_nan_and_infinities():
@@ -124,7 +119,8 @@ def test_no_samples_and_one_class():
 
 @pytest.mark.parametrize("backend", ["generic", "numpy-cpu"])
 def test_any_cut_gives_the_same_bits(arrays, backend):
-    pytest.importorskip("numba")
+    if not next(b for b in mml.list_backends() if b.name == backend).available:
+        pytest.skip(f"{backend} is not there")
     scores, target = arrays
     figures = {
         str(mml.evaluate(x, target, chunk_size=n, workers=w, backend=backend).to_json())
@@ -132,15 +128,6 @@ def test_any_cut_gives_the_same_bits(arrays, backend):
         for n, w in ((1, 2), (7, 3), (N, 1), (N - 1, 2), (None, None))
     }
     assert len(figures) == 1
-
-
-def test_a_large_job_takes_the_fast_kernel_from_the_start(arrays):
-    """Waiting until compiling pays would give the first pieces other bits than the rest."""
-    pytest.importorskip("numba")
-    scores, target = (np.tile(a, (1000, *(1,) * (a.ndim - 1))) for a in arrays)
-    figures = mml.evaluate(scores, target)
-    assert figures.kernel == "numpy-cpu"
-    assert figures.loss == mml.evaluate(scores, target, backend="numpy-cpu", chunk_size=977).loss
 
 
 def test_float16_scores():
@@ -248,14 +235,37 @@ def test_parquet(arrays, files, wanted):
 # The command.
 
 
+PAIR = "x.npy rows 0 to 699 with y.npy rows 0 to 699"
+
+
+def same_json(text, wanted):
+    """Compare figures printed as JSON with those of arrays: all but the files' names."""
+    told, wanted = json.loads(text, parse_constant=pytest.fail), wanted.to_json()
+    for figures in (told, wanted):
+        for name in ("pairing", "worst", "nan_samples", "nan_by_file"):
+            figures.pop(name)
+    assert told == wanted
+
+
 def test_table_and_json(files, wanted, capsys):
     assert command("x.npy", "y.npy") == 0
     table = capsys.readouterr().out
     assert f"loss           {wanted.loss!r} (mean; p 1, margin 1)" in table
     assert f"accuracy       {100 * wanted.accuracy:.3f} %" in table
-    assert len(table.splitlines()) == 7 + C
+    assert f"read           {PAIR}\n" in table
+    assert len(table.splitlines()) == 8 + C
     assert command("x.npy", "y.npy", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == wanted.to_json()
+    text = capsys.readouterr().out
+    same_json(text, wanted)
+    told = json.loads(text)
+    assert told["schema"] == 2
+    assert told["pairing"] == [
+        {
+            "rows": [0, N],
+            "scores": {"name": "x.npy", "rows": [0, N]},
+            "targets": [{"name": "y.npy", "rows": [0, N]}],
+        }
+    ]
 
 
 def test_options_reach_the_figures(arrays, files, capsys):
@@ -265,7 +275,7 @@ def test_options_reach_the_figures(arrays, files, capsys):
         assert command("x.npy", "y.npy", *options, "--weight", weight, "--workers", 1) == 0
         keywords = {"p": 2, "margin": 0.25, "reduction": "sum", "weight": np.arange(1.0, 1 + C)}
         figures = mml.evaluate(*arrays, **keywords)
-        assert json.loads(capsys.readouterr().out) == figures.to_json()
+        same_json(capsys.readouterr().out, figures)
 
 
 def test_processes(files, wanted):
@@ -277,16 +287,24 @@ def test_many_classes_are_shortened():
     figures = mml.evaluate(rng.standard_normal((300, 100)), rng.integers(0, 50, 300))
     text = str(figures)
     assert "the 20 classes of highest mean loss, of 100" in text
-    assert len(text.splitlines()) == 7 + 20 + 1
+    assert len(text.splitlines()) == 8 + 20 + 1
     assert len(figures.to_json()["classes"]) <= 50
 
 
-def test_the_progress_bar(files, capsys, monkeypatch):
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_progress_bar_fits_the_terminal(files, capsys, monkeypatch, columns):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
     assert command("x.npy", "y.npy", "--chunk-size", 100) == 0
-    bar = capsys.readouterr().err
-    assert re.search(r"\r\[#{30}\] 100 %  700 of 700 rows", bar)
-    assert bar.endswith("\n")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "700 of 700 rows" in shown
+    assert max(map(len, re.split(r"[\r\n]", shown))) <= columns
+
+
+def test_no_bar_in_a_pipe(files, capsys):
+    assert command("x.npy", "y.npy") == 0
+    assert capsys.readouterr().err == ""
 
 
 # Bad input.
@@ -306,8 +324,8 @@ def bad_inputs():
         (("folder", "y.npy"), "folder: the folder is no Zarr store and holds no .parquet files"),
         (("x.txt", "y.npy"), "x.txt: the format is not known; accepted are .npy, .npz, .parquet"),
         (("empty.npy", "y.npy"), "empty.npy: the file is empty; write or copy it again"),
-        (("short.npy", "y.npy"), "short.npy: cannot be read (mmap length is greater than"),
-        (("objects.npy", "y.npy"), "objects.npy: cannot be read (Array can't be memory-mapped"),
+        (("short.npy", "y.npy"), "short.npy: cannot be read (its array of shape (700, 6) and"),
+        (("objects.npy", "y.npy"), "objects.npy: cannot be read (it holds Python objects, not"),
         (("pickle.npy", "y.npy"), "pickle.npy: cannot be read ("),
         (("cut.npz", "y.npy"), "cut.npz: cannot be read (File is not a zip file); write or copy"),
         (("both.npz", "y.npy"), "both.npz: holds 2 arrays; name the one with the scores, as in"),
@@ -324,7 +342,7 @@ def bad_inputs():
             ("x.npy", "few.npy"),
             "few.npy: has 3 targets, but x.npy has 700 samples; give files that",
         ),
-        (("x.npy", "few*.npy"), "few.npy: 2 file(s) have 6 targets, but 1 file(s) from x.npy on"),
+        (("x.npy", "few*.npy"), "few1.npy: 2 file(s) have 6 targets, but 1 file(s) from x.npy on"),
         (("x*.npy", "y.npy"), "xx.npy: scores of shape (700, 3) and dtype float32 don't continue"),
         (("x.npy", "bad.npy"), "bad.npy: target[13] is 77, but input has 6 classes: accepted are"),
         (("x.npy", "y.npy", "--axis", 2), "x.npy: scores have 2 axes, but axis is 2"),
@@ -358,6 +376,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(arrays, files, capsys, argum
     np.save("yy.npy", np.zeros((700, 2), int))
     np.save("few.npy", np.zeros(3, int))
     if arguments[1] == "few*.npy":
+        os.rename("few.npy", "few1.npy")
         np.save("few2.npy", np.zeros(3, int))
     if arguments[0] == "x*.npy":
         np.save("xx.npy", np.zeros((700, 3), np.float32))
@@ -387,11 +406,11 @@ def test_bad_parquet(arrays, files, capsys):
     )
     parquet("null.parquet", a=[1.0, None], b=[1.0, 2.0], y=[0, 1])
     assert "column 'a' has empty values; fill or drop" in fails(
-        capsys, "null.parquet", "null.parquet"
+        capsys, "null.parquet#a,b", "null.parquet"
     )
     parquet("two.parquet", a=[1.0], y=[0], z=[1])
     assert "cannot tell which columns hold the targets; name them" in fails(
-        capsys, "two.parquet", "two.parquet"
+        capsys, "two.parquet#a", "two.parquet"
     )
     assert "has no column 'q'; its columns are a, y, z" in fails(
         capsys, "two.parquet#q", "two.parquet#y"
@@ -402,8 +421,9 @@ def test_bad_parquet(arrays, files, capsys):
 
 
 def test_a_missing_reader_is_named(files, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    open("x.parquet", "w").close()
+    monkeypatch.setitem(sys.modules, "pyarrow.dataset", None)
+    with open("x.parquet", "w") as file:
+        file.write("PAR1")
     assert "pip install 'mml_arrayapi[evaluate]'" in fails(capsys, "x.parquet", "y.npy")
 
 
@@ -413,11 +433,14 @@ def test_a_full_disk(files, capsys, what):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     try:
-        line = fails(capsys, "x.npy", "y.npy", what, "made")
+        assert command("x.npy", "y.npy", what, "made") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    captured = capsys.readouterr()
+    # Where only the report is lost, the figures are not.
+    assert captured.out.startswith("samples ") == (what == "--report")
     assert re.search(
-        r"made(/journal.jsonl)?: cannot be written \(File too large\); free some", line
+        r"made(/journal.jsonl)?: cannot be written \(File too large\); free some", captured.err
     )
     assert what == "--checkpoint" or sorted(os.listdir()) == ["x.npy", "y.npy"]
 
@@ -499,8 +522,8 @@ def test_a_damaged_journal_is_refused(files, capsys):
         (("--weight", "1,1,1,1,1,2"), "was begun with weight None, but this run has"),
         (("--chunk-size", 61), "was begun with chunk size 60, but this run has 61"),
         (
-            ("--backend", "numpy-cpu"),
-            "was begun with kernel generic, but this run has numpy-cpu",
+            ("--backend", "generic"),
+            "was begun with kernel numpy-cpu, but this run has generic",
         ),
     ],
 )
@@ -570,11 +593,12 @@ def test_the_report_is_one_page_that_loads_nothing(files, wanted, capsys):
     page.feed(text)
     assert page.links == []
     assert "http" not in text
+    assert "url(" not in text.replace("url(#", "")
     assert page.tags.count("svg") == 2
-    assert page.tags.count("tr") == 1 + C
-    assert "Scores <x>.npy, targets y.npy" in page.text
+    assert "Multi-class hinge loss of <x>.npy" in page.text
+    assert "<x>.npy rows 0 to 699 with y.npy rows 0 to 699" in page.text
     assert repr(wanted.loss) in page.text
-    assert f"{100 * wanted.accuracy:.2f} %" in page.text
+    assert f"{100 * wanted.accuracy:.3f} %" in page.text
     assert not [name for name in os.listdir() if name.endswith(".part")]
 
 
@@ -592,5 +616,5 @@ def test_odd_evaluations_have_a_report_too(figures):
     from mml_arrayapi.evaluation.report import to_html
 
     page = Page()
-    page.feed(to_html(figures(), "x", "y"))
+    page.feed(to_html(figures(), "x"))
     assert "Multi-class hinge loss" in page.text

@@ -1,0 +1,375 @@
+"""Who does the work: threads, or the workers of a Dask cluster, on this machine or elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from mml_arrayapi.evaluation.errors import InputError, WorkerError, one_line, require
+from mml_arrayapi.evaluation.inputs import Batch
+
+CONNECT = 10  # seconds to wait for a scheduler's answer
+RETRIES = 2  # of a batch whose reading fails on a cluster
+PER_PROCESS = 2**28  # bytes that a worker process takes before it has read anything
+COPIES = 5  # of a batch: as read, as decoded from it, and what is derived
+
+
+class Work(NamedTuple):
+    """What is to be done.
+
+    Attributes
+    ----------
+    count : callable
+        A function of an importable module: ``count(batch, *options)``.
+    options : tuple
+        Its other arguments.
+    batches : dict of int to Batch
+        What is left, by number.
+    lazy : bool
+        Whether there are Dask arrays in the batches.
+    largest : int
+        The bytes of the scores of the largest batch.
+    """
+
+    count: Callable[..., Any]
+    options: tuple[Any, ...]
+    batches: Mapping[int, Batch]
+    lazy: bool
+    largest: int
+
+
+def run(
+    work: Work, scheduler: Any, workers: int | None, timeout: float
+) -> Iterator[tuple[int, Any]]:
+    """Count every batch, and yield each one's number and result as they come.
+
+    Parameters
+    ----------
+    work : Work
+        What is to be done.
+    scheduler : str, Client or Cluster
+        ``"threads"``, ``"processes"``, the address of a Dask scheduler, or one of Dask's clients or
+        clusters.
+    workers : int or None
+        How many threads or processes; of a cluster, how many workers to wait for.
+    timeout : float
+        Seconds without any result after which a cluster's unfinished batches go to other workers.
+
+    Yields
+    ------
+    (int, result)
+
+    Raises
+    ------
+    InputError
+        No scheduler answers at that address.
+    WorkerError
+        Workers died again and again, or hang.
+    """
+    if isinstance(scheduler, str) and scheduler == "threads":
+        threads = workers or _affordable(work.largest, 0)
+        yield from (_on_dask_threads if work.lazy else _on_threads)(work, threads)
+        return
+    with ExitStack() as stack:
+        client = _client(stack, work, scheduler, workers)
+        yield from _on_cluster(
+            client, work, timeout, _wait_for(client, scheduler, workers, timeout)
+        )
+
+
+def _affordable(largest: int, base: int) -> int:
+    """Return how many batches may be worked on at once: by the CPUs, and the memory, allowed."""
+    allowed = _allowed_memory() // 2
+    return max(1, min(_allowed_cpus(), allowed // max(1, COPIES * largest + base)))
+
+
+def _allowed_cpus() -> int:
+    try:
+        from dask.system import CPU_COUNT  # what control groups allow
+    except ImportError:
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+    return int(CPU_COUNT)
+
+
+def _allowed_memory() -> int:
+    """Return how many bytes this process may take: of the machine or its control group."""
+    found = (
+        [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    )
+    groups = {"/sys/fs/cgroup", "/sys/fs/cgroup/memory"}
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            for line in file:
+                _, kinds, path = line.rstrip("\n").split(":", 2)
+                if kinds in ("", "memory"):
+                    root = f"/sys/fs/cgroup/{kinds}".rstrip("/")
+                    parts = path.strip("/").split("/")
+                    groups |= {"/".join((root, *parts[:i])) for i in range(len(parts) + 1)}
+    except OSError:
+        pass
+    for group in groups:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                with open(f"{group}/{name}", encoding="ascii") as file:
+                    found.append(int(file.read()))
+            except (OSError, ValueError):  # "max": no limit
+                continue
+    return min(found, default=2**33)
+
+
+def _on_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
+    left = iter(work.batches.items())
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="evaluate")
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            # Few are submitted at a time, since finished ones wait here until they are taken.
+            for number, batch in islice(left, 2 * threads - len(running)):
+                running[pool.submit(work.count, batch, *work.options)] = number
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
+    """Compute batches of Dask arrays as one graph, so that whatever they share is computed once."""
+    import dask.threaded
+
+    finished: SimpleQueue[Any] = SimpleQueue()
+    stop = Event()
+
+    def deliver(number: int, result: Any) -> None:
+        if stop.is_set():
+            raise InterruptedError
+        finished.put((number, result))
+
+    graph, keys = _graph(work)
+    for number, key in keys.items():
+        graph[f"deliver-{key}"] = (partial(deliver, number), key)
+
+    def compute() -> None:
+        try:
+            wanted = [f"deliver-{key}" for key in keys.values()]
+            dask.threaded.get(graph, wanted, num_workers=threads)
+        except BaseException as error:  # noqa: BLE001  (raised where it is waited for)
+            finished.put((None, error))
+
+    worker = Thread(target=compute, name="evaluate", daemon=True)
+    worker.start()
+    try:
+        for _ in keys:
+            number, result = finished.get()
+            if number is None:
+                raise result
+            yield number, result
+    finally:
+        stop.set()
+        worker.join()
+
+
+def _graph(work: Work) -> tuple[dict[Any, Any], dict[int, str]]:
+    """Return Dask's graph of all batches, and each one's key.
+
+    It is made by hand: arrays that become arguments of delayed functions are optimised one by one,
+    and what they share is then computed for each.
+    """
+    from dask.highlevelgraph import HighLevelGraph
+
+    graphs, graph, keys = [], {}, {}
+    for number, batch in work.batches.items():
+        lazy = [part.shard.source for part in _parts(batch) if _is_lazy(part)]
+        graphs += [array.__dask_graph__() for array in lazy]
+        bare = Batch(
+            *batch[:2],
+            *(tuple(None if _is_lazy(part) else part for part in parts) for parts in batch[2:]),
+        )
+        count = partial(_count_blocks, work.count, bare, work.options)
+        keys[number] = _key(batch)
+        graph[keys[number]] = (count, [array.__dask_keys__() for array in lazy])
+    return {**HighLevelGraph.merge(*graphs), **graph}, keys
+
+
+def _parts(batch: Batch) -> list[Any]:
+    return [part for parts in batch[2:] for part in parts]
+
+
+def _is_lazy(part: Any) -> bool:
+    return hasattr(part.shard.source, "dask")
+
+
+def _count_blocks(count: Callable[..., Any], batch: Batch, options: Any, arrays: list[Any]) -> Any:
+    """Count a batch with the blocks of arrays in place of those that were lazy."""
+    left = iter(arrays)
+    parts = (tuple(_joined(next(left)) if p is None else p for p in one) for one in batch[2:])
+    scores, targets, weights = parts
+    return count(Batch(*batch[:2], scores, targets, weights), *options)
+
+
+def _joined(blocks: Any) -> Any:
+    """Join nested lists of blocks; a block of a subclass stays one, to be refused."""
+    import numpy as np
+
+    flat, depth = blocks, 0
+    while isinstance(flat, list):
+        flat, depth = flat[0], depth + 1
+    if type(flat) is not np.ndarray:
+        return flat
+    return flat if flat.ndim == 0 or _single(blocks) else np.block(blocks)
+
+
+def _single(blocks: Any) -> bool:
+    while isinstance(blocks, list):
+        if len(blocks) != 1:
+            return False
+        (blocks,) = blocks
+    return True
+
+
+def _key(batch: Batch) -> str:
+    return f"evaluate-rows-{batch.start}-{batch.stop}-{uuid4().hex[:8]}"
+
+
+def _client(stack: ExitStack, work: Work, scheduler: Any, workers: int | None) -> Any:
+    distributed = require("distributed", f"scheduler {scheduler}")
+    if isinstance(scheduler, distributed.Client):
+        if scheduler.asynchronous:
+            raise TypeError("scheduler must be a Client that is not asynchronous")
+        return scheduler
+    if scheduler == "processes":
+        scheduler = stack.enter_context(_local_cluster(distributed, work, workers))
+    elif not isinstance(scheduler, (str, distributed.deploy.Cluster)):
+        raise TypeError(
+            "scheduler must be 'threads', 'processes', an address, or a Client or Cluster of Dask, "
+            f"but is of type {type(scheduler).__name__}"
+        )
+    try:
+        client = distributed.Client(scheduler, timeout=CONNECT, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"scheduler {scheduler}: no Dask scheduler answers there; accepted are 'threads', "
+            "'processes', or an address such as tcp://127.0.0.1:8786, which `dask scheduler` prints"
+        ) from error
+    return stack.enter_context(client)
+
+
+def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
+    try:
+        return distributed.LocalCluster(
+            n_workers=workers or _affordable(work.largest, PER_PROCESS),
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL + 1,
+        )
+    except RuntimeError as error:
+        raise WorkerError(
+            f"the worker processes do not start ({one_line(error)}); a program that uses them must "
+            'call evaluate() below `if __name__ == "__main__":`, since each of them imports it'
+        ) from error
+
+
+def _wait_for(client: Any, scheduler: Any, workers: int | None, timeout: float) -> str:
+    """Wait for the workers; return the scheduler's name for messages."""
+    name = scheduler if isinstance(scheduler, str) else client.scheduler.address
+    try:
+        client.wait_for_workers(workers or 1, timeout=timeout)
+    except OSError as error:  # TimeoutError is one
+        have = len(client.scheduler_info()["workers"])
+        raise WorkerError(
+            f"scheduler {name}: has {have} workers, but {workers or 1} are waited for; start some "
+            f"with `dask worker {client.scheduler.address}`"
+        ) from error
+    return name
+
+
+def _on_cluster(client: Any, work: Work, timeout: float, name: str) -> Iterator[tuple[int, Any]]:
+    finished: SimpleQueue[Any] = SimpleQueue()
+    left = dict(work.batches)
+    running: dict[int, Any] = {}
+
+    def watch(number: int, future: Any) -> None:
+        running[number] = future
+        future.add_done_callback(lambda done: finished.put((number, done)))
+
+    def submit(numbers: Any, **where: Any) -> None:
+        for number in numbers:
+            batch = left[number]
+            options = {"key": _key(batch), "pure": False, "retries": RETRIES, **where}
+            watch(number, client.submit(work.count, batch, *work.options, **options))
+
+    if work.lazy:
+        graph, keys = _graph(work)
+        for number, future in zip(
+            keys, client.get(graph, list(keys.values()), sync=False), strict=True
+        ):
+            watch(number, future)
+    else:
+        submit(left)
+    while left:
+        try:
+            number, future = finished.get(timeout=timeout)
+        except Empty:
+            submit(list(left), workers=_idle_workers(client, timeout, set()))
+            continue
+        if number not in left or running[number] is not future:
+            continue  # it was given to another worker as well
+        try:
+            result = _result(future, timeout, name)
+        except TimeoutError:  # the worker that holds the result hangs
+            holders = {worker for held in client.who_has([future]).values() for worker in held}
+            submit([number], workers=_idle_workers(client, timeout, holders))
+            continue
+        del left[number], running[number]
+        yield number, result
+
+
+def _idle_workers(client: Any, timeout: float, hanging: set[str]) -> list[str]:
+    """Return the workers that have nothing to do; the others hang."""
+    busy = {worker for worker, tasks in client.processing().items() if tasks} | hanging
+    there = client.scheduler_info(n_workers=-1)["workers"]
+    idle = [worker for worker in there if worker not in busy]
+    if not idle:
+        raise WorkerError(
+            f"no batch has been finished for {timeout:g} s, and no worker is idle; hanging, or too "
+            f"slow for the timeout: {', '.join(sorted(busy)) or 'none is left'}; restart them, and "
+            "run again (a checkpoint keeps what is finished)"
+        )
+    return idle
+
+
+def _result(future: Any, timeout: float, name: str) -> Any:
+    from distributed import KilledWorker
+
+    try:
+        return future.result(timeout=timeout)
+    except TimeoutError:
+        raise
+    except KilledWorker as error:
+        raise WorkerError(
+            f"workers died again and again while they worked on one batch ({error.last_worker}); "
+            "give them more memory, or use a smaller chunk size"
+        ) from error
+    except Exception as error:
+        if future.cancelled():
+            raise WorkerError(
+                f"the connection to the scheduler {name} is lost; run again (a checkpoint keeps "
+                "what is finished)"
+            ) from error
+        raise

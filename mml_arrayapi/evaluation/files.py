@@ -1,0 +1,255 @@
+"""Where files are: paths, URLs and patterns, their order, and whether they have changed."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from mml_arrayapi.evaluation.errors import InputError, one_line, require
+
+ZARR_MARKERS = ("zarr.json", ".zarray", ".zgroup")
+VOLATILE = ("name", "ino", "nlink", "mode", "uid", "gid", "islink")  # of what fsspec tells
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file, or a folder that is one store, or a part of it.
+
+    Attributes
+    ----------
+    filesystem
+        fsspec's; None for the local one.
+    path : str
+        As the file system has it; local ones are absolute, since workers run in other folders.
+    item : str
+        Which of several arrays or columns is meant: what followed a ``#``.
+    name : str
+        As it was given, for messages.
+    store : bool
+        Whether it is a folder that holds a Zarr store.
+    root : str
+        The folder in which a pattern found it (hive partitions are named below), or nothing.
+    """
+
+    filesystem: Any
+    path: str
+    item: str
+    name: str
+    store: bool = False
+    root: str = ""
+
+    @property
+    def where(self) -> str:
+        """The absolute path or URL, with ``#item``."""
+        fs = self.filesystem
+        place = self.path if fs is None else fs.unstrip_protocol(self.path)
+        return f"{place}#{self.item}" if self.item else place
+
+    @property
+    def plain_name(self) -> str:
+        """The name without ``#item``."""
+        return self.name.removesuffix(f"#{self.item}") if self.item else self.name
+
+    def exists(self, below: str = "") -> bool:
+        """Whether there is something at this path, or below it."""
+        there = os.path.exists if self.filesystem is None else self.filesystem.exists
+        return bool(there(self.path + below))
+
+    def open(self) -> Any:
+        """Open the file for reading bytes."""
+        if self.filesystem is None:
+            return open(self.path, "rb", buffering=0)
+        return self.filesystem.open(self.path, "rb")
+
+    def size(self) -> int:
+        """Return the number of bytes."""
+        fs = self.filesystem
+        return int(os.path.getsize(self.path) if fs is None else fs.size(self.path))
+
+    def version(self, below: str = "") -> str:
+        """Return what changes when the file does, or any file of the store (or below a part of it).
+
+        Size and times of a local file; of a remote one all that its file system tells, such as an
+        ETag.
+        """
+        path = f"{self.path}/{below}" if below else self.path
+        if self.filesystem is not None:
+            return _remote_version(self.filesystem, path)
+        if not os.path.isdir(path):
+            return _local_version(path)
+        told = hashlib.sha256()
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            for name in sorted(names):
+                file = os.path.join(folder, name)
+                told.update(os.fsencode(f"{os.path.relpath(file, path)} {_local_version(file)}\n"))
+        return told.hexdigest()
+
+
+def _local_version(path: str) -> str:
+    # The time of the last change of name or owner too: copying with times kept doesn't fool it.
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _remote_version(fs: Any, path: str) -> str:
+    fs.invalidate_cache()
+    information = fs.info(path)
+    if information["type"] == "directory":
+        below = fs.find(path, detail=True)
+        # Plain web servers list nothing: there the store's own description has to do.
+        told = [below[name] for name in sorted(below)] or [
+            fs.info(f"{path}/{m}") for m in ZARR_MARKERS if fs.exists(f"{path}/{m}")
+        ]
+    else:
+        told = [information]
+    kept = [sorted((k, str(v)) for k, v in one.items() if k not in VOLATILE) for one in told]
+    return hashlib.sha256(repr(kept).encode()).hexdigest()
+
+
+def find(given: str) -> list[File]:
+    """Find what a path, a URL or a pattern stands for, in natural order (2 before 10).
+
+    Parameters
+    ----------
+    given : str
+        With ``#item`` or without. A folder that is no Zarr store is searched for Parquet files.
+
+    Returns
+    -------
+    list of File
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    name, item = given, ""
+    ends = [found.start() for found in re.finditer("#", given)]
+    if ends and not os.path.exists(given):  # names of files and of columns may have a # too
+        end = next((i for i in ends if os.path.exists(given[:i])), ends[-1])
+        name, item = given[:end], given[end + 1 :]
+    try:
+        return _expand(_file(name, item, given))
+    except InputError:
+        raise
+    except Exception as error:  # of a file system: no network, no permission ...
+        raise InputError(
+            f"{given}: cannot be found ({one_line(error)}); check the path, and your access to it"
+        ) from error
+
+
+def _file(path: str, item: str, name: str) -> File:
+    if os.path.lexists(path) or not re.match(r"[A-Za-z0-9+.-]+(://|::)", path):
+        return File(None, os.path.abspath(path), item, name)
+    core = require("fsspec.core", name)
+    try:
+        fs, inner = core.url_to_fs(path)
+    except (ImportError, ValueError) as error:  # no package for it; no such protocol
+        raise InputError(f"{name}: {one_line(error)}") from error
+    if getattr(fs, "protocol", "") in ("file", ("file", "local")):
+        return File(None, inner, item, name)
+    if "http" in fs.protocol and not _has_ranges(fs, inner):
+        fs = core.filesystem("simplecache", fs=fs)  # a copy on this machine
+    return File(fs, inner, item, name)
+
+
+def _has_ranges(fs: Any, url: str) -> bool:
+    """Whether a web server gives out parts of files."""
+    try:
+        return len(fs.cat_file(url, start=0, end=1)) == 1
+    except (OSError, ValueError):
+        return not fs.exists(url)
+
+
+def _expand(file: File) -> list[File]:
+    fs, path = file.filesystem, file.path
+    if _is_store(file):
+        return [replace(file, store=True)]
+    if file.exists():
+        if not (os.path.isdir(path) if fs is None else fs.isdir(path)):
+            return [file]
+        found = _glob(fs, f"{glob.escape(path)}/**/*.parquet")
+        # What begins with _ or . is a writer's own (Spark, Hive, Delta).
+        names = {name: name[len(path) :] for name in found}
+        found = [name for name, below in names.items() if not re.search(r"/[._]", below)]
+        why, root = "the folder is no Zarr store and holds no .parquet files", path
+    else:
+        found, root = _glob(fs, path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        why = "no file matches it" if glob.has_magic(path) else "there is no such file"
+    if not found:
+        raise InputError(f"{file.name}: {why}; check the path")
+    found.sort(key=natural)
+    made = [File(fs, one, file.item, _shown(file, one), root=root) for one in found]
+    return [replace(one, store=_is_store(one)) for one in made]
+
+
+def _is_store(file: File) -> bool:
+    # Looking costs requests: not where the name says that it is a file.
+    if file.filesystem is not None and not re.search(r"(\.zarr|/[^./]*)/?$", file.path):
+        return False
+    return any(file.exists(f"/{marker}") for marker in ZARR_MARKERS)
+
+
+def _glob(fs: Any, pattern: str) -> list[str]:
+    if fs is None:
+        return glob.glob(pattern, recursive=True)
+    return list(fs.glob(pattern))
+
+
+def _shown(file: File, path: str) -> str:
+    """Return a found file's name in the form in which the pattern was given."""
+    name = path if file.filesystem is None else file.filesystem.unstrip_protocol(path)
+    given = file.name.partition("#")[0]
+    if file.filesystem is None and "://" not in given and not os.path.isabs(given):
+        name = os.path.relpath(path)
+    return f"{name}#{file.item}" if file.item else name
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts numbers in names as numbers."""
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"([0-9]+)", name)
+    ]
+
+
+def cores(names: Sequence[str]) -> list[str]:
+    """Return where names differ: without the beginning and the end that all share."""
+    head = re.sub(r"[0-9]+$", "", _common_start(names))
+    rests = [name[len(head) :] for name in names]
+    tail = _common_start([rest[::-1] for rest in rests])[::-1]
+    tail = re.sub(r"^[0-9]+", "", tail)
+    return [rest[: len(rest) - len(tail)] for rest in rests]
+
+
+def _common_start(names: Sequence[str]) -> str:
+    first, last = min(names), max(names)
+    same = (a == b for a, b in zip(first, last, strict=False))
+    return first[: sum(1 for _ in takewhile(bool, same))]
+
+
+def numbered(names: Sequence[str]) -> bool:
+    """Whether names differ in numbers only, so that their order is beyond doubt."""
+    keys = [natural(core) for core in cores(names)]
+    texts = {tuple(text for _, _, text in key) for key in keys}
+    numbers = {tuple(number for _, number, _ in key) for key in keys}
+    return len(texts) == 1 and len(numbers) == len(names)
+
+
+def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether equally many names of two kinds belong together one by one."""
+    ours = [natural(core) for core in cores(first)]
+    theirs = [natural(core) for core in cores(second)]
+    return ours == theirs or (_consecutive(ours) and _consecutive(theirs))
+
+
+def _consecutive(keys: list[list[tuple[int, int, str]]]) -> bool:
+    numbers = [key[1][1] for key in keys if len(key) == 3]
+    return numbers == list(range(numbers[0], numbers[0] + len(keys))) if numbers else False

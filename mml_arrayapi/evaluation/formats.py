@@ -1,0 +1,443 @@
+"""The table of formats: how each becomes an array of which rows are read.
+
+An opener takes a :class:`File`, what it is read for (``"scores"``, ``"targets"`` or ``"sample
+weights"``) and the :class:`Rules`, and returns an object with ``shape``, ``dtype``, ``chunks`` (the
+sizes of what is stored together, as Dask or as Zarr writes them, or None) and ``__getitem__`` for a
+tuple of slices. Other packages add formats by entry points in the group ``mml_arrayapi.formats``;
+the name of each is the suffix without its dot.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zipfile
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from mml_arrayapi.evaluation.errors import InputError, require
+from mml_arrayapi.evaluation.files import File
+
+Array = Any
+
+ENTRY_POINTS = "mml_arrayapi.formats"
+SCORES, TARGETS, WEIGHTS = "scores", "targets", "sample weights"
+
+
+class Rules(NamedTuple):
+    """How values that are no plain data are taken.
+
+    Attributes
+    ----------
+    ignore_index : int or None
+        The label of samples that are left out.
+    unwritten : {"error", "fill"} or None
+        What a chunk that was never written is; None: an error, except in scores.
+    """
+
+    ignore_index: int | None = None
+    unwritten: str | None = None
+
+    def refuse_unwritten(self, role: str) -> bool:
+        """Whether a chunk that was never written is an error."""
+        return self.unwritten == "error" or (self.unwritten is None and role != SCORES)
+
+
+def open_array(file: File, role: str, rules: Rules) -> Array:
+    """Open a file of any format.
+
+    Parameters
+    ----------
+    file : File
+        Where it is, and which of its arrays is meant.
+    role : str
+        What it is read for.
+    rules : Rules
+        How values that are no plain data are taken.
+
+    Returns
+    -------
+    array
+        An object with ``shape``, ``dtype``, ``chunks`` and ``__getitem__``.
+
+    Raises
+    ------
+    InputError
+        The format is not known, or the array cannot be told.
+    """
+    name = file.path if file.filesystem is None else file.path.partition("?")[0]
+    suffix = PurePosixPath(name).suffix.lower()
+    plugins = {f".{found.name.lstrip('.')}": found for found in entry_points(group=ENTRY_POINTS)}
+    if file.store or suffix == ".zip":
+        return _open_zarr(file, role, rules)
+    if suffix in plugins:
+        return plugins[suffix].load()(file, role, rules)
+    if suffix not in FORMATS:
+        known = ", ".join((*FORMATS, *plugins))
+        raise InputError(
+            f"{file.plain_name}: the format is not known; accepted are {known} files and Zarr stores "
+            "(folders, and .zarr.zip)"
+        )
+    if not file.size():
+        raise InputError(f"{file.plain_name}: the file is empty; write or copy it again")
+    return FORMATS[suffix](file, role, rules)
+
+
+def adopt(array: Array, role: str, rules: Rules) -> Array:
+    """Read an array that is open already: those of Zarr and HDF5 as their files are read."""
+    library = type(array).__module__.partition(".")[0]
+    file = File(None, role, "", role)
+    if library == "zarr":
+        return _zarr_array(file, array, role, rules)
+    if library == "h5py":
+        _check_written(file, array, role, rules)
+        return _Attributed(file, role, array, rules, None)
+    return array
+
+
+def choose_item(file: File, role: str, items: Sequence[str]) -> str:
+    """Return the array that is meant: the one that is named, or the only one."""
+    if file.item in items:
+        return file.item
+    if not file.item and len(items) == 1:
+        return items[0]
+    plain = file.plain_name
+    missing = f"has no array {file.item!r}" if file.item else f"holds {len(items)} arrays"
+    raise InputError(
+        f"{plain}: {missing}; name the one with the {role}, as in {plain}#NAME, where NAME is one "
+        f"of {', '.join(items) or 'none'}"
+    )
+
+
+# Arrays whose bytes lie in a row.
+
+
+class RawArray:
+    """An array whose bytes lie in a row in a file, from ``offset`` on.
+
+    They are read, not mapped: reading a mapped file that another process has made shorter kills
+    this one (SIGBUS), and reading takes no longer.
+    """
+
+    chunks = None
+
+    def __init__(
+        self, file: File, offset: int, shape: Sequence[int], dtype: Any, *, fortran: bool = False
+    ) -> None:
+        import numpy as np
+
+        self._file, self._offset, self._fortran = file, offset, fortran
+        self.shape = tuple(shape)
+        self._bfloat16 = dtype == "bfloat16"
+        self._stored = np.dtype("<u2" if self._bfloat16 else dtype)
+        self.dtype = np.dtype(np.float32) if self._bfloat16 else self._stored
+        self.end = offset + math.prod(self.shape) * self._stored.itemsize
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        import numpy as np
+
+        axis, (start, stop, _) = len(where) - 1, where[-1].indices(self.shape[len(where) - 1])
+        shape = self.shape
+        if self._fortran:
+            shape, axis = shape[::-1], len(shape) - 1 - axis
+        runs, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        made = np.empty((*shape[:axis], stop - start, *shape[axis + 1 :]), self._stored)
+        rows = made.reshape(runs, -1).view(np.uint8) if made.size else made[:0]
+        step = self._stored.itemsize * inner
+        with self._file.open() as opened:
+            for run, row in enumerate(rows):
+                opened.seek(self._offset + (run * shape[axis] + start) * step)
+                _fill(opened, memoryview(row))
+        if self._bfloat16:
+            made = (made.astype(np.uint32) << 16).view(np.float32)
+        return made.T if self._fortran else made
+
+
+def _fill(opened: Any, buffer: memoryview) -> None:
+    while buffer:
+        count = opened.readinto(buffer)
+        if not count:
+            raise EOFError("the file has become shorter")
+        buffer = buffer[count:]
+
+
+def _npy_header(opened: Any) -> tuple[tuple[int, ...], bool, Any]:
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(opened)
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the format is for arrays of records")
+    shape, fortran, dtype = readers[version](opened)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, not numbers")
+    return shape, fortran, dtype
+
+
+def _open_npy(file: File, role: str, rules: Rules) -> Array:  # noqa: ARG001
+    with file.open() as opened:
+        shape, fortran, dtype = _npy_header(opened)
+        made = RawArray(file, opened.tell(), shape, dtype, fortran=fortran)
+    _check_end(file, made.end, f"its array of shape {shape} and dtype {dtype}")
+    return made
+
+
+def _check_end(file: File, end: int, what: str) -> None:
+    size = file.size()
+    if size < end:
+        raise ValueError(f"{what} takes {end:,} bytes, but the file has only {size:,}")
+    if size > end:
+        raise InputError(
+            f"{file.plain_name}: {size - end:,} bytes follow {what}, which would be left out (several "
+            "arrays saved into one file?); save each array in a file of its own"
+        )
+
+
+class _NpzMember:
+    """One array of an archive: it is read whole, so that its checksum is verified."""
+
+    def __init__(self, file: File, role: str, rules: Rules) -> None:  # noqa: ARG002
+        self._file = file
+        with file.open() as opened, zipfile.ZipFile(opened) as archive:
+            items = [name.removesuffix(".npy") for name in archive.namelist()]
+            self._member = f"{choose_item(file, role, items)}.npy"
+            with archive.open(self._member) as member:
+                self.shape, _, self.dtype = _npy_header(member)
+        self.chunks = tuple((n,) for n in self.shape)
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        from numpy.lib import format as npy
+
+        with self._file.open() as opened, zipfile.ZipFile(opened) as archive:  # noqa: SIM117
+            with archive.open(self._member) as member:
+                whole = npy.read_array(member, allow_pickle=False)
+                if member.read(1):  # the checksum is compared at the end
+                    raise InputError(
+                        f"{self._file.plain_name}: bytes follow the array; save it again"
+                    )
+        return whole[where]
+
+
+_SAFETENSORS = {
+    **{f"F{8 * n}": f"<f{n}" for n in (2, 4, 8)},
+    **{f"I{8 * n}": f"<i{n}" for n in (1, 2, 4, 8)},
+    **{f"U{8 * n}": f"<u{n}" for n in (1, 2, 4, 8)},
+    "BF16": "bfloat16",
+}
+
+
+def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: ARG001
+    # The library maps files, local ones only (see RawArray); the format is a length, a header in
+    # JSON, then the arrays' bytes.
+    with file.open() as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.size() - 8:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    start = 8 + length
+    _check_end(file, start + max((t["data_offsets"][1] for t in header.values()), default=0), "it")
+    told = header[choose_item(file, role, list(header))]
+    if told["dtype"] not in _SAFETENSORS:
+        raise InputError(f"{file.name}: has dtype {told['dtype']}, which is not read; convert it")
+    made = RawArray(
+        file, start + told["data_offsets"][0], told["shape"], _SAFETENSORS[told["dtype"]]
+    )
+    if made.end != start + told["data_offsets"][1]:
+        raise ValueError("its shape does not fit the bytes that it has")
+    return made
+
+
+# Arrays in chunks, with attributes.
+
+
+class _Attributed:
+    """An array with attributes of the CF conventions, as netCDF and xarray write them: decoded."""
+
+    def __init__(self, file: File, role: str, source: Array, rules: Rules, fill: Any) -> None:
+        import numpy as np
+
+        self._name, self._source, self.shape = file.name, source, tuple(source.shape)
+        self.chunks, self._role = source.chunks, role
+        stored = np.dtype(source.dtype)
+        attributes = {key: source.attrs[key] for key in _CF if key in source.attrs}
+        self._scale = float(np.squeeze(attributes.get("scale_factor", 1)))
+        self._offset = float(np.squeeze(attributes.get("add_offset", 0)))
+        packed = self._scale != 1 or self._offset != 0
+        if "_Unsigned" in attributes or (packed and role == TARGETS):
+            told = ", ".join(f"{key} {value}" for key, value in attributes.items())
+            raise InputError(f"{file.name}: has the attributes {told}; decode it first")
+        fills = [attributes[key] for key in _CF[2:4] if key in attributes]
+        if packed and not fills and fill is not None:  # Zarr's version 2 keeps it apart
+            fills = [fill]
+        values = [v for given in fills for v in np.ravel(_fill_value(given)).tolist() if v == v]
+        self._missing = [v for v in values if role != TARGETS or v != rules.ignore_index]
+        small = stored.itemsize <= 2 or (stored.kind == "f" and stored.itemsize == 4)
+        exact = np.float32 if small and (stored.kind == "f" or not self._offset) else np.float64
+        self.dtype = np.dtype(exact) if packed else stored
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        import numpy as np
+
+        part = np.asarray(self._source[where])
+        missing = np.isin(part, self._missing) if self._missing else None
+        if missing is not None and self._role == TARGETS and missing.any():
+            raise InputError(
+                f"{self._name}: {int(missing.sum())} labels are missing (their value is that of "
+                f"_FillValue or missing_value, {part[missing].flat[0]}); fill them in, or leave "
+                "them out by --ignore-index"
+            )
+        if self.dtype != part.dtype:
+            part = part.astype(self.dtype) * self.dtype.type(self._scale)
+            part += self.dtype.type(self._offset)
+        if missing is not None and missing.any():
+            part = np.where(missing, self.dtype.type("nan"), part)
+        return part
+
+
+_CF = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned")
+
+
+def _fill_value(given: Any) -> Any:
+    """Return a fill value; in stores of version 3 xarray writes floats in base 64."""
+    return struct.unpack("<d", b64decode(given))[0] if isinstance(given, str) else given
+
+
+def _open_zarr(file: File, role: str, rules: Rules) -> Array:
+    zarr = require("zarr", file.name)
+    storage = zarr.storage
+    if file.filesystem is None and not file.path.lower().endswith(".zip"):
+        store: Any = file.path
+    elif file.filesystem is None:
+        store = storage.ZipStore(file.path, mode="r", read_only=True)
+    else:
+        fs, path = file.filesystem, file.path
+        if path.lower().endswith(".zip"):
+            fs, path = require("fsspec", file.name).filesystem("zip", fo=file.open()), ""
+        store = storage.FsspecStore.from_mapper(fs.get_mapper(path), read_only=True)
+    opened = zarr.open(store, mode="r")
+    if not hasattr(opened, "dtype"):
+        named = file.item and file.item in opened and opened[file.item]
+        if not hasattr(named, "dtype"):
+            found = [p for p, one in opened.members(max_depth=None) if hasattr(one, "dtype")]
+            named = opened[choose_item(file, role, found)]
+        opened = named
+    elif file.item:
+        choose_item(file, role, [])
+    return _zarr_array(file, opened, role, rules)
+
+
+def _zarr_array(file: File, opened: Array, role: str, rules: Rules) -> Array:
+    fill = opened.fill_value if opened.metadata.zarr_format == 2 else None
+    source = opened
+    if rules.refuse_unwritten(role):
+        if opened.store.supports_listing and opened.nchunks_initialized < opened.nchunks:
+            count = opened.nchunks - opened.nchunks_initialized
+            raise _unwritten(file.name, role, f"{count:,} of its {opened.nchunks:,} chunks")
+        source = _WrittenZarr(file.name, role, opened)
+    return _Attributed(file, role, source, rules, fill)
+
+
+def _unwritten(name: str, role: str, what: str) -> InputError:
+    return InputError(
+        f"{name}: {what} were never written, and would be read as {role} of the store's fill "
+        "value; write them, or accept it by --unwritten-chunks fill"
+    )
+
+
+class _WrittenZarr:
+    """A Zarr array whose chunks must have been written, those inside a shard too.
+
+    Zarr reads what isn't there as the fill value. Here that is an unlikely number; where it is
+    found, another one tells whether it was stored or filled in.
+    """
+
+    def __init__(self, name: str, role: str, source: Array) -> None:
+        import numpy as np
+        import zarr
+
+        self._name, self._role = name, role
+        self.shape, self.chunks, self.attrs = source.shape, source.chunks, source.attrs
+        self.dtype = np.dtype(source.dtype)
+        limits = np.iinfo if self.dtype.kind in "iu" else np.finfo
+        top = limits(self.dtype).max
+        self._filled = [
+            zarr.Array(
+                zarr.AsyncArray(
+                    metadata=replace(source.metadata, fill_value=self.dtype.type(value)),
+                    store_path=source.store_path,
+                )
+            )
+            for value in (top, top // 2)
+        ]
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        part = self._filled[0][where]
+        if (part == self._filled[0].fill_value).any():
+            count = int((part != self._filled[1][where]).sum())
+            if count:
+                raise _unwritten(self._name, self._role, f"{count:,} values")
+        return part
+
+
+class _Hdf5Dataset:
+    """A dataset whose file is opened for each read: what is open is not read anew if it changes."""
+
+    def __init__(self, file: File, item: str, source: Array) -> None:
+        self._file, self._item = file, item
+        self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
+        self.attrs = dict(source.attrs)
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        with _hdf5_file(self._file) as opened:
+            return opened[self._item][where]
+
+
+@contextmanager
+def _hdf5_file(file: File) -> Iterator[Any]:
+    h5py = require("h5py", file.name)
+    with ExitStack() as stack:
+        place = file.path if file.filesystem is None else stack.enter_context(file.open())
+        yield stack.enter_context(h5py.File(place, "r"))
+
+
+def _open_hdf5(file: File, role: str, rules: Rules) -> Array:
+    found: list[str] = []
+    with _hdf5_file(file) as opened:
+        opened.visititems(lambda name, one: found.append(name) if hasattr(one, "dtype") else None)
+        item = choose_item(replace(file, item=file.item.strip("/")), role, found)
+        _check_written(file, opened[item], role, rules)
+        return _Attributed(file, role, _Hdf5Dataset(file, item, opened[item]), rules, None)
+
+
+def _check_written(file: File, source: Array, role: str, rules: Rules) -> None:
+    if not rules.refuse_unwritten(role) or not source.size:
+        return
+    chunks = [math.ceil(n / c) for n, c in zip(source.shape, source.chunks or (), strict=False)]
+    wanted = math.prod(chunks) if source.chunks else 1
+    got = source.id.get_num_chunks() if source.chunks else bool(source.id.get_storage_size())
+    if got < wanted:
+        raise _unwritten(file.name, role, f"{wanted - got:,} of its {wanted:,} chunks")
+
+
+def _open_parquet(file: File, role: str, rules: Rules) -> Array:  # noqa: ARG001
+    from mml_arrayapi.evaluation.parquet import ParquetColumns
+
+    return ParquetColumns(file, role)
+
+
+FORMATS: dict[str, Callable[[File, str, Rules], Array]] = {
+    ".npy": _open_npy,
+    ".npz": _NpzMember,
+    ".parquet": _open_parquet,
+    ".h5": _open_hdf5,
+    ".hdf5": _open_hdf5,
+    ".nc": _open_hdf5,
+    ".safetensors": _open_safetensors,
+}

@@ -1,0 +1,92 @@
+"""Pages of HTML that load nothing from elsewhere: Jinja templates on one base, plots as SVG."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from mml_arrayapi.evaluation.errors import require
+
+# What a plot is drawn in, and what the page's style makes of it, in light and in dark.
+COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--soft)",
+    "#030303": "var(--line)",
+    "#040404": "var(--pass)",
+    "#050505": "var(--expected)",
+    "#060606": "var(--fail)",
+    "#070707": "var(--missing)",
+}
+INK, SOFT, LINE, GOOD, MIDDLE, BAD, OTHER = COLOURS
+
+
+def render(package: str, name: str, **context: Any) -> str:
+    """Fill in a template; it may extend ``base.html``, which stands beside this module.
+
+    Parameters
+    ----------
+    package : str
+        Where the template is.
+    name : str
+        Its file's name.
+    **context
+        What it speaks of.
+
+    Raises
+    ------
+    InputError
+        Jinja2 is not installed.
+    """
+    jinja2 = require("jinja2", "a page of HTML")
+
+    def load(template: str) -> str:
+        place = "mml_arrayapi.evaluation" if template == "base.html" else package
+        return files(place).joinpath(template).read_text("utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(load),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return str(environment.get_template(name).render(**context))
+
+
+def plot(draw: Callable[[Any], None], size: tuple[float, float] = (9.0, 2.8)) -> Any:
+    """Return what ``draw`` draws on matplotlib's axes, as SVG in the page's own colours."""
+    require("matplotlib", "a plot")
+    from markupsafe import Markup
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "mml_arrayapi",
+        "font.size": 9,
+        "text.color": INK,
+        "axes.edgecolor": LINE,
+        "axes.labelcolor": SOFT,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
+        "grid.color": LINE,
+        "axes.axisbelow": True,
+    }
+    with rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y")
+        draw(axes)
+        made = io.StringIO()
+        figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
+    text = made.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub("<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s(xmlns(:xlink)?="[^"]*"|(width|height)="[^"]*pt")', "", text)
+    for drawn, shown in COLOURS.items():
+        text = text.replace(drawn, shown)
+    return Markup(text)

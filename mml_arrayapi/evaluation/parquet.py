@@ -1,0 +1,280 @@
+"""Columns of a Parquet file as an array."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from itertools import accumulate, pairwise
+from typing import Any
+
+from mml_arrayapi.evaluation.errors import InputError, require
+from mml_arrayapi.evaluation.files import File, natural, numbered
+
+Array = Any
+
+# What is no class though it is a float, no label though it is an integer, no scores though it is
+# a list: such columns are taken only where they are named.
+NOT_GUESSED = re.compile(
+    r"(.*_)?(id|idx|index|row|key|fold|split|time|timestamp|year|month|day)|__index_level_\d+__"
+    r"|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
+    re.IGNORECASE,
+)
+UDT = ["type", "size", "indices", "values"]  # the fields of Spark's VectorUDT
+
+
+class ParquetColumns:
+    """Columns of a Parquet file; its row groups are its chunks.
+
+    Attributes
+    ----------
+    columns : list of str
+        The columns, in the order in which they are read.
+    shape : tuple of int or None
+        The number of classes is None where no row tells it.
+    """
+
+    def __init__(self, file: File, role: str) -> None:
+        import numpy as np
+
+        ds = require("pyarrow.dataset", file.name)
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        dataset = ds.dataset(
+            file.path,
+            format=ds.ParquetFileFormat(default_fragment_scan_options=options),
+            filesystem=file.filesystem,
+            partitioning="hive" if file.root else None,
+            partition_base_dir=file.root or None,
+        )
+        self._name, self._schema, self._ds = file.name, dataset.schema, ds
+        (self._fragment,) = dataset.get_fragments()
+        groups = [group.num_rows for group in self._fragment.row_groups]
+        self._starts = tuple(accumulate(groups, initial=0))
+        names = self._schema.names
+        plain = file.plain_name
+        if file.item:
+            self.columns = _named(file.item, names, plain)
+        else:
+            self.columns = _guess(role, self._schema, plain)
+        self._kinds = [_Kind(self._schema.field(name)) for name in self.columns]
+        kind, rows = self._kinds[0], self._starts[-1]
+        if any(one.nested for one in self._kinds) and len(self.columns) > 1:
+            raise InputError(
+                f"{plain}: column {self.columns[0]!r} and others cannot be read together: one "
+                "column of lists, or one column of numbers per class"
+            )
+        width: tuple[Any, ...] = ()
+        if kind.nested:
+            width = kind.width or self._first_width()
+        elif role == "scores":
+            width = (len(self.columns),)
+        self.shape = (rows, *width)
+        self.dtype = np.result_type(*(one.dtype for one in self._kinds))
+        self.chunks = (tuple(groups) or (0,), *((n,) for n in width))
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        import numpy as np
+
+        start, stop, _ = where[-1].indices(self.shape[0])
+        parts = [np.empty((0, *self.shape[1:]), self.dtype)]
+        for group, (low, high) in enumerate(pairwise(self._starts)):
+            if start < high and low < stop:
+                rows = self._array(self._table(group))
+                if rows.shape != (high - low, *self.shape[1:]):
+                    raise InputError(
+                        f"{self._name}: lists of column {self.columns[0]!r} have different "
+                        f"lengths, such as {rows.shape[1]} and {self.shape[1]}; each must hold one "
+                        "score per class"
+                    )
+                parts.append(rows[max(0, start - low) : stop - low])
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+    def _table(self, group: int) -> Any:
+        # By expressions, since a name with a dot is otherwise taken for a path.
+        columns = {name: self._ds.field(name) for name in self.columns}
+        part = self._fragment.subset(row_group_ids=[group])
+        return part.to_table(schema=self._schema, columns=columns, use_threads=False)
+
+    def _first_width(self) -> tuple[Any, ...]:
+        for group, (low, high) in enumerate(pairwise(self._starts)):
+            if low < high:
+                return tuple(self._array(self._table(group)).shape[1:])
+        return (None,)
+
+    def _array(self, table: Any) -> Array:
+        import numpy as np
+
+        for name, column in zip(self.columns, table.columns, strict=True):
+            if column.null_count:
+                raise InputError(
+                    f"{self._name}: column {name!r} has empty values; fill or drop them"
+                )
+        columns = [
+            kind.to_numpy(column, f"{self._name}: column {name!r}")
+            for kind, name, column in zip(self._kinds, self.columns, table.columns, strict=True)
+        ]
+        if self._kinds[0].nested or len(self.shape) == 1:
+            return columns[0]
+        return np.stack(columns, axis=1)
+
+
+class _Kind:
+    """What the type of a column stands for: numbers, lists, a tensor, Spark's vectors, an enum."""
+
+    def __init__(self, field: Any) -> None:
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.types as kinds
+
+        kind = field.type
+        self.tensor = isinstance(kind, pa.FixedShapeTensorType)
+        self.udt = kinds.is_struct(kind) and [inner.name for inner in kind] == UDT
+        self.width: tuple[int, ...] = ()
+        self.categories = _categories(field)
+        value = kind
+        if self.tensor:
+            self.width, value = tuple(kind.shape), kind.value_type
+        elif self.udt:
+            value = kind.field("values").type.value_type
+        elif is_list(kind):
+            self.width = (kind.list_size,) if kinds.is_fixed_size_list(kind) else ()
+            value = kind.value_type
+        self.nested = self.tensor or self.udt or is_list(kind)
+        try:
+            self.dtype = np.dtype("i8" if self.categories else value.to_pandas_dtype())
+        except NotImplementedError:
+            self.dtype = np.dtype(object)
+        self.floats = kinds.is_floating(value)
+
+    def to_numpy(self, column: Any, where: str) -> Array:
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if self.categories:
+            codes = pc.index_in(column.cast(pa.string()), pa.array(self.categories))
+            if codes.null_count:
+                raise InputError(f"{where} has values that are none of its categories")
+            return codes.to_numpy().astype(np.int64)
+        if self.tensor:
+            parts = [chunk.to_numpy_ndarray() for chunk in column.chunks]
+            return np.concatenate(parts) if parts else np.empty((0, *self.width), self.dtype)
+        if self.udt:
+            return _vectors(column.combine_chunks(), where)
+        return _matrix(column, where) if self.nested else column.to_numpy()
+
+
+def _matrix(lists: Any, where: str) -> Array:
+    """Make rows of lists of equal lengths."""
+    import pyarrow.compute as pc
+
+    lengths = sorted(pc.unique(pc.list_value_length(lists)).to_pylist())
+    if len(lengths) > 1:
+        name, _, column = where.rpartition(": ")
+        raise InputError(
+            f"{name}: lists of {column} have different lengths, such as {lengths[:3]}; each must "
+            "hold one score per class"
+        )
+    values = pc.list_flatten(lists)
+    if values.null_count:
+        raise InputError(f"{where}: lists hold empty values; fill or drop them")
+    return values.to_numpy().reshape(len(lists), *lengths)
+
+
+def _vectors(column: Any, where: str) -> Array:
+    """Make rows of Spark's vectors, dense (type 1) or sparse (type 0)."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    column = column if hasattr(column, "field") else column.chunk(0)
+    kind, size, indices, values = (column.field(name) for name in UDT)
+    dense = kind.to_numpy(zero_copy_only=False) == 1
+    lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+    sizes = np.where(dense, lengths, pc.fill_null(size, 0).to_numpy(zero_copy_only=False))
+    if len(set(sizes.tolist())) > 1:
+        raise InputError(f"{where} has vectors of different sizes; each must hold one per class")
+    made = np.zeros((len(column), int(sizes[0]) if len(sizes) else 0))
+    if dense.any():
+        made[dense] = pc.list_flatten(values.filter(dense)).to_numpy().reshape(-1, made.shape[1])
+    rows = np.repeat(np.flatnonzero(~dense), lengths[~dense].astype(np.int64))
+    places = pc.list_flatten(indices.filter(~dense)).to_numpy()
+    made[rows, places] = pc.list_flatten(values.filter(~dense)).to_numpy()
+    return made
+
+
+def _categories(field: Any) -> list[str]:
+    """Return the categories of a polars Enum, in the order of their codes."""
+    told = field.metadata or {}
+    rest = told.get(b"_PL_ENUM_VALUES2", told.get(b"_PL_ENUM_VALUES", b""))
+    found = []
+    while rest:
+        length, _, rest = rest.partition(b";")
+        found.append(rest[: int(length)].decode())
+        rest = rest[int(length) :]
+    return found
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a type is one of Arrow's lists."""
+    import pyarrow.types as kinds
+
+    return bool(kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind))
+
+
+def _named(item: str, names: Sequence[str], file: str) -> list[str]:
+    """Return the columns that ``item`` names, with commas, in quotes (as CSV), or by a pattern."""
+    if item in names:
+        return [item]
+    found: list[str] = []
+    for given in next(csv.reader([item])):
+        matching = [n for n in names if n == given] or [n for n in names if fnmatchcase(n, given)]
+        if not matching:
+            raise InputError(f"{file}: has no column {given!r}; its columns are {', '.join(names)}")
+        if len(matching) > 1 and matching != sorted(matching, key=natural):
+            raise InputError(
+                f"{file}: the columns that match {given!r} are not in the order of their names: "
+                f"{', '.join(matching)}; name them one by one"
+            )
+        found += matching
+    return found
+
+
+def _guess(role: str, schema: Any, file: str) -> list[str]:
+    """Choose the columns by their types, where nothing else is possible.
+
+    Scores: the only column of lists of floats, or the only floats if they are numbered (``c0``,
+    ``c1``, ...). Targets: the only integers. Sample weights: the only float.
+    """
+    import pyarrow.types as kinds
+
+    told = {field.name: _Kind(field) for field in schema}
+    lists = [name for name, kind in told.items() if kind.nested and kind.floats]
+    plain = [name for name, kind in told.items() if not kind.nested]
+    floats = [name for name in plain if told[name].floats]
+    integers = [
+        name for name in plain if told[name].categories or kinds.is_integer(schema.field(name).type)
+    ]
+    if role == "scores":
+        exact = [name for name in lists if name.lower() in ("logits", "scores")]
+        found = exact if len(exact) == 1 else floats if not lists and _numbers(floats) else lists
+        doubt = found is lists and (len(lists) != 1 or bool(floats))
+    else:
+        found = integers if role == "targets" else floats
+        doubt = len(found) != 1
+    if not found or doubt or any(NOT_GUESSED.fullmatch(name) for name in found):
+        raise InputError(
+            f"{file}: cannot tell which columns hold the {role}; name them, as in {file}#NAME, "
+            f"{file}#NAME,NAME or '{file}#c*'; its columns are "
+            f"{', '.join(f'{f.name} ({f.type})' for f in schema)}"
+        )
+    return found
+
+
+def _numbers(names: Sequence[str]) -> bool:
+    """Whether columns are numbered one after another, as they stand in the file."""
+    if len(names) < 2 or not numbered(names):
+        return False
+    ends = [re.search(r"(\d+)\D*$", name) for name in names]
+    numbers = [int(end[1]) for end in ends if end]
+    return numbers == list(range(numbers[0], numbers[0] + len(names))) if numbers else False

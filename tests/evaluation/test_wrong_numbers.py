@@ -1,0 +1,423 @@
+"""What once gave a wrong number with exit code 0 is read right, or refused in one line."""
+
+import os
+
+import numpy as np
+import pytest
+
+import mml_arrayapi as mml
+
+N, C = 700, 6
+
+
+def parts(name, array, n, numbers=None):
+    """Save an array as so many files, numbered from 0."""
+    for i, part in enumerate(np.array_split(array, n)):
+        np.save(f"{name}-{i if numbers is None else numbers[i]}.npy", part)
+
+
+# The order of files.
+
+
+def test_numbers_in_names_are_numbers(arrays, files, wanted):
+    parts("part", arrays[0], 12)
+    parts("label", arrays[1], 12)
+    for logits, targets in (
+        ("part-*.npy", "y.npy"),
+        ("x.npy", "label-*.npy"),
+        ("part-*.npy", "label-*.npy"),
+    ):
+        figures = mml.evaluate(logits, targets, chunk_size=50)
+        assert figures == wanted
+    assert [line["scores"]["name"] for line in figures.pairing] == [
+        f"part-{i}.npy" for i in range(12)
+    ]
+    assert figures.pairing[11]["targets"][0]["name"] == "label-11.npy"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("jan", "feb", "mar"), ("1", "01", "2"), ("a1", "b2", "c3")],
+    ids="-".join,
+)
+def test_an_order_in_doubt_is_refused(arrays, files, fails, names):
+    parts("part", arrays[0], 3, names)
+    assert "the order of its 3 files is in doubt" in fails("part-*.npy", "y.npy")
+    parts("label", arrays[1], 3, names)
+    if names[0] == "jan":  # files of the same names belong together, in whatever order
+        assert (
+            mml.evaluate("part-*.npy", "label-*.npy").accuracy
+            == mml.evaluate("x.npy", "y.npy").accuracy
+        )
+
+
+def test_a_list_is_an_order(arrays, files, wanted):
+    parts("part", arrays[0], 3, ("jan", "feb", "mar"))
+    assert mml.evaluate([f"part-{m}.npy" for m in ("jan", "feb", "mar")], "y.npy") == wanted
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 3), ("b", "c", "d")], ids=str)
+def test_names_that_do_not_correspond_are_refused(arrays, files, fails, numbers):
+    rows = N // 3 * 3
+    parts("part", arrays[0][:rows], 3, (0, 1, 2) if numbers[0] == 0 else ("a", "b", "c"))
+    parts("label", arrays[1][:rows], 3, numbers)
+    assert "it is in doubt which belong together" in fails("part-*.npy", "label-*.npy")
+
+
+def test_numbers_that_begin_elsewhere_correspond(arrays, files, wanted):
+    parts("part", arrays[0], 3)
+    parts("label", arrays[1], 3, ("001", "002", "003"))
+    assert mml.evaluate("part-*.npy", "label-*.npy") == wanted
+
+
+def test_what_was_paired_is_printed(arrays, files, command, capsys):
+    parts("part", arrays[0], 10)
+    assert command("part-*.npy", "y.npy") == 0
+    out = capsys.readouterr().out
+    assert "read           part-0.npy rows 0 to 69 with y.npy rows 0 to 69\n" in out
+    assert "... 4 more ...\n" in out
+    assert "part-9.npy rows 0 to 69 with y.npy rows 630 to 699\n" in out
+
+
+# What is in a file.
+
+
+@pytest.mark.parametrize("which", ["x.npy", "y.npy"])
+def test_a_second_array_in_a_file(arrays, files, fails, which):
+    with open(which, "ab") as file:
+        np.save(file, np.zeros(3))
+    line = fails("x.npy", "y.npy")
+    assert f"{which}: 152 bytes follow its array of shape (700," in line
+
+
+def test_bytes_after_the_array_in_an_archive(arrays, files, fails):
+    import io
+    import zipfile
+
+    buffer = io.BytesIO()
+    np.save(buffer, arrays[1])
+    with zipfile.ZipFile("y.npz", "w") as archive:
+        archive.writestr("y.npy", buffer.getvalue() + b"more")
+    assert "y.npz: bytes follow the array; save it again" in fails("x.npy", "y.npz")
+
+
+def test_a_damaged_archive(arrays, files, fails):
+    np.savez("x.npz", arrays[0])
+    with open("x.npz", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\x00\x01\x02")
+    assert "x.npz: rows 0 to 699 cannot be read (Bad CRC-32" in fails("x.npz", "y.npy")
+
+
+class Meters(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make", [np.ma.masked_array, lambda a: a.view(Meters)], ids=["mask", "unit"]
+)
+def test_subclasses_of_arrays_are_refused(arrays, make):
+    scores, target = arrays
+    with pytest.raises(TypeError, match="targets must be plain arrays, but are of type M"):
+        mml.evaluate(scores, make(target))
+    with pytest.raises(TypeError, match="scores must be plain arrays, but are of type M"):
+        mml.evaluate([make(scores)], target)
+
+
+def test_masked_chunks_of_dask_are_refused(arrays):
+    da = pytest.importorskip("dask.array")
+    scores, target = (da.from_array(a, chunks=100) for a in arrays)
+    with pytest.raises(TypeError, match="targets must be plain arrays, but are of type Masked"):
+        mml.evaluate(scores, da.ma.masked_equal(target, 2))
+
+
+# Files that change.
+
+
+def rewrite_at(call, act):
+    """Do something when a batch is finished."""
+    calls = []
+
+    def progress(done, rows):
+        calls.append(done)
+        if len(calls) == call:
+            act()
+
+    return progress
+
+
+CHANGES = {
+    "in place": lambda: np.lib.format.open_memmap("x.npy", mode="r+").__setitem__(
+        slice(600, 700), 9
+    ),
+    "replaced": lambda: (
+        np.save("z.npy", np.zeros((N, C), np.float32)),
+        os.replace("z.npy", "x.npy"),
+    ),
+    "times kept": lambda: (
+        (status := os.stat("x.npy")),
+        np.save("x.npy", np.zeros((N, C), np.float32)),
+        os.utime("x.npy", ns=(status.st_atime_ns, status.st_mtime_ns)),
+    ),
+    "labels": lambda: np.save("y.npy", np.zeros(N, int)),
+    "truncated": lambda: os.truncate("x.npy", 5000),
+    "removed": lambda: os.remove("x.npy"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_in_mid_run(files, change):
+    with pytest.raises(mml.InputError, match=r"[xy]\.npy: .*(has changed|cannot be (read|found))"):
+        mml.evaluate(
+            "x.npy", "y.npy", chunk_size=10, workers=1, progress=rewrite_at(3, CHANGES[change])
+        )
+
+
+def test_a_file_that_changes_after_it_was_read(arrays, files):
+    parts("part", arrays[0], 3)
+    change = rewrite_at(20, lambda: np.save("part-0.npy", arrays[0][:234]))
+    with pytest.raises(mml.InputError, match=r"part-0\.npy: the file has changed"):
+        mml.evaluate("part-*.npy", "y.npy", chunk_size=10, workers=1, progress=change)
+
+
+@pytest.mark.parametrize("when", ["run", "resume"])
+def test_a_zarr_store_that_is_rewritten(arrays, files, when):
+    zarr = pytest.importorskip("zarr")
+    store = zarr.create_array(store="x.zarr", data=arrays[0], chunks=(50, C))
+
+    class Stop(Exception):
+        pass
+
+    def change():
+        if when == "resume":
+            raise Stop
+        store[600:700] = 0
+
+    options = {"checkpoint": "ck", "chunk_size": 50, "workers": 1}
+    with pytest.raises((mml.InputError, Stop), match=r"x\.zarr: the file has changed|"):
+        mml.evaluate("x.zarr", "y.npy", progress=rewrite_at(3, change), **options)
+    if when == "resume":
+        store[600:700] = 0
+    with pytest.raises(mml.InputError, match=r"begun with other inputs \(now: .*x\.zarr\)"):
+        mml.evaluate("x.zarr", "y.npy", **options)
+
+
+# Zarr stores and HDF5 files.
+
+
+def zarr_file(path, array, **options):
+    zarr = pytest.importorskip("zarr")
+    attributes = options.pop("attributes", {})
+    options = {"chunks": (100, *array.shape[1:]), "fill_value": 0, **options}
+    store = zarr.create_array(store=path, shape=array.shape, dtype=array.dtype, **options)
+    store[...] = array
+    store.attrs.update(attributes)
+    return store
+
+
+def hdf5_file(path, array, **options):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        made = file.create_dataset("data", data=array, chunks=(100, *array.shape[1:]))
+        made.attrs.update(options.pop("attributes", {}))
+
+
+STORES = pytest.mark.parametrize(
+    ("path", "write"), [("s.zarr", zarr_file), ("s.h5", hdf5_file)], ids=["zarr", "hdf5"]
+)
+
+
+@STORES
+def test_packed_scores_are_unpacked(arrays, files, path, write):
+    packed = np.round(arrays[0] * 1000).astype(np.int16)
+    packed[5, 2] = -32768
+    write(path, packed, attributes={"scale_factor": 0.001, "_FillValue": -32768})
+    plain = packed.astype(np.float32) * np.float32(0.001)
+    plain[5, 2] = np.nan
+    figures = mml.evaluate(path, "y.npy")
+    assert figures == mml.evaluate(plain, arrays[1])
+    assert figures.nan_samples == ((path, 5),)
+
+
+@STORES
+def test_fill_values_of_floats_are_missing(arrays, files, path, write):
+    scores = arrays[0].copy()
+    scores[7, 0] = 1e20
+    write(path, scores, attributes={"_FillValue": np.float32(1e20).item()})
+    assert mml.evaluate(path, "y.npy").nan_samples == ((path, 7),)
+    write(
+        "n" + path,
+        arrays[0],
+        attributes={"_FillValue": "AAAAAAAA+H8=" if write is zarr_file else np.nan},
+    )
+    assert mml.evaluate("n" + path, "y.npy") == mml.evaluate(*arrays)
+
+
+@STORES
+def test_missing_labels_are_an_error(arrays, files, fails, path, write):
+    write(path, arrays[1], attributes={"_FillValue": 3})
+    count = int((arrays[1] == 3).sum())
+    assert f"{path}: {count} labels are missing (their value is that of _FillValue" in fails(
+        "x.npy", path
+    )
+    assert mml.evaluate("x.npy", path, ignore_index=3).ignored == count
+    write("p" + path, arrays[1], attributes={"add_offset": 1})
+    assert "has the attributes add_offset 1; decode it first" in fails("x.npy", "p" + path)
+
+
+@pytest.mark.parametrize("layout", ["plain", "sharded", "version 2", "hdf5"])
+@pytest.mark.parametrize("what", ["labels", "scores"])
+def test_chunks_that_were_never_written(arrays, files, fails, layout, what):
+    array = arrays[1] if what == "labels" else arrays[0]
+    path = "s.h5" if layout == "hdf5" else "s.zarr"
+    if layout == "hdf5":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            made = file.create_dataset("d", array.shape, array.dtype, chunks=(50, *array.shape[1:]))
+            made[:650] = array[:650]
+    else:
+        zarr = pytest.importorskip("zarr")
+        options = {"sharded": {"shards": (100, *array.shape[1:])}, "version 2": {"zarr_format": 2}}
+        made = zarr.create_array(
+            store=path, shape=array.shape, dtype=array.dtype, chunks=(50, *array.shape[1:]),
+            fill_value=0, **options.get(layout, {}),
+        )  # fmt: skip
+        made[:650] = array[:650]
+    filled = array.copy()
+    filled[650:] = 0
+    pair = ("x.npy", path) if what == "labels" else (path, "y.npy")
+    plain = (arrays[0], filled) if what == "labels" else (filled, arrays[1])
+    if what == "labels":
+        assert "never written, and would be read as targets of the store's fill value" in fails(
+            *pair
+        )
+    else:
+        assert mml.evaluate(*pair) == mml.evaluate(*plain)
+    assert "were never written" in fails(*pair, "--unwritten-chunks", "error")
+    assert mml.evaluate(*pair, unwritten_chunks="fill") == mml.evaluate(*plain)
+
+
+def test_all_chunks_are_there(arrays, files, wanted):
+    zarr_file("x.zarr", arrays[0], shards=(200, C))
+    zarr_file("y.zarr", arrays[1], shards=(200,), chunks=(50,), config={"write_empty_chunks": True})
+    assert mml.evaluate("x.zarr", "y.zarr", unwritten_chunks="error", chunk_size=30) == wanted
+
+
+# Parquet.
+
+
+def parquet(path, rows=150, **columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path, row_group_size=rows, write_page_checksum=True)
+
+
+def by_class(scores, names):
+    return {name: scores[:, i] for i, name in enumerate(names)}
+
+
+def test_parts_with_columns_in_another_order(arrays, files, wanted):
+    names = [f"c{i}" for i in range(C)]
+    scores, target = arrays
+    os.mkdir("folder")
+    parquet("folder/0.parquet", **by_class(scores[:300], names), y=target[:300])
+    rest = by_class(scores[300:], names)
+    parquet("folder/1.parquet", y=target[300:], **{name: rest[name] for name in reversed(names)})
+    with pytest.raises(mml.InputError, match="cannot tell which columns hold the scores"):
+        mml.evaluate("folder", "folder")  # in the second part they do not count upwards
+    item = ",".join(names)
+    figures = mml.evaluate(f"folder#{item}", "folder#y")
+    assert figures == wanted
+    assert figures.pairing[1]["scores"]["columns"] == names
+
+
+def test_parts_whose_columns_differ(arrays, files, fails):
+    scores, target = arrays
+    os.mkdir("folder")
+    parquet(
+        "folder/0.parquet", **by_class(scores[:300], [f"c{i}" for i in range(C)]), y=target[:300]
+    )
+    parquet(
+        "folder/1.parquet", **by_class(scores[300:], [f"d{i}" for i in range(C)]), y=target[300:]
+    )
+    line = fails("folder", "folder")
+    assert "1.parquet: its columns are d0, d1" in line
+    assert "name them, in the order of the classes" in line
+
+
+EXTRA = ["prob", "loss", "label_float", "__index_level_0__", "c6.5"]
+
+
+@pytest.mark.parametrize("extra", EXTRA)
+def test_an_extra_float_is_no_class(arrays, files, fails, wanted, extra):
+    scores, target = arrays
+    names = [f"c{i}" for i in range(C)]
+    parquet("p.parquet", **by_class(scores, names), **{extra: scores[:, 0]}, y=target)
+    line = fails("p.parquet", "p.parquet")
+    assert "cannot tell which columns hold the scores; name them" in line
+    assert mml.evaluate("p.parquet#c?", "p.parquet") == wanted
+    assert mml.evaluate(f"p.parquet#{','.join(names)}", "p.parquet") == wanted
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"embedding": "scores"},
+        {"features": "scores"},
+        {"first": "scores", "second": "scores"},
+        {"x": "scores", "p": "float"},
+        {"cat": "float", "dog": "float"},
+        {"c0": "float", "c1": "float", "c10": "float", "c2": "float"},
+        {"c0": "float"},
+    ],
+    ids=lambda v: "-".join(v),
+)
+def test_scores_in_doubt_are_not_guessed(arrays, files, fails, columns):
+    scores, target = arrays
+    made = {"scores": list(scores), "float": scores[:, 0]}
+    parquet("p.parquet", **{name: made[kind] for name, kind in columns.items()}, label=target)
+    assert "cannot tell which columns hold the scores; name them, as in" in fails(
+        "p.parquet", "p.parquet"
+    )
+
+
+def test_the_only_ones_are_guessed_and_told(arrays, files, wanted):
+    scores, target = arrays
+    parquet(
+        "p.parquet",
+        logits=list(scores),
+        embedding=list(scores[:, :3]),
+        label=target,
+        p=scores[:, 0],
+    )
+    figures = mml.evaluate("p.parquet", "p.parquet")
+    assert figures == wanted
+    assert "p.parquet [logits] rows 0 to 699 with p.parquet [label]" in str(figures)
+
+
+@pytest.mark.parametrize("column", ["id", "index", "__index_level_0__", "row"])
+def test_an_index_is_no_label(arrays, files, fails, column):
+    parquet("p.parquet", logits=list(arrays[0]), **{column: arrays[1]})
+    assert "cannot tell which columns hold the targets" in fails("p.parquet", "p.parquet")
+
+
+def test_names_with_commas_and_dots(arrays, files, wanted):
+    scores, target = arrays
+    names = ["a,b", "a.b", 'say "hi"', "c", "d#e", "f"]
+    parquet("p.parquet", **by_class(scores, names), **{"the, label": target})
+    item = '"a,b",a.b,"say ""hi""",c,d#e,f'
+    assert mml.evaluate(f"p.parquet#{item}", "p.parquet#the, label") == wanted
+
+
+def test_checksums_of_pages_are_verified(arrays, files, fails):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table(by_class(arrays[0], [f"c{i}" for i in range(C)]))
+    pq.write_table(
+        table, "p.parquet", compression="none", use_dictionary=False, write_page_checksum=True
+    )
+    with open("p.parquet", "r+b") as file:
+        file.seek(1000)
+        file.write(b"\x01")
+    assert "p.parquet: rows 0 to 699 cannot be read (" in fails("p.parquet", "y.npy")
