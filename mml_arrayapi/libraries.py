@@ -252,7 +252,9 @@ def library_of(argument: str, array: Array) -> Library:
         load = LIBRARIES.get(module)
         if load is None:
             return _library_without_row(argument, array)
-        library = _by_module[module] = load()
+        library = load()
+        if module != "torch":  # within torch.export keeping it would be a side effect: it warns
+            _by_module[module] = library
     return library
 
 
