@@ -449,7 +449,7 @@ PyObject *compute(Job &job, PyObject *input, PyObject *given, Block block) {
         result = run(call, block);
     }
     if (none) return losses.release();
-    double value = result.sum;
+    double value = result.sum / double(call.classes);
     if (job.options.reduction == Reduction::mean)
         value = result.count ? value / double(result.count) : std::nan("");
     return make_scalar(job, input, value / call.shrink, given);
