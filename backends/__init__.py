@@ -64,6 +64,12 @@ def _cupy_cuda() -> Kernel:
     return KERNEL
 
 
+def _jax_jit() -> Kernel:
+    from mml_arrayapi.backends.jax import KERNEL
+
+    return KERNEL
+
+
 def _dask_blocks() -> Kernel:
     from mml_arrayapi.backends.dask.graph import KERNEL
 
@@ -75,5 +81,6 @@ KERNELS = (
     LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu, _cpu_kernels_missing),
     LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda),
     LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
+    LazyKernel("jax-jit", "jax", ("jax",), _jax_jit),
     LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
 )

@@ -48,8 +48,6 @@ class Library:
         ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
     on_host : callable
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
-    arange : callable
-        ``arange(n, dtype, like)``: 0 to n - 1, fit to be used together with ``like``.
     place : callable
         ``place(array)``: what must be equal for arrays to be used together; None fits anything.
     settle : callable or None
@@ -61,33 +59,89 @@ class Library:
         ``device(array)``: the device to name when an array is made to be used with this one.
     compute : callable or None
         For a lazy library, ``compute(*arrays)``: their values, computed together.
+    widest : callable
+        ``widest(array)``: the widest signed integer and the widest real dtype of its device.
+    take : callable
+        ``take(x, index, axis)``: the elements of ``x`` at ``index``, which has length 1 along
+        ``axis``. All indices are in range. The other axes of ``x`` are those of ``index``, or 1.
+    put : callable
+        ``put(x, index, values, axis)``: ``x`` with ``values`` in those places. It may write into
+        ``x``.
+    relu : callable
+        ``relu(x, zero)``: the larger of ``x`` and ``zero`` (an array to broadcast), NaN where
+        ``x`` is NaN. Where it is differentiated, its slope at 0 is 0. It may write into ``x``.
+    runs : bool
+        Whether a sum in the widest precision takes so long that short runs are added first.
+    loss, loss_and_grad : callable, optional
+        How the generic implementation is run, if there is more to it than the formula: derivatives
+        for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
+    cast : callable or None
+        ``cast(input)``: the scores in the dtype that the library wants a loss to be computed from
+        (PyTorch under autocast).
     """
 
     name: str
     namespace: Namespace
     sight: Callable[[Array], str]
     on_host: Callable[[Array], Array]
-    arange: Callable[[int, Any, Array], Array]
     place: Callable[[Array], Any]
+    widest: Callable[[Array], tuple[Any, Any]]
+    take: Callable[[Array, Array, int], Array]
+    put: Callable[[Array, Array, Array, int], Array]
+    relu: Callable[[Array, Array], Array]
+    runs: bool = False
     settle: Callable[[Problem], Problem] | None = None
     unusable: Callable[[Array], str | None] = lambda _: None
     device: Callable[[Array], Any] = device_of
     compute: Callable[..., tuple[Array, ...]] | None = None
+    loss: Callable[[Problem], Array] | None = None
+    loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]] | None = None
+    cast: Callable[[Array], Array] | None = None
 
 
-def _plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
-    """Make the row of a library that follows the standard and needs nothing else."""
+def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
+    """Make the row of a library that follows the standard and needs nothing else.
 
-    def arange(n: int, dtype: Any, like: Array) -> Array:
-        return xp.arange(n, dtype=dtype, device=device_of(like))
+    The standard has no assignment by index, and its gather is eager or missing in several
+    libraries: the classes are compared with the target instead.
+    """
 
-    return Library(name, xp, sight, lambda array: array, arange, device_of)
+    def mask(x: Array, index: Array, axis: int) -> Array:
+        n = x.shape[axis]
+        places = xp.arange(n, dtype=index.dtype, device=device_of(index))
+        return xp.reshape(places, tuple(n if i == axis else 1 for i in range(x.ndim))) == index
+
+    def take(x: Array, index: Array, axis: int) -> Array:
+        zero = xp.zeros_like(index, dtype=x.dtype)
+        found = xp.where(mask(x, index, axis), x, zero)
+        return xp.sum(found, axis=axis, keepdims=True, dtype=x.dtype)
+
+    def put(x: Array, index: Array, values: Array, axis: int) -> Array:
+        return xp.where(mask(x, index, axis), values, x)
+
+    def relu(x: Array, zero: Array) -> Array:
+        return xp.where(x <= zero, zero, x)  # maximum() and clip() have other slopes at 0
+
+    return Library(
+        name,
+        xp,
+        sight,
+        on_host=lambda array: array,
+        place=device_of,
+        widest=lambda array: widest(xp, array),
+        take=take,
+        put=put,
+        relu=relu,
+    )
 
 
 def _numpy() -> Library:
     import array_api_compat.numpy as xp
 
-    return _plain("numpy", xp, lambda _: HOST)
+    from mml_arrayapi.backends import eager, numpy_formula
+
+    row = plain("numpy", xp, lambda _: HOST)
+    return replace(row, **numpy_formula.ROW, **eager.ROW)
 
 
 def _torch() -> Library:
@@ -99,7 +153,7 @@ def _torch() -> Library:
 def _cupy() -> Library:
     import array_api_compat.cupy as xp
 
-    return replace(_plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
+    return replace(plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
 
 
 def _dask() -> Library:
@@ -108,37 +162,33 @@ def _dask() -> Library:
 
     from mml_arrayapi.backends.dask.alignment import check_targets_lazily, unsupported_layout
 
-    return replace(
-        _plain("dask", xp, lambda _: LAZY),
-        settle=check_targets_lazily,
-        unusable=unsupported_layout,
-        compute=compute,
+    wide = xp.int64, xp.float64
+    row = plain("dask", xp, lambda _: LAZY)
+    row = replace(
+        row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute
     )
+    return replace(row, widest=lambda _: wide, relu=xp.maximum)
 
 
 def _jax() -> Library:
     import jax.numpy as xp
 
-    from mml_arrayapi.backends import jax_values as values
+    from mml_arrayapi.backends import jax as values
 
-    return Library(
-        "jax",
-        xp,
-        values.sight,
-        values.on_host,
-        values.arange,
-        values.place,
-        device=lambda _: None,  # JAX moves arrays of no particular device beside any other
-    )
+    # JAX moves arrays of no particular device beside any other.
+    return replace(plain("jax", xp, values.sight), device=lambda _: None, **values.ROW)
 
 
 def _array_api_strict() -> Library:
     import array_api_strict as xp
 
+    from mml_arrayapi.backends import eager
+
     def on_host(array: Array) -> Array:
         return array.to_device(xp.Device("CPU_DEVICE"))
 
-    return replace(_plain("array_api_strict", xp, lambda _: HOST), on_host=on_host)
+    row = plain("array_api_strict", xp, lambda _: HOST)
+    return replace(row, on_host=on_host, **eager.ROW)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -203,7 +253,7 @@ def _library_without_row(argument: str, array: Array) -> Library:
     if name in LIBRARIES:
         return LIBRARIES[name]()
     if name not in _by_namespace:
-        _by_namespace[name] = _plain(name, xp, _stranger_sight)
+        _by_namespace[name] = plain(name, xp, _stranger_sight)
     return _by_namespace[name]
 
 
@@ -236,14 +286,9 @@ def like(values: np.ndarray, array: Array) -> Array:
     if library.compute is not None:  # NumPy arrays may stand beside lazy ones
         return values
     xp = library.namespace
-    if widest(xp, array)[1] == xp.float32:
+    if library.widest(array)[1] == xp.float32:
         values = values.astype(np.float32)
     return xp.asarray(values, device=library.device(array))
-
-
-def arange(n: int, dtype: Any, like: Array) -> Array:
-    """Return 0 to n - 1 as an array that can be used together with ``like``."""
-    return library_of("input", like).arange(n, dtype, like)
 
 
 def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:

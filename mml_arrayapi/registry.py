@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from mml_arrayapi import backends as built_in
 from mml_arrayapi import formula, overrides
 from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import settle_targets
 
 if TYPE_CHECKING:
@@ -43,11 +44,13 @@ def _never_refuses(problem: Problem) -> str | None:  # noqa: ARG001
 
 
 def _generic_loss(problem: Problem) -> Array:
-    return formula.loss(settle_targets(problem))
+    run = library_of("input", problem.input).loss or formula.loss
+    return run(settle_targets(problem))
 
 
 def _generic_loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
-    return formula.loss_and_grad(settle_targets(problem), grad_output)
+    run = library_of("input", problem.input).loss_and_grad or formula.loss_and_grad
+    return run(settle_targets(problem), grad_output)
 
 
 GENERIC = Kernel(

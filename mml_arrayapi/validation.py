@@ -154,6 +154,8 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
             f"{_shape('weight', weight)}"
         )
     library, xp = _check_types(input, target, weight)
+    if library.cast is not None:
+        input = library.cast(input)
     if input.ndim == 0:
         input = xp.reshape(input, (1,))
     if len(given) != len(batch):
@@ -255,11 +257,12 @@ def settle_targets(problem: Problem) -> Problem:
     if library.settle is not None:
         return library.settle(problem)
     if problem.check_target == "raise":
-        raise_invalid_target(library.on_host(problem.target), problem.input.shape[problem.axis])
+        target, n_classes = library.on_host(problem.target), problem.input.shape[problem.axis]
+        raise_invalid_target(target, n_classes, problem.ignore_index)
     return problem
 
 
-def raise_invalid_target(target: Array, n_classes: int) -> None:
+def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None = None) -> None:
     """Raise if a target is out of range. The values must be concrete.
 
     Parameters
@@ -268,6 +271,8 @@ def raise_invalid_target(target: Array, n_classes: int) -> None:
         Class indices.
     n_classes : int
         The number of classes.
+    ignore_index : int, optional
+        A value that is accepted all the same.
 
     Raises
     ------
@@ -277,6 +282,9 @@ def raise_invalid_target(target: Array, n_classes: int) -> None:
     xp = library_of("target", target).namespace
     signed = xp.astype(target, widest(xp, target)[0], copy=False)
     bad = (signed < 0) | (signed >= n_classes)
+    held = xp.iinfo(target.dtype)
+    if ignore_index is not None and held.min <= ignore_index <= held.max:
+        bad = bad & (target != ignore_index)
     if not bool(xp.any(bad)):
         return
     flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))

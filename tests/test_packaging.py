@@ -1,8 +1,6 @@
 """Wheel, sdist and tree hold the same files; each can be used, from wherever it lies."""
 
 import subprocess
-import sys
-import tarfile
 import zipfile
 from pathlib import Path
 from sysconfig import get_paths
@@ -22,38 +20,6 @@ loss = mml_arrayapi.multi_margin_loss(numpy.asarray([[0.1, 0.2, 0.4, 0.8]]), num
 assert abs(loss - 0.325) < 1e-6
 print(mml_arrayapi.__file__)
 """
-
-
-@pytest.fixture(scope="session")
-def dist(tmp_path_factory):
-    """The sdist, and the wheel that is built from it."""
-    out = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
-    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
-    return sdist, wheel
-
-
-@pytest.fixture(scope="session")
-def sdist(dist, tmp_path_factory):
-    """The folder that the sdist unpacks to."""
-    folder = tmp_path_factory.mktemp("sdist")
-    with tarfile.open(dist[0]) as tar:
-        tar.extractall(folder, filter="data")
-    (inside,) = folder.iterdir()
-    return inside
-
-
-@pytest.fixture(scope="session")
-def installed(dist, tmp_path_factory):
-    """A folder with the wheel in it, as a plain ``pip install .`` leaves it."""
-    folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(dist[1]) as wheel:
-        wheel.extractall(folder)
-    return folder
 
 
 def alone(code, *path, **options):

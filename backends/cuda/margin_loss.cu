@@ -87,12 +87,9 @@ struct Arguments {
 };
 
 #ifndef SIMT
-// Blocks resident at once: the register budget. Left alone, ptxas spills a few bytes for more.
-#define ROWS_RESIDENT (POWER == 0 || SCALAR == 64 ? 2 : 3)
-#define TILES_RESIDENT (POWER == 0 && SCALAR == 64 ? 6 : 8)
-#define RESIDENT(threads) ((threads) == BLOCK ? ROWS_RESIDENT : (threads) == TILE_BLOCK ? TILES_RESIDENT : 1)
-#define KERNEL(name, threads, call) \
-    extern "C" __global__ void __launch_bounds__(threads, RESIDENT(threads)) \
+// `resident` blocks at once on a multiprocessor: the register budget.
+#define KERNEL(name, threads, resident, call) \
+    extern "C" __global__ void __launch_bounds__(threads, resident) \
         name(const __grid_constant__ Arguments a) { \
         call; \
     }
@@ -354,7 +351,7 @@ struct Row {
     u32 own;        // the vector that holds y; not below body if there is none
     u32 edges;
     Real pivot;     // the score at y
-    Real scale;     // what slopes are multiplied by
+    Real scale;     // what slopes are multiplied by, 0 until it is needed
 };
 
 DEVICE const Scalar* scores_of(const Arguments& a, const Row& r) {
@@ -364,7 +361,7 @@ DEVICE const Scalar* scores_of(const Arguments& a, const Row& r) {
 DEVICE Scalar* grad_of(const Arguments& a, const Row& r) { return a.grad + r.row * a.classes; }
 
 template <int OP>
-DEVICE Row row_of(const Arguments& a, i64 row, int y, u32 lane, u32 lanes, Real factor) {
+DEVICE Row row_of(const Arguments& a, i64 row, int y, u32 lane, u32 lanes) {
     Row r = {};
     r.row = row;
     r.y = y;
@@ -378,9 +375,7 @@ DEVICE Row row_of(const Arguments& a, i64 row, int y, u32 lane, u32 lanes, Real 
     r.body = (classes - r.head) / V;
     r.own = y < 0 ? ~0u : ((u32)y - r.head) / V;  // below head: wraps, and is beyond the body
     r.edges = classes - r.body * V + (r.own < r.body ? V : 0);
-    if (y < 0) return r;
-    if (OP != GRAD_MASK) r.pivot = to_real(scores_of(a, r)[y]);
-    if (OP == LOSS_GRAD || OP == GRAD_MASK) r.scale = load_scale(a, row, y, factor);
+    if (OP != GRAD_MASK && y >= 0) r.pivot = to_real(scores_of(a, r)[y]);
     return r;
 }
 
@@ -436,14 +431,15 @@ DEVICE void load_vectors(const Arguments& a, const Row& r, u32 first, u32 end,
     }
 }
 
-// Vectors begin to end of the row, of which begin is a multiple of lanes * VECTORS.
+// Vectors begin to end of the row, of which begin is a multiple of lanes * VECTORS. The first turn's
+// are in raw already.
 template <int OP>
-DEVICE void row_body(const Arguments& a, const Row& r, u32 begin, u32 end, Sums& sums) {
+DEVICE void row_body(const Arguments& a, const Row& r, u32 begin, u32 end, uint4 (&raw)[VECTORS],
+                     Sums& sums) {
     uint4* to = (uint4*)(grad_of(a, r) + r.head);
     unsigned char* mask = a.mask + 8 * a.rows + r.row * a.mask_row + r.lane;
     for (u32 start = begin; start < end; start += r.lanes * VECTORS) {
-        uint4 raw[VECTORS];
-        load_vectors<OP>(a, r, start + r.lane, end, raw);
+        if (start != begin) load_vectors<OP>(a, r, start + r.lane, end, raw);
         Real loss = 0, slopes = 0;
 #pragma unroll
         for (u32 u = 0; u < UNITS; u++) {
@@ -536,7 +532,10 @@ DEVICE Sums sums_again(const Arguments& a, const Row& r, u32 begin, u32 end, boo
     return sums;
 }
 
-DEVICE bool is_infinite(double sum) { return sum - sum != 0 && sum == sum; }
+template <class T>
+DEVICE bool is_infinite(T sum) {
+    return sum - sum != 0 && sum == sum;
+}
 
 template <int KIND, class T>
 DEVICE T group_sum(T value, u32 lanes, double* shared) {
@@ -549,7 +548,8 @@ DEVICE Sums settled(const Arguments& a, const Row& r, u32 begin, u32 end, bool e
                     double* shared) {
     sums.loss = group_sum<KIND>(sums.loss, r.lanes, shared);
     if (OP != LOSS) sums.slope = group_sum<KIND>(sums.slope, r.lanes, shared);
-    const bool infinite = is_infinite(sums.loss) || (OP != LOSS && is_infinite((double)sums.slope));
+    const bool infinite = is_infinite(sums.loss)
+                          || (OP != LOSS && POWER != 1 && is_infinite(sums.slope));
     sums.loss *= DOWN;
 #if POWER != 1
     sums.slope *= DOWN;
@@ -613,14 +613,18 @@ DEVICE void rows_of_scores(const Arguments& a) {
         if (part + stride < parts) next = load_target(a, (part + stride) / splits);
         const u32 segment = KIND == SPLIT ? (u32)(part % splits) : 0;
         const i64 row = part < parts ? part / splits : 0;
-        const Row r = row_of<OP>(a, row, y, lane, lanes, factor);
+        Row r = row_of<OP>(a, row, y, lane, lanes);
         // Of a row whose target names no class, nothing is read.
         const u32 begin = KIND == SPLIT ? segment * (u32)a.span : 0;
         u32 end = y < 0 ? 0 : r.body;
         if (KIND == SPLIT && end > begin + (u32)a.span) end = begin + (u32)a.span;
         const bool edges = y >= 0 && segment == 0;
+        uint4 raw[VECTORS];
+        load_vectors<OP>(a, r, begin + lane, end, raw);
+        // Only now, since this waits for what it loads.
+        if (OP == LOSS_GRAD && y >= 0) r.scale = load_scale(a, row, y, factor);
         Sums sums = {0, 0};
-        row_body<OP>(a, r, begin, end, sums);
+        row_body<OP>(a, r, begin, end, raw, sums);
         u32 bits = edges ? row_edges<OP>(a, r, sums) : 0;
         if (OP == LOSS_MASK) bits = lane_sum(bits, lanes < 32 ? lanes : 32);  // in the first warp
         sums = settled<OP, KIND>(a, r, begin, end, edges, sums, shared);
@@ -644,8 +648,9 @@ DEVICE void split_rows(const Arguments& a) {
     const Real factor = batch_factor(a, kept);
     double block_total = 0;
     for (i64 row = threadIdx.x / 32; row < a.rows; row += SUM_BLOCK / 32) {
-        const Row r = row_of<OP>(a, row, class_of(a, load_target(a, row)), threadIdx.x % 32, 32,
-                                 factor);
+        const int y = class_of(a, load_target(a, row));
+        Row r = row_of<OP>(a, row, y, threadIdx.x % 32, 32);
+        if (OP == LOSS_GRAD && y >= 0) r.scale = load_scale(a, row, y, factor);
         const double* parts = partials_of(a) + 2 * row * a.splits;
         double loss = 0, slope = 0;
         for (i64 i = r.lane; i < a.splits; i += 32) {
@@ -689,7 +694,8 @@ DEVICE void rows_of_mask(const Arguments& a) {
         u32 bits[UNITS];
         load_bits(mask, begin, end_of_bits, lanes, bits);
 
-        const Row r = row_of<GRAD_MASK>(a, row, class_of(a, target), lane, lanes, factor);
+        Row r = row_of<GRAD_MASK>(a, row, class_of(a, target), lane, lanes);
+        if (r.y >= 0) r.scale = load_scale(a, row, r.y, factor);
         const u32 end = KIND == SPLIT && r.body > last ? last : r.body;
         const bool no_value = count == NO_VALUE, ignored = r.y == IGNORED;
         const Real nan = not_a_number();
@@ -720,15 +726,22 @@ DEVICE void rows_of_mask(const Arguments& a) {
 // Small C: a warp carries 32 rows through shared memory, a thread works on one row. Only so are
 // both the accesses to memory whole and the lanes all busy when a row is 40 bytes long.
 
+enum { PIECE = 16 / sizeof(Real) };  // elements in 16 bytes of shared memory
+
+// How many of a row's elements a thread reads at once.
+DEVICE constexpr int at_once(int classes) {
+    return classes % PIECE == 0 ? (int)PIECE : classes % 2 == 0 ? 2 : 1;
+}
+
 enum {
-    PIECE = 16 / sizeof(Real),  // elements in 16 bytes of shared memory
 #ifdef CLASSES
-    AT_ONCE = CLASSES % PIECE == 0 ? (int)PIECE : CLASSES % 2 == 0 ? 2 : 1,  // read from a row
-    PER_LANE = (CLASSES + PIECE - 1) / PIECE,                                // pieces of a tile
+    AT_ONCE = at_once(CLASSES),
+    PER_LANE = (CLASSES + PIECE - 1) / PIECE,  // pieces of a tile
 #else
     AT_ONCE = 1,
     PER_LANE = 32 / PIECE,
 #endif
+    QUADS_AT_ONCE = POWER == 0 ? 1 : 8  // pow() is long enough: unrolled it only spills
 };
 
 DEVICE u32 tile_classes(const Arguments& a) {
@@ -778,18 +791,18 @@ DEVICE void tile_load(const Arguments& a, i64 first, u32 n, Real* tile) {
     const Scalar* from = a.scores + first * a.row_stride;
     const u32 lane = threadIdx.x % 32, classes = tile_classes(a);
     const u32 pieces = a.vector ? n / PIECE : 0;
+    const Raw* mine = (const Raw*)from + lane;
+    const int left = (int)pieces - (int)lane;
 #pragma unroll
-    for (u32 k0 = 0; k0 < PER_LANE; k0 += TILE_LOADS) {
+    for (int v0 = 0; v0 < PER_LANE; v0 += TILE_LOADS) {
         Raw raw[TILE_LOADS];
 #pragma unroll
-        for (u32 v = 0; v < TILE_LOADS && k0 + v < PER_LANE; v++) {
-            const u32 k = (k0 + v) * 32 + lane;
-            if (k < pieces) raw[v] = __ldg((const Raw*)from + k);
-        }
+        for (int v = 0; v < TILE_LOADS && v0 + v < PER_LANE; v++)
+            if ((v0 + v) * 32 < left) raw[v] = __ldg(mine + (v0 + v) * 32);
 #pragma unroll
-        for (u32 v = 0; v < TILE_LOADS && k0 + v < PER_LANE; v++) {
-            const u32 k = (k0 + v) * 32 + lane;
-            if (k < pieces) unpack(raw[v], group_at<PIECE>(tile, k * PIECE, classes).x);
+        for (int v = 0; v < TILE_LOADS && v0 + v < PER_LANE; v++) {
+            if ((v0 + v) * 32 >= left) continue;
+            unpack(raw[v], group_at<PIECE>(tile, ((v0 + v) * 32 + lane) * PIECE, classes).x);
         }
     }
 #pragma unroll 4
@@ -799,15 +812,15 @@ DEVICE void tile_load(const Arguments& a, i64 first, u32 n, Real* tile) {
 
 DEVICE void tile_store(Scalar* to, u32 n, Real* tile, u32 classes) {
     const u32 lane = threadIdx.x % 32, pieces = n / PIECE;
+    const int left = (int)pieces - (int)lane;
 #pragma unroll
-    for (u32 v = 0; v < PER_LANE; v++) {
-        const u32 k = v * 32 + lane;
-        if (k >= pieces) continue;
-        const Group<PIECE> group = group_at<PIECE>(tile, k * PIECE, classes);
+    for (int v = 0; v < PER_LANE; v++) {
+        if (v * 32 >= left) continue;
+        const Group<PIECE> group = group_at<PIECE>(tile, (v * 32 + lane) * PIECE, classes);
         Scalar s[PIECE];
 #pragma unroll
         for (int e = 0; e < PIECE; e++) s[e] = to_scalar(group.x[e]);
-        ((Raw*)to)[k] = pack_piece(s);
+        ((Raw*)to + lane)[v * 32] = pack_piece(s);
     }
     for (u32 i = pieces * PIECE + lane; i < n; i += 32) to[i] = to_scalar(tile[place(i, classes)]);
 }
@@ -837,30 +850,33 @@ DEVICE double tile_row(const Arguments& a, i64 row, int y, Real factor, Real* ti
     const Real scale = OP == LOSS_GRAD ? load_scale(a, row, column, factor) : (Real)0;
     Real losses[4] = {0, 0, 0, 0}, slopes[4] = {0, 0, 0, 0};  // four, for the rounding error
     u32 bits = 0;
-#ifdef CLASSES
+#pragma unroll QUADS_AT_ONCE
+    for (int quad = 0; quad < (int)classes; quad += 4) {
 #pragma unroll
-#endif
-    for (int first = 0; first < (int)classes; first += AT_ONCE) {
-        Group<AT_ONCE>& group = group_at<AT_ONCE>(tile, start + first, classes);
-        Group<AT_ONCE> here = group;
+        for (int q = 0; q < 4; q += AT_ONCE) {
+            if (quad + q >= (int)classes) continue;
+            Group<AT_ONCE>& group = group_at<AT_ONCE>(tile, start + quad + q, classes);
+            Group<AT_ONCE> here = group;
 #pragma unroll
-        for (int e = 0; e < AT_ONCE; e++) {
-            const int j = first + e;
-            Real z = (here.x[e] - pivot) + margin;
-            if (j == y) z = -1;
-            Real term, slope;
-            hinge(z, exponent, term, slope);
-            losses[j % 4] += term;
-            slopes[j % 4] += slope;
-            if (OP == LOSS_MASK) bits |= (u32)is_active(z) << j;
-            if (OP == LOSS_GRAD) here.x[e] = is_active(z) ? slope * scale : (Real)0;
+            for (int e = 0; e < AT_ONCE; e++) {
+                const int j = quad + q + e;
+                Real z = (here.x[e] - pivot) + margin;
+                if (j == y) z = -1;
+                Real term, slope;
+                hinge(z, exponent, term, slope);
+                losses[q + e] += term;
+                slopes[q + e] += slope;
+                if (OP == LOSS_MASK) bits |= (u32)is_active(z) << j;
+                if (OP == LOSS_GRAD) here.x[e] = is_active(z) ? slope * scale : (Real)0;
+            }
+            if (OP == LOSS_GRAD) group = here;
         }
-        if (OP == LOSS_GRAD) group = here;
     }
-    const double total = (double)((losses[0] + losses[1]) + (losses[2] + losses[3]));
-    const double slope = (double)((slopes[0] + slopes[1]) + (slopes[2] + slopes[3]));
-    Sums sums = {total * DOWN, (Slopes)(POWER == 1 ? slope : slope * DOWN)};
-    if ((is_infinite(total) || is_infinite(slope)) && y >= 0) {
+    const Real total = (losses[0] + losses[1]) + (losses[2] + losses[3]);
+    const Real slope = (slopes[0] + slopes[1]) + (slopes[2] + slopes[3]);
+    Sums sums = {(double)total * DOWN, (Slopes)(POWER == 1 ? slope : slope * DOWN)};
+    const bool infinite = is_infinite(total) || (OP != LOSS && POWER != 1 && is_infinite(slope));
+    if (infinite && y >= 0) {
         const Sums again = tile_sums_again(a, row, y, pivot);
         sums.loss = again.loss;
         if (POWER != 1) sums.slope = again.slope;
@@ -935,44 +951,48 @@ DEVICE void tiles(const Arguments& a) {
 
 // ---------------------------------------------------------------------------------------------
 
+#define TILES_RESIDENT (POWER == 0 ? 4 : 8)
+#define ROWS_RESIDENT (POWER == 0 || SCALAR == 64 ? 2 : 3)
+#define GRAD_RESIDENT 2
+
 #if !defined(LAYOUT) || LAYOUT == 1
-KERNEL(tiles_loss, TILE_BLOCK, (tiles<LOSS>(a)))
-KERNEL(tiles_loss_grad, TILE_BLOCK, (tiles<LOSS_GRAD>(a)))
+KERNEL(tiles_loss, TILE_BLOCK, TILES_RESIDENT, (tiles<LOSS>(a)))
+KERNEL(tiles_loss_grad, TILE_BLOCK, TILES_RESIDENT, (tiles<LOSS_GRAD>(a)))
 #if POWER == 1
-KERNEL(tiles_loss_mask, TILE_BLOCK, (tiles<LOSS_MASK>(a)))
-KERNEL(tiles_grad_mask, TILE_BLOCK, (tiles<GRAD_MASK>(a)))
+KERNEL(tiles_loss_mask, TILE_BLOCK, TILES_RESIDENT, (tiles<LOSS_MASK>(a)))
+KERNEL(tiles_grad_mask, TILE_BLOCK, TILES_RESIDENT, (tiles<GRAD_MASK>(a)))
 #endif
 #endif
 
 #if !defined(LAYOUT) || LAYOUT == 2
-KERNEL(rows_loss, BLOCK, (rows_of_scores<LOSS, ROWS>(a)))
-KERNEL(rows_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, ROWS>(a)))
+KERNEL(rows_loss, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS, ROWS>(a)))
+KERNEL(rows_loss_grad, BLOCK, GRAD_RESIDENT, (rows_of_scores<LOSS_GRAD, ROWS>(a)))
 #if POWER == 1
-KERNEL(rows_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, ROWS>(a)))
-KERNEL(rows_grad_mask, BLOCK, (rows_of_mask<ROWS>(a)))
+KERNEL(rows_loss_mask, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS_MASK, ROWS>(a)))
+KERNEL(rows_grad_mask, BLOCK, ROWS_RESIDENT, (rows_of_mask<ROWS>(a)))
 #endif
 #endif
 
 #if !defined(LAYOUT) || LAYOUT == 3
-KERNEL(wide_loss, BLOCK, (rows_of_scores<LOSS, WIDE>(a)))
-KERNEL(wide_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, WIDE>(a)))
+KERNEL(wide_loss, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS, WIDE>(a)))
+KERNEL(wide_loss_grad, BLOCK, GRAD_RESIDENT, (rows_of_scores<LOSS_GRAD, WIDE>(a)))
 #if POWER == 1
-KERNEL(wide_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, WIDE>(a)))
-KERNEL(wide_grad_mask, BLOCK, (rows_of_mask<WIDE>(a)))
+KERNEL(wide_loss_mask, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS_MASK, WIDE>(a)))
+KERNEL(wide_grad_mask, BLOCK, ROWS_RESIDENT, (rows_of_mask<WIDE>(a)))
 #endif
 #endif
 
 #if !defined(LAYOUT) || LAYOUT == 4
-KERNEL(split_loss, BLOCK, (rows_of_scores<LOSS, SPLIT>(a)))
-KERNEL(split_loss_end, SUM_BLOCK, (split_rows<LOSS>(a)))
-KERNEL(split_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, SPLIT>(a)))
-KERNEL(split_loss_grad_end, SUM_BLOCK, (split_rows<LOSS_GRAD>(a)))
+KERNEL(split_loss, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS, SPLIT>(a)))
+KERNEL(split_loss_end, SUM_BLOCK, 1, (split_rows<LOSS>(a)))
+KERNEL(split_loss_grad, BLOCK, GRAD_RESIDENT, (rows_of_scores<LOSS_GRAD, SPLIT>(a)))
+KERNEL(split_loss_grad_end, SUM_BLOCK, 1, (split_rows<LOSS_GRAD>(a)))
 #if POWER == 1
-KERNEL(split_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, SPLIT>(a)))
-KERNEL(split_loss_mask_end, SUM_BLOCK, (split_rows<LOSS_MASK>(a)))
-KERNEL(split_grad_mask, BLOCK, (rows_of_mask<SPLIT>(a)))
+KERNEL(split_loss_mask, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS_MASK, SPLIT>(a)))
+KERNEL(split_loss_mask_end, SUM_BLOCK, 1, (split_rows<LOSS_MASK>(a)))
+KERNEL(split_grad_mask, BLOCK, ROWS_RESIDENT, (rows_of_mask<SPLIT>(a)))
 #endif
 #endif
 
-KERNEL(count, BLOCK, (count_kept(a)))
-KERNEL(finish, SUM_BLOCK, (sum_partials(a)))
+KERNEL(count, BLOCK, 1, (count_kept(a)))
+KERNEL(finish, SUM_BLOCK, 1, (sum_partials(a)))

@@ -17,14 +17,14 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from mml_arrayapi import formula
-from mml_arrayapi.backends.pytorch import state
+from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.backends.pytorch.state import (
     below_autograd,
     is_grad_enabled,
     ordinary,
     readable,
     single_level,
+    under_autocast,
 )
 from mml_arrayapi.kernel import Kernel, Options, Problem
 from mml_arrayapi.validation import settle_targets
@@ -104,9 +104,9 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
             or not readable(input)
             or not readable(target)
             or not (weight is None or readable(weight))
-            or (input.itemsize == 2 and torch.is_autocast_enabled(engine.device))
         ):
             return None
+        input = under_autocast(input)
         if is_grad_enabled():
             if weight is not None and weight.requires_grad:
                 return None
@@ -132,9 +132,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
     _implement(engine)
     on_types = dict.fromkeys(state.PLAIN, direct)
     features = frozenset({"ignore_index"})
-    return Kernel(
-        name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types
-    )
+    return Kernel(name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types)
 
 
 def _arguments(problem: Problem) -> tuple[tuple[Tensor, Tensor, Tensor | None], Options]:
@@ -149,16 +147,16 @@ def _arguments(problem: Problem) -> tuple[tuple[Tensor, Tensor, Tensor | None], 
 # The operators: the loss (and the mask), the gradient, both in one pass.
 
 _OPTIONS = "float p, float margin, str reduction, SymInt? ignore_index, int axis, str check_target"
+_SCORES = "Tensor input, Tensor target, Tensor? weight"
+_NAMES = ("multi_margin_loss", "multi_margin_loss_backward", "multi_margin_loss_and_grad")
+_SIGNATURES = (
+    f"({_SCORES}, {_OPTIONS}, bool keep_mask) -> (Tensor, Tensor)",
+    f"(Tensor grad_output, {_SCORES}, Tensor? mask, {_OPTIONS}) -> Tensor",
+    f"({_SCORES}, Tensor? grad_output, {_OPTIONS}) -> (Tensor, Tensor)",
+)
 _library = torch.library.Library("mml_arrayapi", "DEF")
-for _schema in (
-    f"multi_margin_loss(Tensor input, Tensor target, Tensor? weight, {_OPTIONS}, bool keep_mask)"
-    " -> (Tensor, Tensor)",
-    "multi_margin_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight,"
-    f" Tensor? mask, {_OPTIONS}) -> Tensor",
-    "multi_margin_loss_and_grad(Tensor input, Tensor target, Tensor? weight, Tensor? grad_output,"
-    f" {_OPTIONS}) -> (Tensor, Tensor)",
-):
-    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+for _name, _signature in zip(_NAMES, _SIGNATURES, strict=True):
+    _library.define(_name + _signature, tags=torch.Tag.pt2_compliant_tag)
 _loss = torch.ops.mml_arrayapi.multi_margin_loss.default
 _gradient = torch.ops.mml_arrayapi.multi_margin_loss_backward.default
 _loss_and_grad = torch.ops.mml_arrayapi.multi_margin_loss_and_grad.default
@@ -193,8 +191,8 @@ def _implement(engine: Engine) -> None:
             made = _formula_loss_and_grad(input, target, weight, grad_output, options)
         return made
 
-    for operator, run in ((_loss, loss), (_gradient, gradient), (_loss_and_grad, loss_and_grad)):
-        _library.impl(operator._schema.name, run, engine.device.upper())
+    for name, run in zip(_NAMES, (loss, gradient, loss_and_grad), strict=True):
+        _library.impl(name, run, engine.device.upper())
 
 
 def _no_mask(input: Tensor) -> Tensor:
@@ -207,13 +205,13 @@ def _empty_mask(engine: Engine, input: Tensor, target: Tensor, options: Options)
 
 
 def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
-    return formula.loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
+    return generic.loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
 
 
 def _formula_loss_and_grad(
     input: Any, target: Any, weight: Any, grad_output: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
-    return formula.loss_and_grad(_problem(input, target, weight, options), grad_output)
+    return generic.loss_and_grad(_problem(input, target, weight, options), grad_output)
 
 
 def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
@@ -296,12 +294,9 @@ def _formula_must_follow(weight: Tensor | None) -> bool:
     return followed or state.differentiates_forward()
 
 
-for _operator, _run in (
-    (_loss, _autograd_loss),
-    (_gradient, _autograd_gradient),
-    (_loss_and_grad, _autograd_loss_and_grad),
-):
-    _library.impl(_operator._schema.name, _run, "Autograd")
+_library.impl(_NAMES[0], _autograd_loss, "Autograd")
+_library.impl(_NAMES[1], _autograd_gradient, "Autograd")
+_library.impl(_NAMES[2], _autograd_loss_and_grad, "Autograd")
 
 
 class _Loss(state.SingleLevelFunction):
@@ -469,7 +464,9 @@ def _map_loss_and_grad(
     info: Any, in_dims: Any, input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     (losses, _), _ = _map_loss(info, in_dims, input, target, weight, *options, False)
-    upstream, at = (grad_output, in_dims[3]) if grad_output is not None else (torch.ones_like(losses), 0)
+    upstream, at = (
+        (grad_output, in_dims[3]) if grad_output is not None else (torch.ones_like(losses), 0)
+    )
     grad, _ = _map_gradient(
         info, (at, *in_dims[:3], None), upstream, input, target, weight, None, *options
     )

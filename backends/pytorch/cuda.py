@@ -145,9 +145,7 @@ def _served(input: Tensor, target: Tensor, weight: Tensor | None, options: Optio
 
 def _is_weight(weight: Tensor, input: Tensor, n_classes: int) -> bool:
     return (
-        weight.dtype in SCALARS
-        and weight.shape == (n_classes,)
-        and weight.device == input.device
+        weight.dtype in SCALARS and weight.shape == (n_classes,) and weight.device == input.device
     )
 
 

@@ -7,21 +7,21 @@ call of a process may be a compiled one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import array_api_compat.torch as xp
 import torch
 
 from mml_arrayapi import overrides, registry
-from mml_arrayapi.backends.pytorch import state
-from mml_arrayapi.libraries import Library, device_of
+from mml_arrayapi.backends.pytorch import generic, state
+from mml_arrayapi.libraries import plain
 
-LIBRARY = Library(
-    "torch",
-    xp,
-    state.value_access,
-    state.on_host,
-    state.arange,
-    device_of,
+LIBRARY = replace(
+    plain("torch", xp, state.value_access),
+    on_host=state.on_host,
     unusable=state.unsupported_layout,
+    **generic.ROW,
+    cast=state.under_autocast,
 )
 
 registry.load("torch")

@@ -65,6 +65,11 @@ def differentiates_forward() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_transformed() -> bool:
+    """Tell whether torch.func or forward-mode differentiation is at work."""
+    return bool(_functorch_active()) or differentiates_forward()
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor's address and strides say all about its values.
 
@@ -130,6 +135,13 @@ def value_access(tensor: torch.Tensor) -> str:
     if _functorch.is_functorch_wrapped_tensor(tensor):  # torch.func.vmap
         return TRACED
     return HOST if tensor.device.type == "cpu" else DEVICE
+
+
+def under_autocast(input: torch.Tensor) -> torch.Tensor:
+    """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
+    if input.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        return input.float()
+    return input
 
 
 def unsupported_layout(tensor: torch.Tensor) -> str | None:

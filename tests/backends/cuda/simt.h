@@ -150,7 +150,7 @@ inline int launch(void (*kernel)(const void*), unsigned grid, unsigned threads, 
 #define SIMT 1
 #define DEVICE static inline
 #define SHARED_MEMORY(name) double* name = simt::block.shared.data()
-#define KERNEL(name, threads, call) \
+#define KERNEL(name, threads, resident, call) \
     static void name##_thread(const void* packed) { \
         const Arguments a = *(const Arguments*)packed; \
         call; \
