@@ -244,10 +244,12 @@ def _library_without_row(argument: str, array: Array) -> Library:
     try:
         xp = array_namespace(array)
     except TypeError:
+        module = type(array).__module__
+        hint = "; pass its .data, or use xarray.apply_ufunc" if module.startswith("xarray.") else ""
         raise TypeError(
             f"{argument} must be an array of a library that follows the Python array API standard "
             f"(NumPy, PyTorch, CuPy, Dask, JAX ...), but is of type "
-            f"{type(array).__module__}.{type(array).__qualname__}"
+            f"{module}.{type(array).__qualname__}{hint}"
         ) from None
     name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
     if name in LIBRARIES:
