@@ -185,7 +185,9 @@ def _dask() -> Library:
 
     wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
-    row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
+    row = replace(
+        row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute
+    )
     return replace(row, widest=lambda _: wide, relu=xp.maximum)
 
 
@@ -266,11 +268,14 @@ def _library_without_row(argument: str, array: Array) -> Library:
         xp = array_namespace(array)
         name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
     except Exception:  # noqa: BLE001 (an object's __array_namespace__ may do anything)
+        module = type(array).__module__
+        hint = "; call its to_numpy()" if hasattr(type(array), "to_numpy") else ""
+        if module.startswith("xarray."):
+            hint = "; pass its .data, or use xarray.apply_ufunc"
         raise TypeError(
             f"{argument} must be an array of a library that follows the Python array API standard "
             f"(NumPy, PyTorch, CuPy, Dask, JAX ...), but is of type "
-            f"{type(array).__module__}.{type(array).__qualname__}"
-            f"{'; call its to_numpy()' if hasattr(type(array), 'to_numpy') else ''}"
+            f"{module}.{type(array).__qualname__}{hint}"
         ) from None
     if name in LIBRARIES:
         return LIBRARIES[name]()
