@@ -160,11 +160,11 @@ def _dask() -> Library:
     import array_api_compat.dask.array as xp
     from dask import compute
 
-    from mml_arrayapi.backends.dask.alignment import check_targets_lazily
+    from mml_arrayapi.backends.dask.alignment import check_targets_lazily, unsupported_layout
 
     wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
-    row = replace(row, settle=check_targets_lazily, compute=compute)
+    row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
     return replace(row, widest=lambda _: wide, relu=xp.maximum)
 
 
