@@ -103,6 +103,46 @@ assert cli.main(["backends"]) == 0
     assert {path: path.stat().st_mtime_ns for path in installed.rglob("*")} == before
 
 
+WITHOUT_COMPILER = """
+import mml_arrayapi as mml
+kernel = {kernel!r}
+{arrays}
+for _ in range(3):  # the first call loads the kernels, later ones take them directly
+    print(float(mml.multi_margin_loss(x, y)))
+    print(float(mml.multi_margin_loss_and_grad(x, y)[0]))
+explanation = mml.explain(x, y)
+assert explanation.kernel != kernel, explanation
+listed = {{row.name: row for row in mml.list_backends()}}
+assert not listed[kernel].available
+assert dict(explanation.considered)[kernel] == listed[kernel].reason
+print(listed[kernel].reason)
+try:
+    mml.multi_margin_loss(x, y, backend=kernel)
+except ValueError as error:
+    print(error)
+try:
+    mml.multi_margin_loss(x, y, p=0.5)
+except ValueError as error:
+    print(error)
+"""
+ARRAYS = {
+    "numpy-cpu": "import numpy as np; x, y = np.asarray([[0.1, 0.2, 0.4, 0.8]]), np.asarray([3])",
+    "torch-cpu": "import torch; x, y = torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3])",
+}
+
+
+@pytest.mark.parametrize("kernel", ARRAYS)
+def test_without_compiled_kernels(kernel, installed, tmp_path):
+    """Where there was no compiler, every call runs, and what is missing is said in the same words."""
+    pytest.importorskip(kernel.partition("-")[0])
+    code = WITHOUT_COMPILER.format(kernel=kernel, arrays=ARRAYS[kernel])
+    *losses, reason, asked, wrong = alone(code, installed, cwd=tmp_path).splitlines()
+    assert [float(loss) for loss in losses] == pytest.approx([0.325] * 6)
+    assert "no compiled kernels" in reason
+    assert asked.startswith(f"backend: kernel {kernel!r} cannot run this call: {reason}; ")
+    assert wrong == "p must be a finite real number >= 1, but is 0.5"
+
+
 @pytest.mark.parametrize(
     "flags", [("-OO",), ("-W", "error"), ("-P",), ("-I",), ("-X", "dev")], ids=" ".join
 )
