@@ -22,7 +22,7 @@ def tests(session):
 @nox.session(python=PYTHONS[0])
 def floors(session):
     """Run the tests with the oldest supported versions."""
-    session.install("-c", "constraints-floors.txt", "-e", ".[all,test]")
+    session.install(*PINNED, "-c", "constraints-floors.txt", "-e", ".[all,test]")
     session.run("pytest", "-n", "auto", "--dist", "loadfile", *session.posargs)
 
 
