@@ -86,6 +86,15 @@ def batch_axes(problem: Problem) -> tuple[int, ...]:
     return tuple(i for i in range(problem.input.ndim) if i != problem.axis)
 
 
+def unsupported_layout(array: da.Array) -> str | None:
+    """Tell what a Dask array is whose chunks are not dense; None for one whose chunks are."""
+    meta = array._meta
+    if isinstance(meta, np.ma.MaskedArray):
+        return "a Dask array of masked chunks"
+    form = library_of("input", meta).unusable(meta)
+    return None if form is None else f"a Dask array whose chunks are {form}"
+
+
 def unknown(array: da.Array) -> bool:
     """Tell whether the size of a chunk is not known yet."""
     return any(math.isnan(n) for n in array.shape)
@@ -133,33 +142,34 @@ def match_rows(problem: Problem, array: Any) -> da.Array:
     return array
 
 
-def in_one_chunk(weight: Any) -> da.Array:
-    """Return the weights as a Dask array of one chunk."""
-    if isinstance(weight, np.ndarray):
-        return da.from_array(weight, chunks=-1)
-    return weight.rechunk(-1)
+def in_one_chunk(array: Any) -> da.Array:
+    """Return weights, or one number, as a Dask array of one chunk, which is computed once.
 
-
-def once(array: da.Array) -> da.Array:
-    """Make what leads to an array of one chunk run once, not in every task that takes the chunk.
-
-    Blockwise layers whose ``concatenate`` differs are not fused.
+    Dask would fuse what makes the chunk with every task that takes it. It fuses nothing with what
+    is summed over (here one block), nor with slices.
     """
-    axes = tuple(range(array.ndim))
+    if isinstance(array, np.ndarray):
+        return da.from_array(array, chunks=-1)
+    ndim = array.ndim
     return da.blockwise(
-        _same,
-        axes,
-        array,
-        axes,
+        _only if ndim else _only_number,
+        tuple(range(1, 1 + ndim)),
+        array.rechunk(-1) if ndim else array[None],
+        (0,),
         token="multi_margin_loss-once",
-        concatenate=False,
+        new_axes=dict(enumerate(array.shape, start=1)),
+        align_arrays=False,
         dtype=array.dtype,
         meta=array._meta,
     )
 
 
-def _same(block: Array) -> Array:
-    return block
+def _only(blocks: list[Array]) -> Array:
+    return blocks[0]
+
+
+def _only_number(blocks: list[Array]) -> Array:
+    return blocks[0][0]
 
 
 def slices(array: da.Array) -> ArraySliceDep:

@@ -47,7 +47,6 @@ class Call(NamedTuple):
     n_classes: int
     dtype: Any  # the scores'
     backend: str | None  # the kernel that the chunks must take
-    scale: float = 1.0  # what the gradient is multiplied with
 
     @property
     def axis(self) -> int:
@@ -91,11 +90,18 @@ def loss_of_rows(
 
 
 def loss_and_grad_of_rows(
-    block: Array, place: Any, target: Array, upstream: Any, weight: Array | None, *, call: Call
+    block: Array,
+    place: Any,
+    target: Array,
+    upstream: Any,
+    share: Any,
+    weight: Array | None,
+    *,
+    call: Call,
 ) -> tuple[Array | Sum, Array]:
     """Return what :func:`loss_of_rows` does, and the gradient."""
     target = _checked(block, target, place, call)
-    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, call))
+    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, share))
     return close(rows, call=call), grad
 
 
@@ -295,6 +301,7 @@ def grad_of_part(
     found: list[Array],
     rows: Rows,
     upstream: Any,
+    share: Any,
     weight: Array | None,
     *,
     call: Call,
@@ -302,7 +309,7 @@ def grad_of_part(
     """Return the gradient by the scores of this block."""
     xp, target = _namespace(block, target)
     own, at = reduce(add, found), place[call.axis].start
-    scale = _scale(block, target, upstream, call) * _weights(xp, target, weight, call)
+    scale = _scale(block, target, upstream, share) * _weights(xp, target, weight, call)
     of_rows = own, rows.slopes, scale / call.n_classes
     native, options = _native(block, target, call)
     if native is not None:
@@ -430,11 +437,30 @@ def _tiles(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, Any]]:
         yield where, where if longest < axis else where[1:]
 
 
-def _scale(block: Array, target: Array, upstream: Any, call: Call) -> Array:
+def _scale(block: Array, target: Array, upstream: Any, share: Any) -> Array:
     """Return what each sample's gradient is multiplied with."""
     xp = library_of("input", block).namespace
-    scale = xp.asarray(1.0 if upstream is None else upstream, dtype=xp.float64) * call.scale
+    scale = xp.asarray(1.0 if upstream is None else upstream, dtype=xp.float64) * float(share)
     return xp.broadcast_to(scale, target.shape)
+
+
+def number_of_rows(target: Array, *, call: Call) -> int:
+    """Return how many samples of a block are not ignored."""
+    return math.prod(target.shape) - _count(ignored(target, call.options.ignore_index))
+
+
+def added(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    """Add nested lists of counts."""
+    if computing_meta or not isinstance(counts, list):
+        return counts
+    return sum(added(count, axis, keepdims) for count in counts)
+
+
+def share(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    """Return each sample's share in the mean; of none, no gradient counts."""
+    if computing_meta:
+        return np.empty(())
+    return np.float64(1 / max(1, added(counts, axis, keepdims)))
 
 
 def close(rows: Rows, *, call: Call) -> Array | Sum:

@@ -27,7 +27,6 @@ from mml_arrayapi.backends.dask.alignment import (
     batch_axes,
     in_one_chunk,
     match_rows,
-    once,
     options_of,
     slices,
     unknown,
@@ -38,7 +37,7 @@ from mml_arrayapi.libraries import library_of
 Array = Any
 
 CHUNKS_OF = ("numpy", "cupy")  # libraries whose arrays can be filled tile by tile
-SUMS_PER_TASK = 16  # they are small, and take microseconds to merge
+PER_TASK = 16  # sums are small, and take microseconds to merge
 NAME = "multi_margin_loss"  # what the tasks are called, on dashboards too
 
 
@@ -91,7 +90,7 @@ class _Graph:
         self.target = match_rows(problem, problem.target)
         self.scores = (x, self.all, slices(x), self.all, self.target, self.rows)
         # One block of weights beside every block of scores.
-        weight = None if problem.weight is None else once(in_one_chunk(problem.weight))
+        weight = None if problem.weight is None else in_one_chunk(problem.weight)
         self.weight = (None, None) if weight is None else (weight, (axis,))
         self.call = chunks.Call(options_of(problem), x.shape[axis], x.dtype, backend)
 
@@ -134,17 +133,24 @@ class _Graph:
         return found, tuple(-1 if i == self.call.axis else i for i in self.all)
 
     def _upstream(self, problem: Problem, grad_output: Array | None) -> tuple[Any, ...]:
-        """Arguments that hold what the gradient is multiplied with, besides ``call.scale``."""
-        upstream = None if grad_output is None else da.asarray(grad_output)
-        if grad_output is not None and self.call.options.reduction == "none":
-            return match_rows(problem, grad_output), self.rows
-        if self.call.options.reduction == "mean":
-            if unknown(self.target):
-                count = (self.target == self.target).sum()
-                upstream = (1.0 if upstream is None else upstream.astype(np.float64)) / count
+        """Arguments that hold what the gradient is multiplied with, and each sample's share."""
+        reduction = self.call.options.reduction
+        if grad_output is None:
+            upstream = None, None
+        elif reduction == "none":
+            upstream = match_rows(problem, grad_output), self.rows
+        else:
+            upstream = in_one_chunk(grad_output), ()
+        share: tuple[Any, Any] = 1.0, None
+        if reduction == "mean":
+            if unknown(self.target) or self.call.options.ignore_index is not None:
+                counts = self._blockwise(
+                    chunks.number_of_rows, self.rows, self.target, self.rows, name="-count"
+                )
+                share = self._tree(counts, chunks.added, chunks.share, "-count", np.float64), ()
             else:
-                self.call = self.call._replace(scale=1 / (self.target.size or 1))
-        return (None, None) if upstream is None else (once(upstream), ())
+                share = 1 / (self.target.size or 1), None
+        return (*upstream, *share)
 
     def _over_parts(self, own: tuple[Any, ...], slopes: bool) -> da.Array:
         """Add up the classes in each block of rows; their axis becomes one block."""
@@ -193,24 +199,28 @@ class _Graph:
         )
 
     def _reduced(self, losses: da.Array) -> da.Array:
-        """Merge the sums that the blocks of ``losses`` are; or leave the losses as they are.
-
-        ``da.reduction`` would do, but for one more task, or function, for every chunk.
-        """
+        """Merge the sums that the blocks of ``losses`` are; or leave the losses as they are."""
         if self.call.options.reduction == "none":
             return self._blockwise(chunks.only, self.rows, losses, self.all)
-        each = max(2, int(SUMS_PER_TASK ** (1 / max(1, len(self.rows)))))
+        rounded = partial(chunks.rounded, call=self.call, like=self._meta(0))
+        return self._tree(losses, chunks.merged, rounded, "", self.x.dtype)
+
+    def _tree(
+        self, blocks: da.Array, combine: Any, aggregate: Any, name: str, dtype: Any
+    ) -> da.Array:
+        """Merge what the blocks are. ``da.reduction`` would do so with one more step per block."""
+        each = max(2, int(PER_TASK ** (1 / max(1, len(self.rows)))))
         return _tree_reduce(
-            losses,
-            partial(chunks.rounded, call=self.call, like=self._meta(0)),
-            self.all,
+            blocks,
+            aggregate,
+            tuple(range(blocks.ndim)),
             keepdims=False,
-            dtype=self.x.dtype,
-            split_every=dict.fromkeys(self.rows, each) | {self.call.axis: 1},
-            combine=chunks.merged,
-            name=NAME,
+            dtype=dtype,
+            split_every=dict.fromkeys(range(blocks.ndim), each),
+            combine=combine,
+            name=NAME + name,
             concatenate=False,
-            reduced_meta=self._meta(losses.ndim),
+            reduced_meta=self._meta(blocks.ndim),
         )
 
     def _meta(self, ndim: int) -> Array:

@@ -11,7 +11,8 @@ import pytest
 from dask.callbacks import Callback
 
 import mml_arrayapi as mml
-from mml_arrayapi.backends.dask import chunks, graph
+from mml_arrayapi.backends.dask import chunks as tasks
+from mml_arrayapi.backends.dask import graph
 
 RNG = np.random.default_rng(0)
 C = 12
@@ -204,7 +205,7 @@ def test_what_tasks_run_is_pickled_by_reference():
     """A kernel pickled by value was compiled again in every task."""
     scores, target = data((1000, C))
     loss = mml.multi_margin_loss(rows(scores, 100), target)
-    for function in (chunks.loss_of_rows, chunks.part_of_rows, chunks.merged):
+    for function in (tasks.loss_of_rows, tasks.part_of_rows, tasks.merged):
         assert len(pickle.dumps(function)) < 100
     layer = next(
         v for k, v in loss.__dask_graph__().layers.items() if k.startswith("multi_margin_loss")
@@ -398,14 +399,14 @@ def test_temporaries_stay_small():
 
     scores, target = data((200_000, C))
     lazy, labels = da.from_array(scores, chunks=-1), da.from_array(target, chunks=-1)
-    assert scores.size > chunks.TILE * 2
+    assert scores.size > tasks.TILE * 2
     loss = mml.multi_margin_loss(lazy, labels)
     loss.compute()
     tracemalloc.start()
     loss.compute()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 12 * chunks.TILE * 4
+    assert peak < 12 * tasks.TILE * 4
 
 
 def test_the_accumulator_adds_up_the_same():
