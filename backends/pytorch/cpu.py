@@ -36,6 +36,8 @@ def loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: Options, keep_mask: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Compute the loss; see :class:`Engine`."""
+    if native is None:  # nobody may have asked refuses()
+        return None
     mask = _new_mask(input, options) if keep_mask else None
     bits = None if mask is None else mask[:-1]
     out = None if _exchange else _new_loss(input, target, options)
