@@ -47,13 +47,13 @@ def _numpy_cpu() -> Kernel:
 
 
 def _torch_cpu() -> Kernel:
-    from mml_arrayapi.backends.torch_cpu import KERNEL
+    from mml_arrayapi.backends.pytorch.cpu import KERNEL
 
     return KERNEL
 
 
 def _torch_cuda() -> Kernel:
-    from mml_arrayapi.backends.torch_cuda import KERNEL
+    from mml_arrayapi.backends.pytorch.cuda import KERNEL
 
     return KERNEL
 
@@ -64,16 +64,23 @@ def _cupy_cuda() -> Kernel:
     return KERNEL
 
 
+def _jax_jit() -> Kernel:
+    from mml_arrayapi.backends.jax import KERNEL
+
+    return KERNEL
+
+
 def _dask_blocks() -> Kernel:
-    from mml_arrayapi.backends.dask_blocks import KERNEL
+    from mml_arrayapi.backends.dask.graph import KERNEL
 
     return KERNEL
 
 
 KERNELS = (
     LazyKernel("numpy-cpu", "numpy", ("numpy",), _numpy_cpu, _cpu_kernels_missing),
-    LazyKernel("torch-cpu", "torch", ("torch", "numba"), _torch_cpu),
-    LazyKernel("torch-cuda", "torch", ("torch", "cuda.bindings"), _torch_cuda),
+    LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu, _cpu_kernels_missing),
+    LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda),
     LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
+    LazyKernel("jax-jit", "jax", ("jax",), _jax_jit),
     LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),
 )

@@ -36,7 +36,7 @@ def functions_needed() -> tuple[str, ...]:
     """
     names = {
         node.attr
-        for code in (formula, validation, libraries._plain, libraries.widest)
+        for code in (formula, validation, libraries.plain, libraries.widest)
         for node in ast.walk(ast.parse(inspect.getsource(code)))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)

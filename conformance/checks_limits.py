@@ -216,7 +216,10 @@ def reversed_inputs_are_accepted(ctx: Context) -> None:
     x, y, w, up = ctx.array(rows), ctx.integers(target), ctx.array(weight), ctx.array(upstream)
     rows, target = [row[::-1] for row in rows[::-1]], target[::-1]
     wanted = reference(rows, target, p=2, weight=weight[::-1])
-    x = ctx.note(x[::-1, ::-1], f"{ctx.source(x)}[::-1, ::-1]")
+    try:
+        x = ctx.note(x[::-1, ::-1], f"{ctx.source(x)}[::-1, ::-1]")
+    except (ValueError, IndexError) as error:
+        raise NotRun(f"arrays of {ctx.library} can't be sliced backwards: {error}") from None
     y, w, up = (ctx.note(a[::-1], f"{ctx.source(a)}[::-1]") for a in (y, w, up))
     ctx.agrees(x, y, wanted, p=2, weight=w)
     wanted = reference(rows, target).scaled(upstream[::-1])
@@ -344,8 +347,11 @@ def large_inputs_agree_with_small_ones(ctx: Context) -> None:
         for p in (1, 2):
             wanted, what = reference(rows, target, p=p), f"{times * n} x {n_classes}, p={p}"
             loss, grad = ctx.loss_and_grad(x, y, p=p)
-            ctx.same(loss, *wanted.total("mean"), f"{what}: mean")
-            ctx.same(ctx.loss(x, y, p=p), *wanted.total("mean"), f"{what}: mean alone")
+            mean, scale = wanted.total("mean")
+            if ctx.dtype == "float64":
+                scale *= 2**7  # rounding errors of plain sums over so many samples
+            ctx.same(loss, mean, scale, f"{what}: mean")
+            ctx.same(ctx.loss(x, y, p=p), mean, scale, f"{what}: mean alone")
             part = wanted.scaled([1 / (n * times)] * n)
             losses = ctx.loss(x, y, p=p, reduction="none")
             for start in (0, n * (times // 2), n * (times - 1)):

@@ -22,6 +22,8 @@ _DESCRIPTION = """\
 Check that the loss keeps its contract with the arrays of a library.
 
 The exit code is 0 where nothing failed, 1 where something did, 2 for bad input."""
+_EXAMPLE = """\
+example: mml-arrayapi conformance --xp array_api_strict --dtype float32 --report report.html"""
 
 
 def add_parser(commands: Any) -> None:
@@ -37,6 +39,7 @@ def add_parser(commands: Any) -> None:
             "conformance",
             help="check the contract with the arrays of any library",
             description=_DESCRIPTION,
+            epilog=_EXAMPLE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         checks = _checks(arguments.check)
         expected = _expected(arguments.expect)
         _writable(arguments)
-        libraries = _contexts(arguments)
+        libraries = contexts_of(arguments)
     except ValueError as error:
         print(f"mml-arrayapi conformance: error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -134,11 +137,23 @@ def _writable(arguments: argparse.Namespace) -> None:
             raise ValueError(f"cannot write {path}: not a file in a folder that exists")
 
 
-def _contexts(arguments: argparse.Namespace) -> list[list[Context]]:
+def contexts_of(arguments: argparse.Namespace) -> list[list[Context]]:
     """Make the contexts of each library and kernel, one per dtype.
 
-    Kernels are always named: which one the library would choose may depend on what was computed
-    before (compiling one pays late), and a check must be the same when it is run again alone.
+    Parameters
+    ----------
+    arguments : argparse.Namespace
+        ``xp`` (a list of names), ``device``, ``dtype`` (a list, or None for all), ``backend`` (None
+        for each kernel that can run) and ``seed``.
+
+    Returns
+    -------
+    list of list of Context
+
+    Raises
+    ------
+    ValueError
+        A library can't be imported, is no array API namespace, or has no such device.
     """
     names = list(dict.fromkeys(arguments.xp))
     dtypes = list(dict.fromkeys(arguments.dtype or DTYPES))

@@ -4,14 +4,28 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from mml_arrayapi import _checkout  # noqa: F401 - before anything in those folders
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
-from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 from mml_arrayapi.registry import list_backends, register_kernel, unregister_kernel, use_backend
 from mml_arrayapi.validation import InvalidTargetError
+
+if _TYPE_CHECKING:
+    from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
+else:
+
+    def __getattr__(name):
+        # Importing it takes longer than all the rest, and few programs evaluate files.
+        if name in ("Evaluation", "InputError", "WorkerError", "evaluate"):
+            from mml_arrayapi import evaluation
+
+            return getattr(evaluation, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Evaluation",
@@ -31,3 +45,7 @@ __all__ = [
     "unregister_kernel",
     "use_backend",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

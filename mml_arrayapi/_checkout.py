@@ -5,13 +5,16 @@ to the package's ``__path__`` would make ``mml_arrayapi.setup`` and ``mml_arraya
 files beside it.)
 """
 
+import os.path
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
-from pathlib import Path
 
-CHECKOUT = Path(__file__).parent.parent
-FOLDERS = {f"mml_arrayapi.{name}": CHECKOUT / name for name in ("backends", "conformance")}
+PACKAGE = os.path.dirname(__file__)
+CHECKOUT = os.path.dirname(PACKAGE)
+FOLDERS = {
+    f"mml_arrayapi.{name}": os.path.join(CHECKOUT, name) for name in ("backends", "conformance")
+}
 
 
 class Finder:
@@ -24,9 +27,11 @@ class Finder:
             return None
         folder = FOLDERS[name]
         return spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+            name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
         )
 
 
-if (CHECKOUT / "pyproject.toml").is_file() and not (Path(__file__).parent / "backends").exists():
+if not os.path.exists(os.path.join(PACKAGE, "backends")) and os.path.isfile(
+    os.path.join(CHECKOUT, "pyproject.toml")
+):
     sys.meta_path.append(Finder)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.libraries import library_of, like, to_numpy
 from mml_arrayapi.loss import at_least_float32, sample_losses
+from mml_arrayapi.typing import Array
 from mml_arrayapi.validation import check_ignore_index, check_parameters
 
 if TYPE_CHECKING:
     import numpy as np
-
-Array = Any
 
 
 class _Totals(NamedTuple):
@@ -182,7 +181,7 @@ class LossAccumulator:
         made.merge(other)
         return made
 
-    def compute(self, reduction: str = "mean") -> float:
+    def compute(self, reduction: Literal["mean", "sum"] = "mean") -> float:
         """Return the loss of all samples so far.
 
         Parameters

@@ -2,9 +2,9 @@
 
 No library is named here. Whatever follows the standard runs it: eager and lazy arrays, and the
 transforms (automatic differentiation, vectorisation, compilation) that libraries lay over theirs.
-Hence no boolean indexing, no shape that depends on data, no gather (missing or eager in several
-libraries): the target class is found by comparing every class with it. Every array made here is
-made from the input or on its device.
+Hence no boolean indexing and no shape or branch that depends on data. Every array made here is
+made from the input. What the standard lacks, or has only in a slow form, comes from the library's
+row in :mod:`mml_arrayapi.libraries`, which also gives the gradient to automatic differentiation.
 
 For one sample with scores ``x``, target ``y``, ``C`` classes and ``z_j = (x_j - x_y) + margin``::
 
@@ -22,21 +22,23 @@ import math
 from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.libraries import arange, widest
+from mml_arrayapi.libraries import library_of
 
 Array = Any
 
-FEW = 8  # so many are left to the library's own sum where there is no float64
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32
+RUN = 64  # so many terms are added in float32
+RUNS_OF_RUNS = 4  # where there is no float64: enough for RUN ** 4 = 1.7e7 terms
+SMALL = 2.0**-40  # float64 terms are made smaller by this before they are added
 
 
 class _Hinge(NamedTuple):
-    """The pieces that value and gradient share; ``k`` stands for an axis of length 1."""
+    """The pieces that value and gradient share; ``k`` stands for the classes' axis of length 1."""
 
-    own: Array  # bool, input's shape: the target's own class
-    z: Array  # input's shape, computing precision; NaN throughout a row that has no value
-    active: Array  # bool, input's shape: the classes that cost something
-    factor: Array  # (..., k, ...): weight[y] / C, NaN for a row that has no value
-    wide: Any  # the dtype in which sums are kept
+    index: Array  # (..., k, ...): the target; 0 for a sample that has none or is ignored
+    hinge: Array  # input's shape, computing precision: max(0, z), 0 at the target's class
+    weight: Array  # (..., k, ...), wide: weight[y]; 0 for an ignored sample, NaN for one with none
+    losses: Array  # (..., k, ...), wide
 
 
 def loss(problem: Problem) -> Array:
@@ -45,16 +47,15 @@ def loss(problem: Problem) -> Array:
     Parameters
     ----------
     problem : Problem
-        See :class:`mml_arrayapi.registry.Problem`.
+        See :class:`mml_arrayapi.Problem`. Where ``check_target`` is ``"raise"``, the targets that
+        are not ignored have been found to be in range.
 
     Returns
     -------
     array
         Shape ``(*batch)`` for the reduction ``"none"``, else ``()``; ``input``'s dtype.
     """
-    xp = problem.xp
-    hinge = _hinge(problem)
-    return _finish(problem, _losses(problem, hinge, _power(xp, hinge, problem.p)))
+    return reduce(problem, losses(problem))
 
 
 def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
@@ -63,7 +64,7 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
     Parameters
     ----------
     problem : Problem
-        See :class:`mml_arrayapi.registry.Problem`.
+        As in :func:`loss`.
     grad_output : array or None
         Shape of the loss; None stands for 1.
 
@@ -74,122 +75,175 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
     grad : array
         ``input``'s shape and dtype.
     """
-    xp, x, axis, p = problem.xp, problem.input, problem.axis, problem.p
-    hinge = _hinge(problem)
-    losses = _losses(problem, hinge, _power(xp, hinge, p))
+    each, grad = losses_and_grad(problem, upstream(problem, grad_output))
+    return reduce(problem, each), grad
 
-    slope = _power(xp, hinge, p - 1)
-    if p != 1:
-        slope = slope * p
-    total = _sum(xp, slope, axis, hinge.wide)
 
-    scale = xp.astype(hinge.factor, hinge.wide)
-    if problem.reduction == "mean":
-        scale = scale / _count(xp, losses)
+def losses(problem: Problem) -> Array:
+    """Compute one loss per sample, shape ``(*batch)``, in the precision of sums."""
+    return problem.xp.squeeze(_hinge(problem).losses, axis=problem.axis)
+
+
+def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, Array]:
+    """Compute :func:`losses`, and the gradient of ``sum(losses * upstream)`` for ``input``."""
+    xp, axis, p = problem.xp, problem.axis, problem.p
+    library = library_of("input", problem.input)
+    index, hinge, weight, losses = _hinge(problem)
+    active = hinge > 0
+    if p == 1:
+        slope = xp.astype(active, hinge.dtype)
+    elif p in (2, 3):
+        slope = hinge if p == 2 else hinge * hinge
+    else:  # no power of 0, which has an infinite second derivative for p < 2
+        slope = xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)
+        slope = xp.where(active, slope, xp.zeros_like(index, dtype=hinge.dtype))
+
+    zero = xp.zeros_like(weight)
+    scale = weight * upstream * p
+    if (ignored := _ignored(problem)) is not None:
+        scale = xp.where(xp.expand_dims(ignored, axis=axis), zero, scale)
+    # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
+    nan = xp.isnan(losses)
+    scale = xp.where(nan, losses, scale)
+    inactive = xp.astype(xp.where(nan, losses, zero), hinge.dtype)
+    own = -_sum(problem, slope, axis, problem.input.shape[axis]) * scale
+    scale = xp.astype(scale / problem.input.shape[axis], hinge.dtype)
+    # Selected: the scale may be infinite, the slope 0.
+    grad = xp.where(active, scale if p == 1 else slope * scale, inactive)
+    grad = library.put(grad, index, xp.astype(own, hinge.dtype), axis)
+    return xp.squeeze(losses, axis=axis), xp.astype(grad, problem.input.dtype, copy=False)
+
+
+def reduce(problem: Problem, losses: Array) -> Array:
+    """Reduce over the samples, and round to the input's dtype, once."""
+    xp = problem.xp
+    if problem.reduction != "none":
+        count = _count(problem, math.nan) if problem.reduction == "mean" else 1
+        losses = _sum(problem, losses, None, count)
+    return xp.astype(losses, problem.input.dtype, copy=False)
+
+
+def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
+    """Return what the gradient of each loss is multiplied by, in the precision of sums."""
+    xp, upstream = problem.xp, 1.0
     if grad_output is not None:
-        upstream = xp.astype(grad_output, hinge.wide)
+        wide = library_of("input", problem.input).widest(problem.input)[1]
+        upstream = xp.astype(grad_output, wide, copy=False)
         if problem.reduction == "none":
-            upstream = xp.expand_dims(upstream, axis=axis)
-        scale = scale * upstream
-    others = slope * xp.astype(scale, slope.dtype)
-    own = xp.astype(-total * scale, slope.dtype)
-    return _finish(problem, losses), xp.astype(xp.where(hinge.own, own, others), x.dtype)
+            upstream = xp.expand_dims(upstream, axis=problem.axis)
+    return upstream / _count(problem, 1.0) if problem.reduction == "mean" else upstream
 
 
 def _hinge(problem: Problem) -> _Hinge:
-    xp, axis = problem.xp, problem.axis
-    n_classes = problem.input.shape[axis]
-    integer, wide = widest(xp, problem.input)
-    x = problem.input
-    if xp.finfo(x.dtype).bits == 16:
+    xp, axis, margin = problem.xp, problem.axis, problem.margin
+    library = library_of("input", problem.input)
+    integer, wide = library.widest(problem.input)
+    x, n_classes = problem.input, problem.input.shape[axis]
+    if x.dtype not in (xp.float32, xp.float64):
         x = xp.astype(x, xp.float32)
+    if x.dtype == xp.float32 and abs(margin) > LARGEST:
+        margin = math.copysign(math.inf, margin)
 
     # No narrowing: what is too large for int64 turns negative and stays out of range.
-    target = xp.expand_dims(xp.astype(problem.target, integer), axis=axis)
-    classes = arange(n_classes, integer, x)
-    classes = xp.reshape(classes, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
-    own = classes == target
-    zero = xp.zeros_like(target, dtype=x.dtype)
-    own_score = xp.sum(xp.where(own, x, zero), axis=axis, keepdims=True, dtype=x.dtype)
+    index = xp.expand_dims(xp.astype(problem.target, integer, copy=False), axis=axis)
+    zero = xp.zeros_like(index, dtype=x.dtype)
+    weight = xp.ones_like(index, dtype=wide)
+    known = None
+    if problem.check_target == "nan":
+        known = (index >= 0) & (index < n_classes)
+    if (ignored := _ignored(problem)) is not None:
+        # All scores 0, no margin: nothing of an ignored sample is computed with.
+        ignored = xp.expand_dims(ignored, axis=axis)
+        x = xp.where(ignored, zero, x)
+        margin = xp.where(ignored, zero, xp.full_like(zero, margin))
+        index = xp.where(ignored, xp.zeros_like(index), index)
+    if known is not None:
+        index = xp.where(known, index, xp.zeros_like(index))
 
-    # The target's own class gets a finite stand-in: infinity - infinity would raise a warning.
-    z = (xp.where(own, zero, x) - own_score) + problem.margin
-    no_value = (target < 0) | (target >= n_classes) | xp.any(xp.isnan(z), axis=axis, keepdims=True)
-    one = xp.ones_like(own_score)
-    trust = xp.where(no_value, one * math.nan, one)
-    # Multiplied, not selected: this takes NaN into every element of the row's derivatives as well.
-    z = z * trust
-    # Selected by where(), whose slope at the kink is 0; those of maximum() and clip() differ
-    # between libraries.
-    active = (z > 0) & ~own
+    score = library.take(x, index, axis)
+    z = x - score
+    z += margin
+    # At the target's class 0, or the NaN that is the score of a single class.
+    z = library.put(z, index, xp.where(xp.isnan(score), score, zero), axis)
+    hinge = library.relu(z, zero)
 
-    factor = trust / n_classes
     if problem.weight is not None:
-        weight = xp.astype(problem.weight, x.dtype)
-        weight = xp.reshape(weight, classes.shape)
-        weight = xp.sum(xp.where(own, weight, zero), axis=axis, keepdims=True, dtype=x.dtype)
-        factor = factor * weight
-    return _Hinge(own, z, active, factor, wide)
+        table = xp.astype(problem.weight, x.dtype, copy=False)
+        table = xp.reshape(table, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
+        weight = xp.astype(library.take(table, index, axis), wide, copy=False)
+    if known is not None:
+        weight = xp.where(known, weight, xp.full_like(weight, math.nan))
+    if ignored is not None:
+        weight = xp.where(ignored, xp.zeros_like(weight), weight)
+    p = problem.p
+    terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
+    return _Hinge(index, hinge, weight, _sum(problem, terms, axis, n_classes) * weight)
 
 
-def _power(xp: Any, hinge: _Hinge, exponent: float) -> Array:
-    """``z ** exponent`` where the class is active, else 0."""
-    zero, one = xp.zeros_like(hinge.factor), xp.ones_like(hinge.factor)
-    if exponent == 0:
-        return xp.where(hinge.active, one, zero)
-    if exponent == 1:
-        return xp.where(hinge.active, hinge.z, zero)
-    # The inner where keeps infinite derivatives of the power at 0 out of the second derivative.
-    z = xp.where(hinge.active, hinge.z, one)
-    return xp.where(hinge.active, z * z if exponent == 2 else z**exponent, zero)
+def _ignored(problem: Problem) -> Array | None:
+    """Return which samples are left out, shape ``(*batch)``; None if none can be."""
+    xp, target, wanted = problem.xp, problem.target, problem.ignore_index
+    if wanted is None or not xp.iinfo(target.dtype).min <= wanted <= xp.iinfo(target.dtype).max:
+        return None
+    integer, _ = library_of("input", problem.input).widest(problem.input)
+    half = 2 ** (xp.iinfo(integer).bits - 1)  # both are cast: a value keeps its bits
+    return xp.astype(target, integer, copy=False) == (wanted + half) % (2 * half) - half
 
 
-def _losses(problem: Problem, hinge: _Hinge, terms: Array) -> Array:
-    """One loss per sample, shape (*batch), in the wide dtype."""
-    xp, axis = problem.xp, problem.axis
-    factor = xp.astype(hinge.factor, hinge.wide)
-    return xp.squeeze(_sum(xp, terms, axis, hinge.wide) * factor, axis=axis)
+def _count(problem: Problem, empty: float) -> Any:
+    """Return the number of samples that count, ``empty`` if it is 0."""
+    xp, shape, ignored = problem.xp, problem.target.shape, _ignored(problem)
+    if ignored is None and all(n is not None and n == n for n in shape):  # Dask says NaN
+        count = math.prod(shape)
+        return empty if isinstance(count, int) and count == 0 else count
+    wide = library_of("input", problem.input).widest(problem.input)[1]
+    counted = xp.ones_like(problem.target, dtype=wide)
+    if ignored is not None:
+        counted = xp.where(ignored, xp.zeros_like(counted), counted)
+    count = _sum(problem, counted, None, 1)
+    return xp.where(count > 0, count, xp.full_like(count, empty))
 
 
-def _finish(problem: Problem, losses: Array) -> Array:
-    """Reduce over the samples, and round to the input's dtype, once."""
-    xp, dtype = problem.xp, problem.input.dtype
-    if problem.reduction == "none":
-        return xp.astype(losses, dtype)
-    if losses.dtype == xp.float32 and losses.ndim:  # no float64 here: keep the sum accurate
-        total = xp.squeeze(_sum(xp, xp.reshape(losses, (-1,)), 0, losses.dtype), axis=0)
-    else:
-        total = xp.sum(losses, dtype=losses.dtype)
-    if problem.reduction == "mean":
-        count = _count(xp, losses)
-        total = total * math.nan if _is_zero(count) else total / count
-    return xp.astype(total, dtype)
+def _sum(problem: Problem, terms: Array, axis: int | None, divisor: Any) -> Array:
+    """Divide the sum along an axis, which is kept, or (None) of all, by a number.
+
+    No partial sum overflows where the result doesn't, and the error doesn't grow with the number
+    of terms: they are added in runs, and the runs in the wide precision (where that is float32, in
+    runs again), since a float64 sum of float32 terms takes 10 times as long in several libraries.
+    """
+    xp, library = problem.xp, library_of("input", problem.input)
+    wide = library.widest(problem.input)[1]
+    shrink = 1.0
+    if terms.dtype == wide != xp.float32:
+        shrink = SMALL
+        terms = terms * SMALL
+    elif wide == xp.float32 or library.runs:
+        if axis is None:
+            terms = xp.reshape(terms, (-1,))
+        for _ in range(RUNS_OF_RUNS if wide == xp.float32 else 1):
+            shrink /= RUN
+            terms = _run_sums(xp, terms * (1 / RUN), axis or 0)
+            if terms.shape[axis or 0] == 1:
+                break
+    total = xp.sum(terms, axis=axis, keepdims=axis is not None, dtype=wide)
+    return total / (shrink * divisor)
 
 
-def _count(xp: Any, losses: Array) -> Any:
-    """Return the number of samples; an array where the library doesn't know its shapes yet."""
-    if all(n is not None and n == n for n in losses.shape):  # Dask says NaN
-        return math.prod(losses.shape)
-    return xp.sum(xp.ones_like(losses), dtype=losses.dtype)
-
-
-def _is_zero(count: Any) -> bool:
-    return isinstance(count, int) and count == 0
-
-
-def _sum(xp: Any, x: Array, axis: int, wide: Any) -> Array:
-    """Sum along an axis, which is kept, with an error that doesn't grow with its length."""
-    if wide != xp.float32:
-        return xp.sum(x, axis=axis, keepdims=True, dtype=wide)
-    # Libraries without float64 need not sum pairwise (NumPy doesn't along its outer axes): add the
-    # second half to the first until few are left. An odd one out is added at the end.
-    n, before = x.shape[axis], (slice(None),) * axis
-    after = (slice(None),) * (x.ndim - axis - 1)
-    rest = []
-    while n > FEW:
-        half = n // 2
-        if n % 2:
-            rest.append(x[(*before, slice(n - 1, n), *after)])
-        x = x[(*before, slice(half), *after)] + x[(*before, slice(half, 2 * half), *after)]
-        n = half
-    return sum(rest, xp.sum(x, axis=axis, keepdims=True, dtype=wide))
+def _run_sums(xp: Any, terms: Array, axis: int) -> Array:
+    """Sum each run of terms along an axis; the last run is shorter."""
+    shape = terms.shape
+    whole = shape[axis] // RUN
+    if whole == 0:
+        return xp.sum(terms, axis=axis, keepdims=True, dtype=terms.dtype)
+    before = (slice(None),) * axis
+    runs = xp.reshape(
+        terms[(*before, slice(whole * RUN), ...)], (*shape[:axis], whole, RUN, *shape[axis + 1 :])
+    )
+    rest = terms[(*before, slice(whole * RUN, None), ...)]
+    return xp.concat(
+        [
+            xp.sum(runs, axis=axis + 1, dtype=terms.dtype),
+            xp.sum(rest, axis=axis, keepdims=True, dtype=terms.dtype),
+        ],
+        axis=axis,
+    )

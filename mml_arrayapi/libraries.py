@@ -11,7 +11,7 @@ type does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,6 @@ class Library:
         ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
     on_host : callable
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
-    arange : callable
-        ``arange(n, dtype, like)``: 0 to n - 1, fit to be used together with ``like``.
     place : callable
         ``place(array)``: what must be equal for arrays to be used together; None fits anything.
     settle : callable or None
@@ -57,94 +55,161 @@ class Library:
         targets raise when they are computed, if ``check_target`` says so.
     unusable : callable
         ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
+    kinds : mapping
+        The kinds of the common dtypes, ``"real floating"`` or ``"integral"``; ``isdtype()`` takes
+        microseconds to find them.
     device : callable
         ``device(array)``: the device to name when an array is made to be used with this one.
     compute : callable or None
         For a lazy library, ``compute(*arrays)``: their values, computed together.
+    widest : callable
+        ``widest(array)``: the widest signed integer and the widest real dtype of its device.
+    take : callable
+        ``take(x, index, axis)``: the elements of ``x`` at ``index``, which has length 1 along
+        ``axis``. All indices are in range. The other axes of ``x`` are those of ``index``, or 1.
+    put : callable
+        ``put(x, index, values, axis)``: ``x`` with ``values`` in those places. It may write into
+        ``x``.
+    relu : callable
+        ``relu(x, zero)``: the larger of ``x`` and ``zero`` (an array to broadcast), NaN where
+        ``x`` is NaN. Where it is differentiated, its slope at 0 is 0. It may write into ``x``.
+    runs : bool
+        Whether a sum in the widest precision takes so long that short runs are added first.
+    loss, loss_and_grad : callable, optional
+        How the generic implementation is run, if there is more to it than the formula: derivatives
+        for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
+    cast : callable or None
+        ``cast(input)``: the scores in the dtype that the library wants a loss to be computed from
+        (PyTorch under autocast).
     """
 
     name: str
     namespace: Namespace
     sight: Callable[[Array], str]
     on_host: Callable[[Array], Array]
-    arange: Callable[[int, Any, Array], Array]
     place: Callable[[Array], Any]
+    widest: Callable[[Array], tuple[Any, Any]]
+    take: Callable[[Array, Array, int], Array]
+    put: Callable[[Array, Array, Array, int], Array]
+    relu: Callable[[Array, Array], Array]
+    kinds: Mapping[Any, str]
+    runs: bool = False
     settle: Callable[[Problem], Problem] | None = None
     unusable: Callable[[Array], str | None] = lambda _: None
     device: Callable[[Array], Any] = device_of
     compute: Callable[..., tuple[Array, ...]] | None = None
+    loss: Callable[[Problem], Array] | None = None
+    loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]] | None = None
+    cast: Callable[[Array], Array] | None = None
 
 
-def _plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
-    """Make the row of a library that follows the standard and needs nothing else."""
+def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
+    """Make the row of a library that follows the standard and needs nothing else.
 
-    def arange(n: int, dtype: Any, like: Array) -> Array:
-        return xp.arange(n, dtype=dtype, device=device_of(like))
+    The standard has no assignment by index, and its gather is eager or missing in several
+    libraries: the classes are compared with the target instead.
+    """
 
-    return Library(name, xp, sight, lambda array: array, arange, device_of)
+    def mask(x: Array, index: Array, axis: int) -> Array:
+        n = x.shape[axis]
+        places = xp.arange(n, dtype=index.dtype, device=device_of(index))
+        return xp.reshape(places, tuple(n if i == axis else 1 for i in range(x.ndim))) == index
+
+    def take(x: Array, index: Array, axis: int) -> Array:
+        zero = xp.zeros_like(index, dtype=x.dtype)
+        found = xp.where(mask(x, index, axis), x, zero)
+        return xp.sum(found, axis=axis, keepdims=True, dtype=x.dtype)
+
+    def put(x: Array, index: Array, values: Array, axis: int) -> Array:
+        return xp.where(mask(x, index, axis), values, x)
+
+    def relu(x: Array, zero: Array) -> Array:
+        return xp.where(x <= zero, zero, x)  # maximum() and clip() have other slopes at 0
+
+    return Library(
+        name,
+        xp,
+        sight,
+        on_host=lambda array: array,
+        place=device_of,
+        widest=lambda array: widest(xp, array),
+        take=take,
+        put=put,
+        relu=relu,
+        kinds=_kinds(xp),
+    )
+
+
+def _kinds(xp: Namespace) -> dict[Any, str]:
+    names = dict.fromkeys(("float16", "bfloat16", "float32", "float64"), "real floating")
+    for bits in (8, 16, 32, 64):
+        names |= {f"int{bits}": "integral", f"uint{bits}": "integral"}
+    kinds = {}
+    for name, kind in names.items():
+        dtype = getattr(xp, name, None)
+        if isinstance(dtype, type):  # of NumPy and JAX: the dtype of arrays is another object
+            import numpy as np
+
+            dtype = np.dtype(dtype)
+        if isinstance(dtype, Hashable) and dtype is not None:
+            kinds[dtype] = kind
+    return kinds
 
 
 def _numpy() -> Library:
     import array_api_compat.numpy as xp
 
-    return _plain("numpy", xp, lambda _: HOST)
+    from mml_arrayapi.backends import eager, numpy_formula
+
+    row = plain("numpy", xp, lambda _: HOST)
+    return replace(row, **numpy_formula.ROW, **eager.ROW)
 
 
 def _torch() -> Library:
-    import array_api_compat.torch as xp
+    from mml_arrayapi.backends.pytorch.library import LIBRARY
 
-    from mml_arrayapi.backends import torch_loaded  # noqa: F401
-    from mml_arrayapi.backends import torch_values as values
-
-    return Library(
-        "torch",
-        xp,
-        values.sight,
-        values.on_host,
-        values.arange,
-        device_of,
-        unusable=values.unusable,
-    )
+    return LIBRARY
 
 
 def _cupy() -> Library:
     import array_api_compat.cupy as xp
 
-    return replace(_plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
+    return replace(plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
 
 
 def _dask() -> Library:
     import array_api_compat.dask.array as xp
     from dask import compute
 
-    from mml_arrayapi.backends.dask_values import settle
+    from mml_arrayapi.backends.dask.alignment import check_targets_lazily, unsupported_layout
 
-    return replace(_plain("dask", xp, lambda _: LAZY), settle=settle, compute=compute)
+    wide = xp.int64, xp.float64
+    row = plain("dask", xp, lambda _: LAZY)
+    row = replace(
+        row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute
+    )
+    return replace(row, widest=lambda _: wide, relu=xp.maximum)
 
 
 def _jax() -> Library:
     import jax.numpy as xp
 
-    from mml_arrayapi.backends import jax_values as values
+    from mml_arrayapi.backends import jax as values
 
-    return Library(
-        "jax",
-        xp,
-        values.sight,
-        values.on_host,
-        values.arange,
-        values.place,
-        device=lambda _: None,  # JAX moves arrays of no particular device beside any other
-    )
+    # JAX moves arrays of no particular device beside any other.
+    return replace(plain("jax", xp, values.sight), device=lambda _: None, **values.ROW)
 
 
 def _array_api_strict() -> Library:
     import array_api_strict as xp
 
+    from mml_arrayapi.backends import eager
+
     def on_host(array: Array) -> Array:
         return array.to_device(xp.Device("CPU_DEVICE"))
 
-    return replace(_plain("array_api_strict", xp, lambda _: HOST), on_host=on_host)
+    row = plain("array_api_strict", xp, lambda _: HOST)
+    return replace(row, on_host=on_host, **eager.ROW)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -189,7 +254,9 @@ def library_of(argument: str, array: Array) -> Library:
         load = LIBRARIES.get(module)
         if load is None:
             return _library_without_row(argument, array)
-        library = _by_module[module] = load()
+        library = load()
+        if module != "torch":  # within torch.export keeping it would be a side effect: it warns
+            _by_module[module] = library
     return library
 
 
@@ -199,17 +266,21 @@ def _library_without_row(argument: str, array: Array) -> Library:
 
     try:
         xp = array_namespace(array)
-    except TypeError:
+        name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
+    except Exception:  # noqa: BLE001 (an object's __array_namespace__ may do anything)
+        module = type(array).__module__
+        hint = "; call its to_numpy()" if hasattr(type(array), "to_numpy") else ""
+        if module.startswith("xarray."):
+            hint = "; pass its .data, or use xarray.apply_ufunc"
         raise TypeError(
             f"{argument} must be an array of a library that follows the Python array API standard "
             f"(NumPy, PyTorch, CuPy, Dask, JAX ...), but is of type "
-            f"{type(array).__module__}.{type(array).__qualname__}"
+            f"{module}.{type(array).__qualname__}{hint}"
         ) from None
-    name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
     if name in LIBRARIES:
         return LIBRARIES[name]()
     if name not in _by_namespace:
-        _by_namespace[name] = _plain(name, xp, _stranger_sight)
+        _by_namespace[name] = plain(name, xp, _stranger_sight)
     return _by_namespace[name]
 
 
@@ -242,14 +313,9 @@ def like(values: np.ndarray, array: Array) -> Array:
     if library.compute is not None:  # NumPy arrays may stand beside lazy ones
         return values
     xp = library.namespace
-    if widest(xp, array)[1] == xp.float32:
+    if library.widest(array)[1] == xp.float32:
         values = values.astype(np.float32)
     return xp.asarray(values, device=library.device(array))
-
-
-def arange(n: int, dtype: Any, like: Array) -> Array:
-    """Return 0 to n - 1 as an array that can be used together with ``like``."""
-    return library_of("input", like).arange(n, dtype, like)
 
 
 def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:

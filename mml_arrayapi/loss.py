@@ -7,8 +7,7 @@ from typing import Any
 from mml_arrayapi import registry, validation
 from mml_arrayapi.kernel import Options, Problem
 from mml_arrayapi.libraries import library_of
-
-Array = Any
+from mml_arrayapi.typing import Array, CheckTarget, Reduction
 
 
 def multi_margin_loss(
@@ -18,12 +17,12 @@ def multi_margin_loss(
     p: float = 1,
     margin: float = 1.0,
     weight: Array | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     axis: int = -1,
-    check_target: str = "auto",
+    check_target: CheckTarget = "auto",
     backend: str | None = None,
-) -> Array:
+) -> Any:
     r"""Compute the multi-class hinge loss of Weston and Watkins.
 
     For a sample with scores :math:`x` and target :math:`y` out of :math:`C` classes it is
@@ -112,13 +111,13 @@ def multi_margin_loss_and_grad(
     p: float = 1,
     margin: float = 1.0,
     weight: Array | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     axis: int = -1,
-    check_target: str = "auto",
+    check_target: CheckTarget = "auto",
     backend: str | None = None,
     grad_output: Array | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Any, Any]:
     r"""Compute the loss of :func:`multi_margin_loss`, and its gradient for the scores.
 
     Parameters
@@ -159,6 +158,8 @@ def multi_margin_loss_and_grad(
     loss, grad = registry.choose(problem, backend).loss_and_grad(problem, grad_output)
     if input.ndim == 0:
         grad = problem.xp.reshape(grad, ())
+    if problem.input.dtype != input.dtype:
+        grad = problem.xp.astype(grad, input.dtype)
     return _in_targets_shape(problem, target, loss), grad
 
 
@@ -169,10 +170,10 @@ def explain(
     p: float = 1,
     margin: float = 1.0,
     weight: Array | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     axis: int = -1,
-    check_target: str = "auto",
+    check_target: CheckTarget = "auto",
     backend: str | None = None,
 ) -> registry.Explanation:
     """Tell which kernel :func:`multi_margin_loss` would run on these arguments, and why.
@@ -208,14 +209,14 @@ def _check(
     return validation.check_arrays(input, target, weight, checked)
 
 
-def _in_targets_shape(problem: Problem, target: Array, loss: Array) -> Array:
+def _in_targets_shape(problem: Problem, target: Array, loss: Any) -> Any:
     """Give per-sample losses the target's shape, where one sample was spelled another way."""
     if problem.reduction == "none" and loss.ndim != target.ndim:
         return problem.xp.reshape(loss, target.shape)
     return loss
 
 
-def sample_losses(input: Array, target: Array, **options: Any) -> Array:
+def sample_losses(input: Array, target: Array, **options: Any) -> Any:
     """Compute one loss per sample, in float32 for 16-bit scores: to be added up further on.
 
     Parameters
@@ -232,7 +233,7 @@ def sample_losses(input: Array, target: Array, **options: Any) -> Array:
     return multi_margin_loss(input, target, reduction="none", **options)
 
 
-def at_least_float32(xp: Any, input: Array) -> Array:
+def at_least_float32(xp: Any, input: Array) -> Any:
     """Widen 16-bit scores, so that their losses are not rounded to 16 bits one by one."""
     if xp.isdtype(input.dtype, "real floating") and xp.finfo(input.dtype).bits == 16:
         return xp.astype(input, xp.float32)

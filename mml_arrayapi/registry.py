@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from mml_arrayapi import backends as built_in
 from mml_arrayapi import formula, overrides
 from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import settle_targets
 
 if TYPE_CHECKING:
@@ -43,11 +44,13 @@ def _never_refuses(problem: Problem) -> str | None:  # noqa: ARG001
 
 
 def _generic_loss(problem: Problem) -> Array:
-    return formula.loss(settle_targets(problem))
+    run = library_of("input", problem.input).loss or formula.loss
+    return run(settle_targets(problem))
 
 
 def _generic_loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
-    return formula.loss_and_grad(settle_targets(problem), grad_output)
+    run = library_of("input", problem.input).loss_and_grad or formula.loss_and_grad
+    return run(settle_targets(problem), grad_output)
 
 
 GENERIC = Kernel(
@@ -70,7 +73,8 @@ class _Registry:
     loaded: dict[str, Kernel] = field(default_factory=dict)  # by entry's name; a broken one refuses
     broken: dict[str, str] = field(default_factory=dict)  # entry's name: why it could not be loaded
     orders: dict[str, tuple[Kernel, ...]] = field(default_factory=dict)  # by library
-    direct: dict[type, tuple[Callable[..., Array | None], ...]] = field(default_factory=dict)
+    # No dict: torch.compile can't check that the keys of one still are the same types.
+    direct: tuple[tuple[type, tuple[Callable[..., Array | None], ...]], ...] = ()
 
 
 _lock = threading.RLock()
@@ -234,7 +238,11 @@ def direct_kernels(input: Array) -> tuple[Callable[..., Array | None], ...]:
     """
     if overrides.open_names or overrides.environment is not None:
         return ()
-    return _registry.direct.get(type(input), ())
+    of_input = type(input)
+    for kind, functions in _registry.direct:
+        if kind is of_input:
+            return functions
+    return ()
 
 
 def choose(problem: Problem, backend: str | None) -> Kernel:
@@ -459,7 +467,7 @@ def _reorder(*new: str) -> None:
                 break  # what comes after it must wait for its refusal
             for kind, function in kernel.direct.items():
                 direct[kind] = (*direct.get(kind, ()), function)
-    _registry.orders, _registry.direct = orders, direct
+    _registry.orders, _registry.direct = orders, tuple(direct.items())
 
 
 def _order(library: str) -> tuple[Kernel, ...]:

@@ -1,6 +1,9 @@
 """One fixture, ``lib``, runs a test on every array library; those not installed are skipped by name."""
 
+import subprocess
 import sys
+import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from mml_arrayapi.libraries import LIBRARIES, SUPPORTED
 
 # For the processes that tests start: they import what they run from "tests". At the end, so that an
 # installed package is tested where there is one, and else the checkout's.
-sys.path.append(str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,45 @@ def fresh_compiler():
     """Forget what torch.compile has compiled: it gives up after 8 versions of one function."""
     torch = pytest.importorskip("torch")
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="session")
+def sdist(dist, tmp_path_factory):
+    """The folder that the sdist unpacks to."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(dist[0]) as tar:
+        tar.extractall(folder, filter="data")
+    (inside,) = folder.iterdir()
+    return inside
+
+
+@pytest.fixture(scope="session")
+def installed(dist, tmp_path_factory):
+    """A folder with the wheel in it, as a plain ``pip install .`` leaves it."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(dist[1]) as wheel:
+        wheel.extractall(folder)
+    return folder
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Say in a case's id what the case is; by itself, pytest calls the fourth shape "shape3"."""
+    kinds = tuple | list | dict | type | slice | np.generic | np.ndarray
+    if isinstance(val, kinds) or type(val).__name__ == "dtype":
+        text = " ".join((val.__name__ if isinstance(val, type) else repr(val)).split())
+        if " at 0x" not in text:  # the workers of pytest-xdist must come to the same ids
+            return text if len(text) <= 80 else f"{text[:77]}..."
+    return None

@@ -2,12 +2,14 @@
 
 import ast
 import random
+import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.tree import run_python, sources
+from tests.tree import ROOT, run_python, sources
 
 SOURCES = sources()
 # Running this one is all that it is for: importing it runs the command line.
@@ -25,6 +27,8 @@ LAYERS = {
     "mml_arrayapi.evaluation.": PARTS,
     "mml_arrayapi": PUBLIC,
     "mml_arrayapi.pytorch": PUBLIC,
+    "mml_arrayapi.sklearn": PUBLIC,
+    "mml_arrayapi.torchmetrics": PUBLIC,
     "mml_arrayapi.conformance": CONFORMANCE,
     "mml_arrayapi.conformance.": CONFORMANCE,
     "mml_arrayapi.demo": COMMANDS,
@@ -128,6 +132,30 @@ def late():
     }  # fmt: skip
 
 
+def test_importing_the_package_imports_little():
+    """No library, and nothing of the standard library that takes long and most calls don't need."""
+    code = """
+import sys
+before = set(sys.modules)
+import mml_arrayapi
+new = set(sys.modules) - before
+print(sorted({name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)))
+print(sorted(new & {"importlib.metadata", "pathlib", "mml_arrayapi.evaluation", "mml_arrayapi.cli"}))
+assert set(mml_arrayapi.__all__) <= set(dir(mml_arrayapi))
+try:
+    mml_arrayapi.nothing
+except AttributeError as error:
+    print(error)
+"""
+    # -S: without the site's .pth files, which import what they like
+    folders = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    assert run_python(code, flags=("-S",), path=folders).splitlines() == [
+        "['mml_arrayapi']",
+        "[]",
+        "module 'mml_arrayapi' has no attribute 'nothing'",
+    ]
+
+
 EVERY_FORM = """
 import importlib, sys, types
 name = {name!r}
@@ -188,3 +216,13 @@ for name in mml_arrayapi.__all__:
 assert callable(mml_arrayapi.evaluate)
 """
     assert run_python(code) == ""
+
+
+def test_what_tests_skip_for_is_no_module_of_ours_that_has_moved():
+    """``importorskip`` would skip them for ever, with a reason that is not true."""
+    skipped = re.compile(r"importorskip\(\s*[\"']((?:mml_arrayapi|tests)[\w.]*)[\"']")
+    tests = {path: path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("*.py"))}
+    helpers = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in tests}
+    for path, text in tests.items():
+        for name in skipped.findall(text):
+            assert name in SOURCES or name in helpers, f"{path.name} skips for {name}"

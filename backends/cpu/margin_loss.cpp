@@ -1,81 +1,136 @@
+// The kernels: rows of scores in, sums and gradients out, on one thread.
+//
+// Rows are walked in vectors of the machine's width, the last of which overlaps the one before: so
+// no row ends in single steps. The target's class is left out by comparing indices. No fast-math:
+// the order (x_j - x_y) + margin and of all additions is as written. A lane adds at most LANE_TERMS
+// numbers in float32, then the sum goes to float64; where float32 overflowed, the row is summed again
+// in float64.
 #include "margin_loss.h"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 namespace mml {
 namespace {
 
-template <class T> T read(const char *p) {
+#ifdef __AVX2__
+constexpr int WIDTH = 32;  // bytes of a vector
+#else
+constexpr int WIDTH = 16;
+#endif
+constexpr int LANE_TERMS = 16;
+constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
+constexpr int64_t NEAR = 4096;    // bytes of rows that are
+constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
+constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
+constexpr int32_t OUTSIDE = -1, IGNORED = -2;
+
+template <class S, int N> struct Vector { typedef S type __attribute__((vector_size(sizeof(S) * N))); };
+template <class S, int N> using Vec = typename Vector<S, N>::type;
+
+template <class T> INLINE T read(const void *p) {
     T value;
     std::memcpy(&value, p, sizeof value);
     return value;
 }
-template <class T> void write(char *p, T value) { std::memcpy(p, &value, sizeof value); }
-
-// The bits of 16-bit floats, told apart by type.
-struct Half { uint16_t bits; };
-struct Bfloat { uint16_t bits; };
-
-template <class E> struct Computing { using type = float; };
-template <> struct Computing<double> { using type = double; };
-
-double widen(double x) { return x; }
-float widen(float x) { return x; }
-float widen(Bfloat x) {
-    uint32_t u = uint32_t(x.bits) << 16;
-    return read<float>(reinterpret_cast<char *>(&u));
-}
-float widen(Half x) {
-    // Exponent and mantissa move to their places in a float32; times 2**112 mends the exponent's
-    // bias and normalises subnormals; infinity and NaN get the full exponent.
-    uint32_t moved = (x.bits & 0x7fffu) << 13;
-    float finite = read<float>(reinterpret_cast<char *>(&moved)) * 0x1p112f;
-    uint32_t u = read<uint32_t>(reinterpret_cast<char *>(&finite));
-    if (moved >= 0x0f800000u) u |= 0x7f800000u;
-    u |= (x.bits & 0x8000u) << 16;
-    return read<float>(reinterpret_cast<char *>(&u));
+template <class T> INLINE void write(void *p, const T &value) { std::memcpy(p, &value, sizeof value); }
+template <class To, class From> INLINE To bits_as(From x) { return (To)x; }  // of vectors
+template <class To, class From> INLINE To convert(From x) {
+    if constexpr (std::is_same<To, From>::value) return x;
+    else return __builtin_convertvector(x, To);
 }
 
-// To nearest even. A float64 goes through a float32 whose last bit is set where it isn't exact: so
-// it is rounded once.
-float sticky(double x) {
-    float f = float(x);
-    if (double(f) == x || x != x) return f;
-    uint32_t u = read<uint32_t>(reinterpret_cast<char *>(&f));
-    if (std::fabs(double(f)) > std::fabs(x)) u -= 1;
-    u |= 1;
-    return read<float>(reinterpret_cast<char *>(&u));
+// ---- Elements. The bits of 16-bit floats, told apart by type.
+
+struct Half {
+    uint16_t bits;
+};
+struct Brain {
+    uint16_t bits;
+};
+
+// N elements as float32, or as they are where they are float64.
+template <int N> INLINE Vec<double, N> load(const char *p, double) { return read<Vec<double, N>>(p); }
+template <int N> INLINE Vec<float, N> load(const char *p, float) { return read<Vec<float, N>>(p); }
+template <int N> INLINE Vec<float, N> load(const char *p, Brain) {
+    auto bits = convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p)) << 16;
+    return bits_as<Vec<float, N>>(bits);
 }
-template <class E> E narrow(double x);
-template <> double narrow<double>(double x) { return x; }
-template <> float narrow<float>(double x) { return float(x); }
-template <> Bfloat narrow<Bfloat>(double x) {
-    float f = sticky(x);
-    uint32_t u = read<uint32_t>(reinterpret_cast<char *>(&f));
-    if (f != f) return {0x7fc0};
-    return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
-}
-template <> Half narrow<Half>(double x) {
-    float f = sticky(x);
-    uint32_t u = read<uint32_t>(reinterpret_cast<char *>(&f)), size = u & 0x7fffffffu;
-    uint16_t sign = uint16_t(u >> 16 & 0x8000u);
-    if (f != f) return {0x7e00};
-    if (size >= 0x47800000u) return {uint16_t(sign | 0x7c00)};
-    if (size < 0x38800000u) {  // subnormal: the last bit of 0.5 is the smallest float16
-        float half = read<float>(reinterpret_cast<char *>(&size)) + 0.5f;
-        return {uint16_t(sign | (read<uint32_t>(reinterpret_cast<char *>(&half)) - 0x3f000000u))};
+template <int N> INLINE Vec<float, N> load(const char *p, Half) {
+#ifdef __F16C__
+    if constexpr (N == 8) return bits_as<Vec<float, N>>(_mm256_cvtph_ps(read<__m128i>(p)));
+    if constexpr (N == 4) {
+        __m128i bits = _mm_cvtsi64_si128(read<int64_t>(p));
+        return bits_as<Vec<float, N>>(_mm_cvtph_ps(bits));
     }
-    return {uint16_t(sign | ((size + 0xc8000fffu + (size >> 13 & 1)) >> 13))};
+#endif
+    // Exponent and mantissa move to their places in a float32; times 2**112 mends the exponent's bias
+    // and normalises subnormals; infinity and NaN get the full exponent.
+    auto bits = convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p));
+    auto moved = (bits & 0x7fff) << 13;
+    auto finite = bits_as<Vec<uint32_t, N>>(bits_as<Vec<float, N>>(moved) * 0x1p112f);
+    auto special = bits_as<Vec<uint32_t, N>>(moved >= 0x0f800000) & 0x7f800000;
+    return bits_as<Vec<float, N>>(finite | special | (bits & 0x8000) << 16);
 }
 
-// Calls f with a value of the element type.
+// The bits of N numbers rounded to the element type, to nearest even.
+template <int N> INLINE Vec<double, N> round_to(Vec<double, N> x, double) { return x; }
+template <int N> INLINE Vec<float, N> round_to(Vec<float, N> x, float) { return x; }
+template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Brain) {
+    auto bits = bits_as<Vec<uint32_t, N>>(x);
+    auto nan = bits_as<Vec<uint32_t, N>>(x != x);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & ~nan;
+    return convert<Vec<uint16_t, N>>((bits | (nan & 0x7fc00000)) >> 16);
+}
+template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Half) {
+#ifdef __F16C__
+    if constexpr (N == 8) return bits_as<Vec<uint16_t, N>>(_mm256_cvtps_ph(bits_as<__m256>(x), 0));
+#endif
+    using U = Vec<uint32_t, N>;
+    auto bits = bits_as<U>(x), size = bits & 0x7fffffff;
+    auto normal = (size + 0xc8000fff + (size >> 13 & 1)) >> 13;
+    // Adding 0.5, whose last bit is the smallest float16, rounds subnormal results.
+    auto small = bits_as<U>(bits_as<Vec<float, N>>(size) + 0.5f) - 0x3f000000;
+    auto is_small = bits_as<U>(size < 0x38800000), is_large = bits_as<U>(size >= 0x47800000);
+    auto large = 0x7c00 | (bits_as<U>(size > 0x7f800000) & 0x0200);
+    auto finite = (small & is_small) | (normal & ~is_small);
+    return convert<Vec<uint16_t, N>>((large & is_large) | (finite & ~is_large) | (bits >> 16 & 0x8000));
+}
+
+template <class E> INLINE auto widen(const char *p) {  // one element
+    if constexpr (std::is_floating_point<E>::value) return read<E>(p);
+    else {
+        char padded[8] = {};
+        std::memcpy(padded, p, 2);
+        return load<4>(padded, E{})[0];
+    }
+}
+// A float64 rounded once: a float32 on the way has its last bit set where it isn't exact.
+template <class E> NOINLINE uint16_t round_to_16_bits(double x) {
+    float f = float(x);
+    auto bits = read<uint32_t>(&f);
+    if (double(f) != x && x == x) bits = (bits - (std::fabs(double(f)) > std::fabs(x))) | 1;
+    return round_to<4>(Vec<float, 4>{} + read<float>(&bits), E{})[0];
+}
+template <class E> INLINE void store_rounded(char *p, double x) {
+    if constexpr (std::is_floating_point<E>::value) write(p, E(x));
+    else write(p, round_to_16_bits<E>(x));
+}
+
+// Call f with a value of the element type, or of the integer type.
 template <class F> auto with_float(Type type, F f) {
     switch (type) {
         case Type::f64: return f(double{});
         case Type::f16: return f(Half{});
-        case Type::bf16: return f(Bfloat{});
+        case Type::bf16: return f(Brain{});
         default: return f(float{});
     }
 }
@@ -92,139 +147,605 @@ template <class F> auto with_integer(Type type, F f) {
     }
 }
 
-// Exponents: a term of the loss, and its derivative.
+// ---- Vectors of the precision T in which a call is computed.
+
+template <class T> struct Lanes {
+    static constexpr int W = WIDTH / sizeof(T);
+    using Index = typename std::conditional<sizeof(T) == 8, int64_t, int32_t>::type;
+    using F = Vec<T, W>;
+    using I = Vec<Index, W>;
+
+    static INLINE F all(T x) { return x - F{}; }
+    static INLINE I iota() {
+        I result;
+        for (int k = 0; k < W; k++) result[k] = k;
+        return result;
+    }
+    static INLINE I bit() { return (I{} + 1) << iota(); }
+    static INLINE F only(F x, I mask) { return bits_as<F>(bits_as<I>(x) & mask); }
+    static INLINE int to_bits(I mask) {
+#if defined(__AVX2__)
+        if constexpr (W == 8) return __builtin_ia32_movmskps256(bits_as<Vec<float, 8>>(mask));
+        else return __builtin_ia32_movmskpd256(bits_as<Vec<double, 4>>(mask));
+#elif defined(__SSE2__)
+        if constexpr (W == 4) return __builtin_ia32_movmskps(bits_as<Vec<float, 4>>(mask));
+        else return __builtin_ia32_movmskpd(bits_as<Vec<double, 2>>(mask));
+#else
+        int result = 0;
+        I set = mask & bit();
+        for (int k = 0; k < W; k++) result |= int(set[k]);
+        return result;
+#endif
+    }
+    static INLINE I from_bits(int byte) { return ((I{} + byte) & bit()) != 0; }
+};
+
+// A sum in float64, to which vectors are added.
+template <class T> class Sum {
+    using L = Lanes<T>;
+    static constexpr int H = L::W / 2;
+    Vec<double, H> low{}, high{};
+
+  public:
+    INLINE void add(typename L::F x) {
+        Vec<T, H> halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        low += convert<Vec<double, H>>(halves[0]);
+        high += convert<Vec<double, H>>(halves[1]);
+    }
+    INLINE double total() const {
+        double result = 0;
+        for (int k = 0; k < H; k++) result += low[k] + high[k];
+        return result;
+    }
+};
+template <> class Sum<double> {
+    Lanes<double>::F sum{};
+
+  public:
+    INLINE void add(Lanes<double>::F x) { sum += x; }
+    INLINE double total() const {
+        double result = 0;
+        for (int k = 0; k < Lanes<double>::W; k++) result += sum[k];
+        return result;
+    }
+};
+
+// ---- Exponents. A term is h ** p, a slope is h ** (p - 1); factor times that is the derivative.
+
 struct One {
+    template <class E> using Computing = typename std::conditional<sizeof(E) == 8, double, float>::type;
     explicit One(double) {}
-    double term(double h) const { return h; }
-    double slope(double h) const { return h > 0 ? 1 : h; }
+    static constexpr double factor = 1;
+    template <class F> INLINE F term(F h) const { return h; }
+    template <class F> INLINE F slope(F h) const { return h; }  // 1 where that is positive
 };
 struct Two {
+    template <class E> using Computing = One::Computing<E>;
     explicit Two(double) {}
-    double term(double h) const { return h * h; }
-    double slope(double h) const { return 2 * h; }
+    static constexpr double factor = 2;
+    template <class F> INLINE F term(F h) const { return h * h; }
+    template <class F> INLINE F slope(F h) const { return h; }
 };
 struct Other {
-    double p;
-    explicit Other(double p) : p(p) {}
-    double term(double h) const { return h == 0 ? 0 : std::pow(h, p); }
-    double slope(double h) const { return h == 0 ? 0 : p * std::pow(h, p - 1); }
+    // float64 for every type: float32 would lose 1e-6 of the power of a large h.
+    template <class> using Computing = double;
+    double factor;
+    explicit Other(double p) : factor(p) {}
+    template <class F> INLINE F term(F h) const { return power(h, factor); }
+    template <class F> INLINE F slope(F h) const { return power(h, factor - 1); }
+
+  private:
+    template <class F> static INLINE F power(F h, double p) {
+        for (unsigned k = 0; k < sizeof h / sizeof h[0]; k++)
+            if (h[k] != 0) h[k] = std::pow(h[k], p);
+        return h;
+    }
 };
 
-constexpr int IGNORED = -2, OUTSIDE = -1;
+// A row's sum of slopes; for p = 1 a count.
+template <class T, class P> class Slopes {
+    using L = Lanes<T>;
+    typename L::F part{};
+    Sum<T> sum;
 
-// The target's place among the call's classes; OUTSIDE, or IGNORED.
-int32_t target(const Call &call, int64_t i, bool &bad) {
-    return with_integer(call.y.type, [&](auto zero) {
-        using I = decltype(zero);
-        I y = read<I>(call.y.at(i));
-        bool is_signed = std::numeric_limits<I>::is_signed;
-        if (call.ignores && (is_signed ? !call.ignore_is_large && int64_t(y) == call.ignore
-                                       : (call.ignore_is_large || call.ignore >= 0) &&
-                                             uint64_t(y) == uint64_t(call.ignore)))
+  public:
+    INLINE void add(typename L::F slope) { part += slope; }
+    INLINE void flush() { sum.add(part), part = typename L::F{}; }
+    INLINE double total() const { return sum.total(); }
+};
+template <class T> class Slopes<T, One> {
+    using L = Lanes<T>;
+    typename L::I minus{};
+
+  public:
+    INLINE void add(typename L::F slope) { minus += slope > 0; }
+    INLINE void flush() {}
+    INLINE double total() const {
+        int64_t result = 0;
+        for (int k = 0; k < L::W; k++) result -= minus[k];
+        return double(result);
+    }
+};
+
+// ---- What belongs to the rows themselves.
+
+template <class T> struct Group {
+    int count;
+    const char *row[GROUP];
+    int32_t y[GROUP];  // the target's place among the call's classes; OUTSIDE or IGNORED
+    T own[GROUP];      // its score; NaN where the row has no value
+    double weight[GROUP];
+};
+
+// What a call's targets are compared with.
+struct Classes {
+    int64_t first, count, ignore;
+    bool ignores, ignore_is_large;
+    explicit Classes(const Call &c)
+        : first(c.first), count(c.classes), ignore(c.ignore), ignores(c.ignores), ignore_is_large(c.ignore_is_large) {}
+
+    template <class I> INLINE int32_t place(I y) const {
+        constexpr bool is_signed = std::numeric_limits<I>::is_signed;
+        if (ignores && (is_signed ? !ignore_is_large && int64_t(y) == ignore
+                                  : (ignore_is_large || ignore >= 0) && uint64_t(y) == uint64_t(ignore)))
             return IGNORED;
+        // What is below the first class, or too large for int64, is a large unsigned number.
+        uint64_t place = uint64_t(int64_t(y)) - uint64_t(first);
         bool large = !is_signed && uint64_t(y) > uint64_t(std::numeric_limits<int64_t>::max());
-        int64_t place = int64_t(y) - (large ? 0 : call.first);
-        if (!large && 0 <= place && place < call.classes) return int32_t(place);
-        bad = true;
-        return OUTSIDE;
+        return large || place >= uint64_t(count) ? OUTSIDE : int32_t(place);
+    }
+};
+
+// Calls f with k and the address of element start + k.
+template <class F> INLINE void each(const Walk &walk, int64_t start, int64_t count, F f) {
+    if (walk.ndim < 2) {
+        int64_t stride = walk.ndim ? walk.stride[0] : 0;
+        char *p = walk.data + start * stride;
+        for (int64_t k = 0; k < count; k++, p += stride) f(k, p);
+    } else {
+        for (int64_t k = 0; k < count; k++) f(k, walk.at(start + k));
+    }
+}
+// Look up the targets' places of rows in a row.
+NOINLINE void look_up_targets(const Call &c, int64_t start, int64_t count, int32_t *y) {
+    const Classes classes(c);
+    with_integer(c.y.type, [&](auto zero) {
+        each(c.y, start, count, [&](int64_t k, const char *p) { y[k] = classes.place(read<decltype(zero)>(p)); });
     });
 }
+// The weights of targets, in the computing precision of the call; 1 where there is none.
+NOINLINE void look_up_weights(const Call &c, const int32_t *y, int64_t count, double *weight) {
+    const bool narrow = c.x.type != Type::f64;
+    const int64_t step = c.weight.ndim ? c.weight.stride[0] : 0;
+    with_float(c.weight.type, [&](auto e) {
+        for (int64_t k = 0; k < count; k++) {
+            double w = y[k] < 0 ? 1 : double(widen<decltype(e)>(c.weight.data + y[k] * step));
+            weight[k] = narrow ? double(float(w)) : w;
+        }
+    });
+}
+template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, int64_t count, Group<T> &g) {
+    g.count = int(count);
+    look_up_targets(c, start, count, g.y);
+    each(c.x, start, count, [&](int64_t t, const char *p) { g.row[t] = p; });
+    if (c.part) {
+        each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
+    } else {
+        const int64_t step = c.x.step;
+        for (int t = 0; t < count; t++)
+            g.own[t] = g.y[t] >= 0 ? T(widen<E>(g.row[t] + g.y[t] * step)) : T(NOT_A_NUMBER);
+    }
+    if (c.weight.data) look_up_weights(c, g.y, count, g.weight);
+}
 
-template <class E, class P> struct Rows {
-    using T = typename Computing<E>::type;
-    static T score(const Call &c, const char *row, int64_t j) {
-        return widen(read<E>(row + j * c.x.step));
+// A row's sums of terms and of slopes, in units of 1, or of LARGE where they overflowed.
+struct Sums {
+    double terms, slopes, unit;
+};
+
+// ---- The kernels for scores of type E, the exponent P, classes side by side (UNIT) or not.
+
+template <class E, class P, bool UNIT> struct Kernel {
+    using T = typename P::template Computing<E>;
+    using L = Lanes<T>;
+    using F = typename L::F;
+    using I = typename L::I;
+    static constexpr int W = L::W;
+    static constexpr bool SINGLE = sizeof(T) == 4;
+
+    const Call &c;
+    const P power;
+    const F margin;
+    const int64_t n, whole, last;  // classes; those in whole vectors; where the last vector begins
+    const int64_t bytes;           // of a row's bits
+    const double common;           // factor of all rows' gradients
+    const I rest;                  // the lanes of the last vector that no other covers
+
+    explicit Kernel(const Call &c)
+        : c(c), power(c.p), margin(L::all(T(One::Computing<E>(c.margin)))), n(c.classes),
+          whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
+          rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
+               (L::iota() < (I{} + typename L::Index(n - last)))) {}
+
+    // The scores of the W classes from j on; beyond the row's end the last one comes again.
+    INLINE F scores(const char *row, int64_t j, int64_t step) const {
+        if constexpr (UNIT) return convert<F>(load<W>(row + j * int64_t(sizeof(E)), E{}));
+        F x;
+        for (int k = 0; k < W; k++) x[k] = widen<E>(row + (j + k < n ? j + k : n - 1) * step);
+        return x;
     }
-    static double hinge(T x, T own, T margin) {
-        T z = (x - own) + margin;
-        return z <= 0 ? 0 : double(z);
+    // max(0, z), and 0 for the target's class; NaN stays. ``at``: the target's place minus j.
+    INLINE F hinge(F x, I own_class, F own) const {
+        F z = (x - own) + margin;
+        return L::only(z, ~((z <= 0) | own_class));
     }
-    static void block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        P power(c.p);
-        T margin = T(c.margin);
-        for (int64_t i = start; i < stop; i++) {
-            const char *row = c.x.at(i);
-            bool bad = false;
-            int32_t y = target(c, i, bad);
-            if (y == IGNORED) {
-                if (c.losses.data) write(c.losses.at(i), narrow<E>(0));
-                if (c.grad.data) fill(c, i, 0);
-                if (c.sums.data) write(c.sums.at(i), 0.0), write(c.slopes.at(i), 0.0);
-                continue;
-            }
-            T own = c.part ? read<T>(c.own.at(i))
-                           : bad ? std::numeric_limits<T>::quiet_NaN() : score(c, row, y);
-            double sum = c.classes == 1 && own != own ? own : 0, slope = 0;
-            for (int64_t j = 0; j < c.classes; j++) {
-                if (j == y) continue;
-                double h = hinge(score(c, row, j), own, margin);
-                sum += power.term(h) * c.shrink;
-                slope += power.slope(h);
-            }
-            if (own != own) sum = slope = own;
-            result.count++;
-            result.bad |= bad && !c.part;
-            double w = 1;
-            if (c.weight.data && y >= 0) w = T(load_float(c.weight.at(y), c.weight.type));
-            if (c.part) {
-                if (c.sums.data) {
-                    write(c.sums.at(i), sum);
-                    write(c.slopes.at(i), sum != sum ? sum : slope);
+    INLINE F hinge(const char *row, int64_t j, int shift, I at, F own) const {
+        return hinge(scores(row, j + shift, c.x.step), L::iota() + shift == at, own);
+    }
+    static INLINE I place(int64_t y, int64_t j) { return I{} + typename L::Index(y - j); }
+    static INLINE void keep(uint8_t *bits, int64_t k, F h) {
+        bits[k] = uint8_t(L::to_bits(h > 0));
+    }
+
+    // The sum of a row's terms.
+    template <bool BITS> INLINE double sum(const char *row, int64_t y, T own_, uint8_t *bits) const {
+        F own = L::all(own_);
+        Sum<T> sum;
+        int64_t j = 0;
+        while (j + 4 * W <= n) {
+            F a{}, b{}, d{}, e{};
+            int64_t stop = n < j + LANE_TERMS * 4 * W ? n : j + LANE_TERMS * 4 * W;
+            for (; j + 4 * W <= stop; j += 4 * W) {
+                I at = place(y, j);
+                F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
+                F h2 = hinge(row, j, 2 * W, at, own), h3 = hinge(row, j, 3 * W, at, own);
+                a += power.term(h0), b += power.term(h1);
+                d += power.term(h2), e += power.term(h3);
+                if (BITS) {
+                    keep(bits, j / W, h0), keep(bits, j / W + 1, h1);
+                    keep(bits, j / W + 2, h2), keep(bits, j / W + 3, h3);
                 }
-                if (c.grad.data) slope = sum = read<double>(c.slopes.at(i));
             }
-            double loss = sum / double(c.classes) * w;
-            result.sum += loss;
-            if (c.losses.data) write(c.losses.at(i), narrow<E>(loss / c.shrink));
-            if (c.bits) keep(c, i, row, y, own, margin, loss);
-            if (!c.grad.data) continue;
-            if (loss != loss) {
-                fill(c, i, std::numeric_limits<double>::quiet_NaN());
-                continue;
+            sum.add((a + b) + (d + e));
+        }
+        F s{};
+        for (; j + W <= n; j += W) {
+            F h = hinge(row, j, 0, place(y, j), own);
+            s += power.term(h);
+            if (BITS) keep(bits, j / W, h);
+        }
+        F h = hinge(row, last, 0, place(y, last), own);
+        if (BITS) keep(bits, bytes - 1, h);
+        sum.add(s + L::only(power.term(h), rest));
+        return sum.total();
+    }
+
+    // Sums in float64, term by term; where float64 overflows too, in large units.
+    NOINLINE Sums careful(const char *row, int64_t y, T own) const {
+        Sums s = careful(row, y, own, 1);
+        return s.terms == INFINITY || s.slopes == INFINITY ? careful(row, y, own, LARGE) : s;
+    }
+    NOINLINE Sums careful(const char *row, int64_t y, T own, double unit) const {
+        Sums s = {0, 0, unit};
+        for (int64_t j = 0; j < n; j++) {
+            T z = (T(widen<E>(row + j * c.x.step)) - own) + margin[0];
+            if (j == y || z <= 0) continue;
+            Vec<double, 2> h = {double(z), 0};
+            s.terms += power.term(h)[0] / unit;
+            s.slopes += (std::is_same<P, One>::value ? h[0] > 0 : power.slope(h)[0]) / unit;
+        }
+        return s;
+    }
+    // A row's gradient times ``scale``, and its sums; the target's class is left for later.
+    INLINE Sums gradient(const char *row, int64_t y, T own_, char *to, double scale_) const {
+        F own = L::all(own_), scale = rounded_for_one(L::all(T(scale_)));
+        Sum<T> terms;
+        Slopes<T, P> slopes;
+        int64_t j = 0;
+        while (j + 2 * W <= n) {
+            F s0{}, s1{};
+            int64_t stop = n < j + LANE_TERMS * W ? n : j + LANE_TERMS * W;
+            for (; j + 2 * W <= stop; j += 2 * W) {
+                I at = place(y, j);
+                F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
+                F e0 = power.slope(h0), e1 = power.slope(h1);
+                s0 += power.term(h0), s1 += power.term(h1), slopes.add(e0), slopes.add(e1);
+                put(to, j, slope_times(h0, e0, scale));
+                put(to, j + W, slope_times(h1, e1, scale));
             }
-            double scale = row_scale(c, i, w);
-            for (int64_t j = 0; j < c.classes; j++) {
-                double h = hinge(score(c, row, j), own, margin);
-                double g = j == y ? -slope * scale : h > 0 ? T(power.slope(h)) * T(scale) : 0;
-                write(c.grad.at(i) + j * c.grad.step, narrow<E>(T(g)));
-            }
+            terms.add(s0 + s1), slopes.flush();
+        }
+        F s{};
+        if (j + W <= n) {
+            F h = hinge(row, j, 0, place(y, j), own), e = power.slope(h);
+            s = power.term(h), slopes.add(e);
+            put(to, j, slope_times(h, e, scale));
+        }
+        F h = hinge(row, last, 0, place(y, last), own), e = power.slope(h);
+        put(to, last, slope_times(h, e, scale));
+        terms.add(s + L::only(power.term(h), rest)), slopes.add(L::only(e, rest)), slopes.flush();
+        return {terms.total(), slopes.total(), 1};
+    }
+    static INLINE F slope_times(F h, F slope, F scale) {
+        if (std::is_same<P, One>::value) return L::only(scale, h > 0);
+        return L::only(slope * scale, h > 0);  // 0 * infinity is 0 here: the class isn't active
+    }
+    static INLINE F rounded(F x) {  // to E and back
+        if constexpr (sizeof(E) != 2) return x;
+        else {
+            auto bits = in_element_type(x);
+            return convert<F>(load<W>(reinterpret_cast<const char *>(&bits), E{}));
         }
     }
-    static double row_scale(const Call &c, int64_t i, double w) {
-        double scale = c.part ? c.scale : c.scale * w / double(c.classes);
+    // The rest of a gradient: the target's class; NaN in all of a row whose loss is NaN.
+    void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
+        if (loss != loss) return fill(to, NOT_A_NUMBER);
+        if (y >= 0) store_rounded<E>(to + y * c.grad.step, double(T(-(s.slopes * scale) * s.unit)));
+    }
+    NOINLINE void fill(char *to, double value) const {
+        for (int64_t j = 0; j < n; j++) store_rounded<E>(to + j * c.grad.step, value);
+    }
+    INLINE void put(char *to, int64_t j, F g) const {
+        auto values = in_element_type(g);
+        if constexpr (UNIT) write(to + j * int64_t(sizeof(E)), values);
+        else
+            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * c.grad.step, values[k]);
+    }
+    static INLINE auto in_element_type(F g) {
+        if constexpr (sizeof(E) == 8) return g;
+        else return round_to<W>(convert<Vec<float, W>>(g), E{});
+    }
+    INLINE double scale_of(int64_t i, double weight) const {
+        double scale = common * weight;
         return c.upstream.data ? scale * load_float(c.upstream.at(i), c.upstream.type) : scale;
     }
-    static void fill(const Call &c, int64_t i, double value) {
-        for (int64_t j = 0; j < c.classes; j++)
-            write(c.grad.at(i) + j * c.grad.step, narrow<E>(value));
+
+    // What a row adds to the results, beside its gradient. Returns its loss times C.
+    INLINE double account(int64_t i, Sums s, double weight, Result &result) const {
+        double loss = s.terms * weight;
+        if (loss - loss == 0) result.sum += loss * (c.shrink * s.unit);
+        else result.sum += s.terms * (c.shrink * s.unit) * weight;
+        result.count++;
+        if (c.losses.data) store_rounded<E>(c.losses.at(i), s.terms / double(n) * weight * s.unit);
+        if (c.sums.data) {
+            write(c.sums.at(i), s.terms * s.unit);
+            write(c.slopes.at(i), s.terms != s.terms ? s.terms : s.slopes * power.factor * s.unit);
+        }
+        return loss;
     }
-    static void keep(const Call &c, int64_t i, const char *row, int32_t y, T own, T m, double loss) {
-        uint8_t *bits = c.bits + i * row_bytes(c.x.type, c.classes);
-        std::memset(bits, loss != loss ? 255 : 0, row_bytes(c.x.type, c.classes));
-        for (int64_t j = 0; j < c.classes; j++)
-            if (j != y && hinge(score(c, row, j), own, m) > 0) bits[j / 8] |= 1 << j % 8;
+    NOINLINE void ignore(int64_t i) const {
+        if (c.losses.data) store_rounded<E>(c.losses.at(i), 0);
+        if (c.sums.data) write(c.sums.at(i), 0.0), write(c.slopes.at(i), 0.0);
+        if (c.grad.data) fill(c.grad.at(i), 0);
+        if (c.bits) std::memset(c.bits + i * bytes, 0, size_t(bytes));
     }
-    // The gradient of p = 1 from the bits that the loss kept.
-    static void bits_block(const Call &c, int64_t start, int64_t stop, Result &) {
-        for (int64_t i = start; i < stop; i++) {
-            const uint8_t *bits = c.bits + i * row_bytes(c.x.type, c.classes);
-            bool bad = false;
-            int32_t y = target(c, i, bad);
-            if (y < 0 || bits[y / 8] >> y % 8 & 1) {
-                fill(c, i, y == IGNORED ? 0 : std::numeric_limits<double>::quiet_NaN());
+    INLINE bool no_value(T own) const { return n == 1 && own != own; }
+
+    // Losses of rows of fewer than two vectors, whose own sums nobody asks for: a lane adds up
+    // several rows. False: not finite; the usual way finds the rows, and what they come to.
+    template <bool BITS> bool short_losses(int64_t start, const Group<T> &g, Result &result) const {
+        Sum<T> sum;
+        int64_t count = 0;
+        bool bad = false;
+        for (int t = 0; t < g.count;) {
+            F s{};
+            for (int stop = t + LANE_TERMS / 2 < g.count ? t + LANE_TERMS / 2 : g.count; t < stop; t++) {
+                if (g.y[t] == IGNORED) {
+                    if (BITS) std::memset(c.bits + (start + t) * bytes, 0, size_t(bytes));
+                    continue;
+                }
+                F own = L::all(g.own[t]), weight = L::all(T(g.weight[t]));
+                F h = hinge(g.row[t], last, 0, place(g.y[t], last), own);
+                if (BITS) keep(c.bits + (start + t) * bytes, bytes - 1, h);
+                F term = L::only(power.term(h), rest);
+                if (n >= W) {
+                    h = hinge(g.row[t], 0, 0, place(g.y[t], 0), own);
+                    if (BITS) keep(c.bits + (start + t) * bytes, 0, h);
+                    term += power.term(h);
+                }
+                s += term * weight;
+                bad |= g.y[t] < 0;
+                count++;
+            }
+            sum.add(s);
+        }
+        double total = sum.total();
+        if (total - total != 0) return false;
+        result.sum += total * c.shrink;
+        result.count += count;
+        result.bad |= bad;
+        return true;
+    }
+    template <bool BITS> INLINE void losses(int64_t start, const Group<T> &g, Result &result) const {
+        if (n > 1 && n < 2 * W && !c.losses.data && short_losses<BITS>(start, g, result)) return;
+        for (int t = 0; t < g.count; t++) {
+            int64_t i = start + t;
+            if (g.y[t] == IGNORED) {
+                ignore(i);
                 continue;
             }
-            double w = c.weight.data ? T(load_float(c.weight.at(y), c.weight.type)) : T(1);
-            double scale = row_scale(c, i, w), slope = 0;
-            for (int64_t j = 0; j < c.classes; j++) {
-                bool on = bits[j / 8] >> j % 8 & 1;
-                slope += on;
-                write(c.grad.at(i) + j * c.grad.step, narrow<E>(on ? T(scale) : 0));
-            }
-            write(c.grad.at(i) + y * c.grad.step, narrow<E>(T(-slope * scale)));
+            result.bad |= g.y[t] < 0;
+            uint8_t *bits = BITS ? c.bits + i * bytes : nullptr;
+            Sums s = {sum<BITS>(g.row[t], g.y[t], g.own[t], bits), 0, 1};
+            if (no_value(g.own[t])) s.terms = NOT_A_NUMBER;
+            if (s.terms == INFINITY) s = careful(g.row[t], g.y[t], g.own[t]);
+            double loss = account(i, s, g.weight[t], result);
+            if (BITS && loss != loss) std::memset(bits, 255, size_t(bytes));
         }
     }
+    // The same for gradients. NaN must not be lost among other rows: then it is not finite.
+    INLINE bool short_gradients(int64_t start, const Group<T> &g, Result &result) const {
+        Sum<T> sum;
+        int64_t count = 0;
+        bool bad = false;
+        F s{};
+        for (int t = 0; t < g.count; t++) {
+            int64_t i = start + t;
+            if (g.y[t] == IGNORED) {
+                ignore(i);
+                continue;
+            }
+            char *to = c.grad.at(i);
+            double scale = scale_of(i, g.weight[t]);
+            F own = L::all(g.own[t]), scales = rounded_for_one(L::all(T(scale)));
+            F h = hinge(g.row[t], last, 0, place(g.y[t], last), own), e = power.slope(h);
+            put(to, last, slope_times(h, e, scales));
+            F term = L::only(power.term(h), rest);
+            double slope = sum_of_slopes(L::only(e, rest));
+            if (n >= W) {
+                h = hinge(g.row[t], 0, 0, place(g.y[t], 0), own), e = power.slope(h);
+                put(to, 0, slope_times(h, e, scales));
+                term += power.term(h);
+                slope += sum_of_slopes(e);
+            }
+            s += term * L::all(T(g.weight[t]));
+            if (g.y[t] >= 0) store_rounded<E>(to + g.y[t] * c.grad.step, double(T(-(slope * scale))));
+            bad |= g.y[t] < 0;
+            count++;
+            if (t % (LANE_TERMS / 2) == 0) sum.add(s), s = F{};
+        }
+        sum.add(s);
+        double total = sum.total();
+        if (total - total != 0) return false;
+        result.sum += total * c.shrink;
+        result.count += count;
+        result.bad |= bad;
+        return true;
+    }
+    static INLINE double sum_of_slopes(F e) {
+        if constexpr (std::is_same<P, One>::value) return __builtin_popcount(unsigned(L::to_bits(e > 0)));
+        Sum<T> sum;
+        sum.add(e);
+        return sum.total();
+    }
+    static INLINE F rounded_for_one(F scale) { return std::is_same<P, One>::value ? rounded(scale) : scale; }
+    void gradients(int64_t start, const Group<T> &g, Result &result) const {
+        if (n > 1 && n < 2 * W && !c.losses.data && !c.part && short_gradients(start, g, result)) return;
+        for (int t = 0; t < g.count; t++) {
+            int64_t i = start + t;
+            if (g.y[t] == IGNORED) {
+                ignore(i);
+                continue;
+            }
+            result.bad |= g.y[t] < 0;
+            double scale = scale_of(i, g.weight[t]);
+            char *to = c.grad.data ? c.grad.at(i) : nullptr;
+            Sums s = gradient(g.row[t], g.y[t], g.own[t], to, scale);
+            if (no_value(g.own[t])) s.terms = NOT_A_NUMBER;
+            if (s.terms == INFINITY || s.slopes == INFINITY) s = careful(g.row[t], g.y[t], g.own[t]);
+            double loss = account(i, s, g.weight[t], result);
+            if (c.part) loss = s.slopes = read<double>(c.slopes.at(i)) / power.factor, s.unit = 1;
+            finish(to, g.y[t], loss, s, scale);
+        }
+    }
+    // Sums of terms and slopes for a part of the classes.
+    void parts(int64_t start, const Group<T> &g, Result &result) const {
+        for (int t = 0; t < g.count; t++) {
+            if (g.y[t] == IGNORED) ignore(start + t);
+            else account(start + t, part(g.row[t], g.y[t], g.own[t]), 1, result);
+        }
+    }
+    Sums part(const char *row, int64_t y, T own_) const {
+        F own = L::all(own_);
+        Sum<T> terms;
+        Slopes<T, P> slopes;
+        for (int64_t j = 0; j < whole; j += W) {
+            F h = hinge(row, j, 0, place(y, j), own);
+            terms.add(power.term(h)), slopes.add(power.slope(h)), slopes.flush();
+        }
+        F h = hinge(row, last, 0, place(y, last), own);
+        terms.add(L::only(power.term(h), rest)), slopes.add(L::only(power.slope(h), rest)), slopes.flush();
+        Sums s = {terms.total(), slopes.total(), 1};
+        if (own_ != own_) s.terms = NOT_A_NUMBER;
+        return s.terms == INFINITY ? careful(row, y, own_) : s;
+    }
+
+    template <class Work> static void in_groups(const Call &c, int64_t start, int64_t stop, Work work) {
+        Kernel kernel(c);
+        Group<T> group;
+        for (double &weight : group.weight) weight = 1;
+        // Few rows at a time where they are long: what a look at the target has fetched is in reach.
+        int64_t size = NEAR / (c.classes * int64_t(sizeof(E)));
+        size = size > GROUP ? GROUP : size < 1 ? 1 : size;
+        for (int64_t first = start; first < stop; first += size) {
+            look_up<E>(c, first, first + size < stop ? size : stop - first, group);
+            work(kernel, first, group);
+        }
+    }
+    static void loss_block(const Call &c, int64_t start, int64_t stop, Result &result) {
+        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+            if constexpr (std::is_same<P, One>::value)
+                if (c.bits) return k.template losses<true>(first, g, result);
+            k.template losses<false>(first, g, result);
+        });
+    }
+    static void part_block(const Call &c, int64_t start, int64_t stop, Result &result) {
+        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+            k.parts(first, g, result);
+        });
+    }
+    static void grad_block(const Call &c, int64_t start, int64_t stop, Result &result) {
+        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+            k.gradients(first, g, result);
+        });
+    }
+
+    // The gradient of p = 1 from the bits that loss_block kept.
+    static void bits_block(const Call &c, int64_t start, int64_t stop, Result &result) {
+        Kernel k(c);
+        int32_t y[GROUP];
+        double weight[GROUP];
+        for (double &w : weight) w = 1;
+        for (int64_t first = start; first < stop; first += GROUP) {
+            int64_t count = first + GROUP < stop ? GROUP : stop - first;
+            look_up_targets(c, first, count, y);
+            if (c.weight.data) look_up_weights(c, y, count, weight);
+            for (int64_t t = 0; t < count; t++) {
+                result.bad |= y[t] == OUTSIDE;
+                k.row_of_bits(first + t, y[t], weight[t]);
+            }
+        }
+    }
+    INLINE void row_of_bits(int64_t i, int32_t y, double weight) const {
+        const uint8_t *bits = c.bits + i * bytes;
+        char *to = c.grad.at(i);
+        // The target's own bit is set only where the row's loss is NaN.
+        int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
+        if (y < 0 || (bits[byte] >> bit & 1)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
+        double scale = scale_of(i, weight);
+        finish(to, y, 0, {0, double(from_bits(bits, to, T(scale))), 1}, scale);
+    }
+    INLINE int64_t from_bits(const uint8_t *bits, char *to, T scale_) const {
+        F scale = rounded(L::all(scale_));
+        int64_t count = 0;
+        for (int64_t j = 0; j < whole; j += W) {
+            count += __builtin_popcount(bits[j / W]);
+            put(to, j, L::only(scale, L::from_bits(bits[j / W])));
+        }
+        if (whole < n) {
+            int byte = bits[whole / W];
+            count += __builtin_popcount(byte & L::to_bits(rest));
+            put(to, last, L::only(scale, L::from_bits(byte)));
+        }
+        return count;
+    }
 };
+
+template <class P, class F> Block with_kernel(const Call &c, F f) {
+    return with_float(c.x.type, [&](auto e) -> Block {
+        using E = decltype(e);
+        // Whole vectors can be loaded.
+        int64_t size = sizeof(E);
+        bool unit = c.x.step == size && (!c.grad.data || c.grad.step == size) && c.classes >= Lanes<typename P::template Computing<E>>::W;
+        // Beside std::pow, loading vectors would save nothing.
+        constexpr bool can = !std::is_same<P, Other>::value;
+        return unit ? f(static_cast<Kernel<E, P, can> *>(nullptr)) : f(static_cast<Kernel<E, P, false> *>(nullptr));
+    });
+}
+template <class F> Block choose(const Call &c, F f) {
+    return c.p == 1 ? with_kernel<One>(c, f) : c.p == 2 ? with_kernel<Two>(c, f) : with_kernel<Other>(c, f);
+}
 
 }  // namespace
 
@@ -237,35 +758,43 @@ int64_t size_of(Type type) {
     }
 }
 double load_float(const char *p, Type type) {
-    return with_float(type, [&](auto e) { return double(widen(read<decltype(e)>(p))); });
+    return with_float(type, [&](auto e) { return double(widen<decltype(e)>(p)); });
 }
 void store_float(char *p, Type type, double value) {
-    with_float(type, [&](auto e) { write(p, narrow<decltype(e)>(value)); });
+    with_float(type, [&](auto e) { store_rounded<decltype(e)>(p, value); });
 }
-int64_t count_not_ignored(const Call &call) {
-    int64_t count = 0;
-    bool bad = false;
-    for (int64_t i = 0; i < call.rows; i++) count += target(call, i, bad) != IGNORED;
-    return count;
+int64_t count_not_ignored(const Call &c) {
+    int64_t total = 0;
+    int32_t y[GROUP];
+    for (int64_t first = 0; first < c.rows; first += GROUP) {
+        int64_t count = first + GROUP < c.rows ? GROUP : c.rows - first;
+        look_up_targets(c, first, count, y);
+        for (int64_t t = 0; t < count; t++) total += y[t] != IGNORED;
+    }
+    return total;
 }
-int64_t row_bytes(Type, int64_t classes) { return (classes + 7) / 8; }
+int64_t row_bytes(Type type, int64_t classes) {
+    int lanes = WIDTH / (type == Type::f64 ? 8 : 4);
+    return (classes + lanes - 1) / lanes;
+}
 Block loss_block(const Call &c) {
-    return with_float(c.x.type, [&](auto e) -> Block {
-        using E = decltype(e);
-        return c.p == 1 ? Rows<E, One>::block : c.p == 2 ? Rows<E, Two>::block : Rows<E, Other>::block;
+    return choose(c, [&](auto *k) -> Block {
+        return c.part ? std::remove_pointer_t<decltype(k)>::part_block
+                      : std::remove_pointer_t<decltype(k)>::loss_block;
     });
 }
-Block grad_block(const Call &c) { return loss_block(c); }
+Block grad_block(const Call &c) {
+    return choose(c, [](auto *k) -> Block { return std::remove_pointer_t<decltype(k)>::grad_block; });
+}
 Block bits_block(const Call &c) {
-    return with_float(c.x.type, [](auto e) -> Block { return Rows<decltype(e), One>::bits_block; });
+    return with_kernel<One>(c, [](auto *k) -> Block { return std::remove_pointer_t<decltype(k)>::bits_block; });
 }
 bool walks_tiles(const Call &) { return false; }
 void own_scores(const Call &c) {
-    bool bad = false;
+    int32_t y;
     for (int64_t i = 0; i < c.rows; i++) {
-        int32_t y = target(c, i, bad);
-        double own = y < 0 ? 0 : load_float(c.x.at(i) + y * c.x.step, c.x.type);
-        store_float(c.own.at(i), c.own.type, own);
+        look_up_targets(c, i, 1, &y);
+        store_float(c.own.at(i), c.own.type, y < 0 ? 0 : load_float(c.x.at(i) + y * c.x.step, c.x.type));
     }
 }
 

@@ -16,7 +16,9 @@ struct Walk {
     int64_t shape[MAX_DIMS], stride[MAX_DIMS];
 
     char *at(int64_t i) const {  // element i in C order
-        if (ndim < 2) return data + (ndim ? i * stride[0] : 0);
+        return ndim > 1 ? far(i) : data + (ndim ? i * stride[0] : 0);
+    }
+    __attribute__((noinline)) char *far(int64_t i) const {
         char *place = data;
         for (int d = ndim; d--; i /= shape[d]) place += i % shape[d] * stride[d];
         return place;
@@ -55,7 +57,7 @@ struct Call {
 
 // What a block of rows adds up to.
 struct Result {
-    double sum = 0;     // of weight / classes * the row's terms, times shrink
+    double sum = 0;     // of the rows' terms times weight and shrink, not yet divided by the classes
     int64_t count = 0;  // of rows that are not ignored
     bool bad = false;   // a target is out of range
 };

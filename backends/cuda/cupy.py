@@ -1,7 +1,8 @@
-"""CuPy: the kernels of margin_loss.cu, compiled and launched by CuPy itself."""
+"""CuPy: the kernels of margin_loss.cu, compiled, loaded and launched by what CuPy brings itself."""
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -9,8 +10,13 @@ import cupy
 import numpy as np
 
 from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.backends.cuda.plan import Plan, Variant
 from mml_arrayapi.kernel import Array, Kernel, Problem
 from mml_arrayapi.validation import raise_invalid_target
+
+_functions: dict[tuple[int, Variant], dict[str, Any]] = {}  # by device
+_troubles: dict[tuple[int, Variant], str] = {}  # likewise: why a variant can't run there
+_lock = threading.Lock()
 
 
 def refuses(problem: Problem) -> str | None:
@@ -21,7 +27,21 @@ def refuses(problem: Problem) -> str | None:
             return f"{name} is a {type(array).__name__}, not a cupy.ndarray"
     if cupy.cuda.runtime.is_hip:
         return "this CuPy is built for ROCm, the kernels are for CUDA"
-    return cuda_plan.refusal(problem)
+    return cuda_plan.refusal(problem) or _trouble(problem)
+
+
+def _trouble(problem: Problem) -> str | None:
+    """Tell why the kernels can't run on the input's device; None if they can."""
+    x = problem.input
+    scalar, classes = cuda_plan.SCALARS[x.dtype.name], x.shape[-1]
+    try:
+        with x.device:
+            device = cupy.cuda.runtime.getDevice()
+            size = problem.target.size, classes, _multiprocessors(device)
+            _load(device, cuda_plan.variant_for(scalar, problem.p, *size))
+    except Exception as error:  # noqa: BLE001 - a device's failure must not end a user's call
+        return f"not usable on {x.device}: {type(error).__name__}: {error}"
+    return None
 
 
 def loss(problem: Problem) -> Array:
@@ -50,6 +70,7 @@ def _run(problem: Problem, operation: str, upstream: Array | None, grad: Array |
         weight = cupy.ascontiguousarray(_readable(weight, x.dtype, real))
     if upstream is not None:
         upstream = _readable(upstream, x.dtype, real).reshape(-1)
+    device = cupy.cuda.runtime.getDevice()
     call = cuda_plan.Call(
         cuda_plan.SCALARS[x.dtype.name],
         rows,
@@ -64,17 +85,20 @@ def _run(problem: Problem, operation: str, upstream: Array | None, grad: Array |
         problem.p,
         problem.margin,
         problem.reduction,
-        _multiprocessors(cupy.cuda.runtime.getDevice()),
+        problem.ignore_index,
+        _multiprocessors(device),
     )
     plan = cuda_plan.make_plan(call, operation)
     loss = cupy.empty(problem.target.shape if each else (), x.dtype)
-    arrays = {"scores": x, "target": target, "weight": weight, "upstream": upstream, "grad": grad}
-    arrays["loss" if each else "result"] = loss
-    if plan.partials:
-        arrays["partials"] = cupy.empty(plan.partials, np.float64)
+    arrays = {
+        "scores": x, "target": target, "weight": weight, "upstream": upstream, "grad": grad,
+        "loss": loss,
+    }  # fmt: skip
+    if plan.scratch:
+        arrays["scratch"] = cupy.empty(plan.scratch, np.float64)
     if problem.check_target == "raise":
         arrays["flag"] = cupy.full((), cuda_plan.FAR, np.int64)
-    _launch(plan, tuple(_address(arrays.get(name)) for name in cuda_plan.ADDRESSES))
+    _launch(plan, tuple(_address(arrays.get(name)) for name in cuda_plan.ADDRESSES), device)
     if "flag" in arrays and int(arrays["flag"]) != cuda_plan.FAR:
         raise_invalid_target(cupy.asnumpy(problem.target), classes)
     return loss
@@ -89,21 +113,53 @@ def _address(array: Array | None) -> int:
     return int(array.data.ptr) if array is not None and array.size else 0
 
 
-def _launch(plan: cuda_plan.Plan, addresses: tuple[int, ...]) -> None:
-    """Launch on CuPy's current stream; CuPy keeps what it compiled, on disk too."""
-    module = _module(plan.scalar, plan.power, plan.kernels)
-    real = np.float64 if plan.scalar == 64 else np.float32
-    # CuPy passes Python's integers and floats with 8 bytes.
-    numbers = (*map(int, plan.numbers[:-5]), *plan.numbers[-5:-3], *map(real, plan.numbers[-3:]))
+def _launch(plan: Plan, addresses: tuple[int, ...], device: int) -> None:
+    """Launch on CuPy's current stream. CuPy passes a NumPy array of one element by value."""
+    functions = _load(device, plan.variant)
+    packed = cuda_plan.pack(addresses, plan)
+    argument = np.frombuffer(packed, np.dtype((np.void, len(packed))))
     for step in plan.launches:
-        kernel = module.get_function(step.name)
-        kernel((step.grid,), (step.block,), (*addresses, *numbers), shared_mem=step.shared)
+        function = functions[step.name]
+        function((step.grid,), (step.block,), (argument,), shared_mem=step.shared)
 
 
-@cache
-def _module(scalar: int, power: int, kernels: str) -> Any:
-    options = ("--std=c++17", *cuda_plan.defines(scalar, power, kernels))
-    return cupy.RawModule(code=cuda_plan.source(), options=options)
+def _load(device: int, variant: Variant) -> dict[str, Any]:
+    """Return a variant's kernels on the current device. A failure is kept, and raised again."""
+    key = device, variant
+    functions = _functions.get(key)
+    if functions is not None:
+        return functions
+    with _lock:
+        if key in _troubles:
+            raise RuntimeError(_troubles[key])
+        if key not in _functions:
+            try:
+                module = cupy.cuda.Module()
+                module.load(_compile(variant))
+                _functions[key] = {name: module.get_function(name) for name in variant.names()}
+            except Exception as error:
+                _troubles[key] = f"{type(error).__name__}: {error}"
+                raise
+    return _functions[key]
+
+
+def _compile(variant: Variant) -> bytes:
+    """Compile for the current device: not by RawModule, which would add -ftz=true."""
+    nvrtc = cupy.cuda.nvrtc
+    capability = int(cupy.cuda.Device().compute_capability)
+    target = cuda_plan.target_for(capability, nvrtc.getSupportedArchs())
+    program = nvrtc.createProgram(cuda_plan.source(), "margin_loss.cu", (), ())
+    try:
+        options = (f"--gpu-architecture={target}", *cuda_plan.OPTIONS, *variant.defines())
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from error
+        get = nvrtc.getCUBIN if target.startswith("sm_") else nvrtc.getPTX
+        code: bytes = get(program)
+        return code
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 @cache
@@ -111,4 +167,6 @@ def _multiprocessors(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
-KERNEL = Kernel("cupy-cuda", "cupy", refuses, loss, loss_and_grad)
+KERNEL = Kernel(
+    "cupy-cuda", "cupy", refuses, loss, loss_and_grad, supports=frozenset({"ignore_index"})
+)

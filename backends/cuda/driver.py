@@ -4,144 +4,234 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
 from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.backends.cuda.plan import Plan, Variant
 
-_functions: dict[tuple[int, int, int, str], dict[str, Any]] = {}  # by device and variant
+Kernels = dict[str, Any]  # a variant's kernels by name
+
+_libraries: dict[tuple[int, Variant], Any] = {}  # by compute capability
+_kernels: dict[tuple[int, Variant], Kernels] = {}  # by device
+_troubles: dict[tuple[int, Variant], str] = {}  # by device: why a variant can't run there
 _lock = threading.Lock()
 
 
-def compile_variant(
-    scalar: int, power: int, kernels: str, architecture: str, more: tuple[str, ...] = ()
-) -> bytes:
+class LaunchError(RuntimeError):
+    """The driver did not accept a launch. From now on :func:`trouble` gives the reason."""
+
+
+def missing() -> str | None:
+    """Tell what the machine lacks, whatever the device; None if nothing.
+
+    Returns
+    -------
+    str or None
+    """
+    try:
+        _done(driver.cuInit(0))
+        _done(nvrtc.nvrtcVersion())
+    except Exception as error:  # noqa: BLE001 - each version of cuda.bindings has its own kinds
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def trouble(device: int, scalar: int, p: float, rows: int, classes: int) -> str | None:
+    """Tell why the kernels for a problem can't run on a device; None if they can.
+
+    The first need of a variant compiles and loads it. A failure is kept, and never raised.
+
+    Parameters
+    ----------
+    device : int
+        The device's number.
+    scalar, p, rows, classes
+        As in :class:`mml_arrayapi.backends.cuda.plan.Call`.
+
+    Returns
+    -------
+    str or None
+    """
+    try:
+        variant = cuda_plan.variant_for(scalar, p, rows, classes, multiprocessors(device))
+        reason = _troubles.get((device, variant))
+        if reason is None:
+            _load(device, variant)
+    except Exception as error:  # noqa: BLE001 - a device's failure must not end a user's call
+        reason = f"{type(error).__name__}: {error}"
+    return None if reason is None else f"not usable on cuda:{device}: {reason}"
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors a device has."""
+    return _attribute(device, "MULTIPROCESSOR_COUNT")
+
+
+@cache
+def capability(device: int) -> int:
+    """Return a device's compute capability, such as 90 for 9.0."""
+    major, minor = (_attribute(device, f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
+    return 10 * major + minor
+
+
+def compile_variant(variant: Variant, target: str, more: tuple[str, ...] = ()) -> bytes:
     """Compile one variant of the kernels.
 
     Parameters
     ----------
-    scalar, power, kernels
-        As in :func:`mml_arrayapi.backends.cuda.plan.defines`.
-    architecture : str
-        Such as ``"sm_90"``: given explicitly, since NVRTC's own default is older than the device.
+    variant : Variant
+        What to compile for.
+    target : str
+        Such as ``"sm_90"`` for machine code or ``"compute_90"`` for PTX: given explicitly, since
+        NVRTC's own default is older than the device.
     more : tuple of str
         Further compiler options.
 
     Returns
     -------
     bytes
-        Machine code (cubin).
+        Machine code (cubin), or PTX.
 
     Raises
     ------
     RuntimeError
         With the compiler's log.
     """
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *more]
-    options += cuda_plan.defines(scalar, power, kernels)
+    options = (f"--gpu-architecture={target}", *cuda_plan.OPTIONS, *variant.defines(), *more)
     encoded = [option.encode() for option in options]
     source = cuda_plan.source().encode()
     program = _done(nvrtc.nvrtcCreateProgram(source, b"margin_loss.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        if int(status) != 0:
             log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"NVRTC: {log.decode(errors='replace')}")
-        code: bytes = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
-        _done(nvrtc.nvrtcGetCUBIN(program, code))
+            raise RuntimeError(f"NVRTC: {log.rstrip(bytes(1)).decode(errors='replace').strip()}")
+        size, get = (
+            (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+            if target.startswith("sm_")
+            else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+        )
+        code: bytes = b" " * _done(size(program))
+        _done(get(program, code))
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-class _Block(threading.local):
-    """A thread's memory for the arguments of a launch; the driver has copied it on return."""
+class _Memory(threading.local):
+    """A thread's memory for the argument of a launch; the driver has copied it on return."""
 
     def __init__(self) -> None:
-        size = 8 * cuda_plan.FIELDS
-        memory = ctypes.create_string_buffer(size)
-        first = ctypes.addressof(memory)
-        self.pointers = (ctypes.c_void_p * cuda_plan.FIELDS)(*range(first, first + size, 8))
-        self.parts = memoryview(memory).cast("B"), ctypes.addressof(self.pointers), False
+        memory = ctypes.create_string_buffer(8 * cuda_plan.FIELDS)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(memory))
+        self.parts = memoryview(memory).cast("B"), ctypes.addressof(self.pointers)
 
 
-_block = _Block()
+_memory = _Memory()
 
 
-def launch(
-    plan: cuda_plan.Plan,
-    addresses: tuple[int, ...],
-    device: int,
-    stream: int,
-    architecture: Callable[[int], str],
-) -> None:
-    """Launch a plan's kernels, in order, on a stream of the current device.
+def launch(plan: Plan, addresses: tuple[int, ...], device: int, stream: int) -> None:
+    """Launch a plan's kernels, in order, on a stream of a device.
 
-    The first launch of a variant compiles and loads it
-    (which can't happen while a CUDA graph is captured); the code is kept per device.
+    The device need not be the current one. The first launch of a variant compiles and loads it,
+    which can't happen while a CUDA graph is captured.
 
     Parameters
     ----------
     plan : Plan
-        What :func:`mml_arrayapi.backends.cuda.plan.plan` says.
+        What :func:`mml_arrayapi.backends.cuda.plan.make_plan` says.
     addresses : tuple of int
         As in :data:`mml_arrayapi.backends.cuda.plan.ADDRESSES`.
     device : int
         The device's number.
     stream : int
         The stream's handle.
-    architecture : callable
-        ``architecture(device)`` is such as ``"sm_90"``.
 
     Raises
     ------
     RuntimeError
-        What NVRTC or the driver reports.
+        What NVRTC or the driver reports; a :class:`LaunchError` if it is about the launch.
     """
-    memory, parameters, has_context = _block.parts
-    if not has_context:
-        _ensure_context(device)
-    variant = (device, plan.scalar, plan.power, plan.kernels)
-    functions = _functions.get(variant)
-    if functions is None:
-        functions = _load(variant, architecture(device))
+    kernels = _load(device, plan.variant)
+    memory, parameters = _memory.parts
     cuda_plan.pack_into(memory, addresses, plan)
-    for step in plan.launches:
-        answer = driver.cuLaunchKernel(
-            functions[step.name], step.grid, 1, 1, step.block, 1, 1, step.shared, stream,
-            parameters, 0,
-        )  # fmt: skip
-        _done(answer)
+    context = _context(device)
+    # A thread of autograd's may have no context yet, and PyTorch's idea of the current device
+    # lags behind the driver's: a kernel runs in the context that is current.
+    elsewhere = int(_done(driver.cuCtxGetCurrent())) != int(context)
+    if elsewhere:
+        _done(driver.cuCtxPushCurrent(context))
+    try:
+        for step in plan.launches:
+            answer = driver.cuLaunchKernel(
+                kernels[step.name], step.grid, 1, 1, step.block, 1, 1, step.shared, stream,
+                parameters, 0,
+            )  # fmt: skip
+            if int(answer[0]) != 0:
+                _troubles[device, plan.variant] = f"CUDA: {answer[0]!s} from {step.name}"
+                raise LaunchError(_troubles[device, plan.variant])
+    finally:
+        if elsewhere:
+            _done(driver.cuCtxPopCurrent())
 
 
-def _ensure_context(device: int) -> None:
-    """Give a new thread the context that the CUDA runtime would give it at its first need.
-
-    Autograd's threads may come here before anything has needed one: their memory comes from the
-    allocator's cache.
-    """
-    if int(_done(driver.cuCtxGetCurrent())) == 0:
-        number = _done(driver.cuDeviceGet(device))
-        _done(driver.cuCtxSetCurrent(_done(driver.cuDevicePrimaryCtxRetain(number))))
-    _block.parts = (*_block.parts[:2], True)
+@cache
+def _context(device: int) -> Any:
+    """Return a device's primary context, the one that the CUDA runtime and its libraries use."""
+    return _done(driver.cuDevicePrimaryCtxRetain(_done(driver.cuDeviceGet(device))))
 
 
-def _load(variant: tuple[int, int, int, str], architecture: str) -> dict[str, Any]:
-    _, scalar, power, kernels = variant
+def _load(device: int, variant: Variant) -> Kernels:
+    """Return a variant's kernels on a device."""
+    key = device, variant
+    kernels = _kernels.get(key)
+    if kernels is not None:
+        return kernels
     with _lock:
-        if variant not in _functions:
-            module = _done(
-                driver.cuModuleLoadData(compile_variant(scalar, power, kernels, architecture))
+        if key in _troubles:
+            raise RuntimeError(_troubles[key])
+        if key not in _kernels:
+            try:
+                _kernels[key] = _kernels_on(device, variant, _library(capability(device), variant))
+            except Exception as error:
+                _troubles[key] = f"{type(error).__name__}: {error}"
+                raise
+    return _kernels[key]
+
+
+def _library(capability: int, variant: Variant) -> Any:
+    """Return a variant's code, compiled and loaded once for all devices of a capability."""
+    key = capability, variant
+    if key not in _libraries:
+        target = cuda_plan.target_for(capability, _done(nvrtc.nvrtcGetSupportedArchs()))
+        code = compile_variant(variant, target)
+        _libraries[key] = _done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+    return _libraries[key]
+
+
+def _kernels_on(device: int, variant: Variant, library: Any) -> Kernels:
+    _done(driver.cuCtxPushCurrent(_context(device)))
+    try:
+        # It is here that the device gets the code, and may refuse it.
+        return {
+            name: _done(
+                driver.cuKernelGetFunction(_done(driver.cuLibraryGetKernel(library, name.encode())))
             )
-            names = [f"{kernels}_{operation}" for operation in cuda_plan.operations(power)]
-            _functions[variant] = {
-                name: _done(driver.cuModuleGetFunction(module, name.encode()))
-                for name in (*names, "finish")
-            }
-    return _functions[variant]
+            for name in variant.names()
+        }
+    finally:
+        _done(driver.cuCtxPopCurrent())
+
+
+def _attribute(device: int, name: str) -> int:
+    _done(driver.cuInit(0))
+    attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(_done(driver.cuDeviceGetAttribute(attribute, _done(driver.cuDeviceGet(device)))))
 
 
 def _done(answer: tuple[Any, ...]) -> Any:

@@ -1,11 +1,13 @@
 // The multi-margin loss and its gradient on NVIDIA GPUs: one source for CuPy and PyTorch.
 //
 // Compiled at run time by NVRTC without any header, once per element type, power and layout:
-//   SCALAR  64, 32, 16 (float16) or 17 (bfloat16)
-//   POWER   1, 2, or 0 for any other p
-//   LAYOUT  1 tiles, 2 rows, 3 wide; undefined: all of them
+//   SCALAR   64, 32, 16 (float16) or 17 (bfloat16)
+//   POWER    1, 2, or 0 for any other p
+//   LAYOUT   1 tiles, 2 rows, 3 wide, 4 split; undefined: all of them
+//   CLASSES  for tiles: the number of classes, known to the compiler; undefined: any number
 // docs/gpu.md explains the design. The tests compile the same file with g++ under a small
-// emulator, tests/gpu/simt.h, which is included first and then supplies what follows #ifndef SIMT.
+// emulator, tests/backends/cuda/simt.h, which is included first and then supplies what follows
+// #ifndef SIMT.
 
 typedef long long i64;
 typedef unsigned u32;
@@ -29,61 +31,69 @@ enum {
     VECTORS = UNITS * UNIT_VECTORS,   // 16-byte loads in flight per lane
     BLOCK = 256,                      // threads of a block, a lane group at most
     TILE_BLOCK = 128,                 // threads of a block that works on tiles
-    PERIOD = 128 / sizeof(Real),      // shared memory: one element of padding after so many
-    SCRATCH = 32,                     // doubles at the start of shared memory, for reductions
-    NONE = -1
+    SUM_BLOCK = 1024,                 // threads of a block that adds what others left
+    TILE_LOADS = 8,                   // loads in flight per lane for a tile, at most
+    SCRATCH = 32                      // doubles at the start of shared memory, for reductions
 };
 
 enum Operation { LOSS, LOSS_MASK, LOSS_GRAD, GRAD_MASK };
+enum Kind { ROWS, WIDE, SPLIT };
+enum NoClass { BAD = -1, IGNORED = -2 };  // what a target is that names no class
 
 const u32 NO_VALUE = 0xffffffffu;     // a count that says: this row's loss is NaN
 const u32 TILE_NO_VALUE = 1u << 31;   // the same in a tile's mask word, C is at most 31 there
 
-// Every field begins a new 8 bytes: so the host packs them.
-#define FIELDS(F) \
-    F(const Scalar*, scores)   /* (rows, classes), the classes contiguous */ \
-    F(const void*, target)     /* (rows,) */ \
-    F(const void*, weight)     /* (classes,) or null */ \
-    F(const void*, upstream)   /* gradient for the loss: (rows,), one number, or null for 1 */ \
-    F(Scalar*, loss)           /* (rows,) or null */ \
-    F(double*, partials)       /* (blocks,) or null: the sum of each block's losses */ \
-    F(Scalar*, result)         /* the reduced loss */ \
-    F(i64*, flag)              /* lowered to the first row with a bad target, or null */ \
-    F(unsigned char*, mask)    /* rows * mask_row bytes */ \
-    F(u32*, counts)            /* (rows,): active classes, or NO_VALUE */ \
-    F(Scalar*, grad)           /* (rows, classes), contiguous */ \
-    F(i64, rows) F(i64, classes) F(i64, row_stride) \
-    F(i64, target_stride) F(i64, target_kind)      /* bytes per element, negative if unsigned */ \
-    F(i64, upstream_stride) F(i64, upstream_wide)  /* wide: Real, else Scalar */ \
-    F(i64, weight_wide) \
-    F(i64, lanes)              /* that share a row: a power of two up to 32, or BLOCK */ \
-    F(i64, vector)             /* whether scores lie like grad for accesses of 16 bytes */ \
-    F(i64, mask_row)           /* bytes of mask per row */ \
-    F(i64, blocks)             /* of the launch whose partials are summed */ \
-    F(double, loss_factor)     /* 1 / classes */ \
-    F(double, divisor)         /* rows for the mean, else 1 */ \
-    F(Real, margin) F(Real, exponent)  /* p - 1 */
-// and, after the last comma: Real grad_factor, p / classes, over rows for the mean
+// The sum over a row is kept multiplied by DOWN, a sum over rows by row_scale (both powers of two):
+// so a mean whose sum is beyond float64 is still a number.
+const double DOWN = 1.0 / 4294967296.0, UP = 4294967296.0;
 
-#define MEMBER(type, name) alignas(8) type name;
+// Every field begins a new 8 bytes: so the host packs them.
 struct Arguments {
-    FIELDS(MEMBER)
-    alignas(8) Real grad_factor;
+#define FIELD(type, name) alignas(8) type name;
+    FIELD(const Scalar*, scores)     // (rows, classes), the classes contiguous
+    FIELD(const void*, target)       // (rows,)
+    FIELD(const void*, weight)       // (classes,) or null
+    FIELD(const void*, upstream)     // gradient for the loss: (rows,), one number, or null for 1
+    FIELD(Scalar*, loss)             // (rows,) or one number, or null
+    FIELD(double*, scratch)          // counts of kept rows, then sums: see partials_of()
+    FIELD(i64*, flag)                // lowered to the first row with a bad target, or null
+    FIELD(unsigned char*, mask)      // tiles: a word per row; else two words per row, then bytes
+    FIELD(Scalar*, grad)             // (rows, classes), contiguous
+    FIELD(i64, rows)
+    FIELD(i64, classes)
+    FIELD(i64, row_stride)
+    FIELD(i64, target_stride)
+    FIELD(i64, target_kind)          // bytes per element, negative if unsigned
+    FIELD(i64, upstream_stride)
+    FIELD(i64, upstream_wide)        // wide: Real, else Scalar
+    FIELD(i64, weight_wide)
+    FIELD(i64, lanes)                // that share a row: a power of two up to 32, or BLOCK
+    FIELD(i64, vector)               // whether scores lie like grad for accesses of 16 bytes
+    FIELD(i64, mask_row)             // bytes of mask per row
+    FIELD(i64, summed)               // whether loss is one number
+    FIELD(i64, ignoring)             // whether there is an ignore_index
+    FIELD(i64, ignore_index)
+    FIELD(i64, counted)              // blocks that counted the kept rows; 0: nobody had to
+    FIELD(i64, blocks)               // whose sums of losses are to be added
+    FIELD(i64, splits)               // blocks that share a row
+    FIELD(i64, span)                 // vectors of a row for each of them
+    FIELD(double, loss_factor)       // UP / classes
+    FIELD(double, row_scale)         // at most 1 / rows, a power of two
+    FIELD(double, divisor)           // of the sum of losses: row_scale, times rows for the mean
+    FIELD(double, grad_factor)       // p / classes, over rows for the mean
+    FIELD(Real, margin)
+    FIELD(Real, exponent)            // p - 1
+#undef FIELD
 };
 
 #ifndef SIMT
-// Blocks resident at once: the register budget. Left alone, ptxas spills a few bytes for more.
-#define ROWS_RESIDENT (POWER == 0 || SCALAR == 64 ? 2 : 3)
-#define TILES_RESIDENT (POWER == 0 && SCALAR == 64 ? 6 : 8)
-#define PARAMETER(type, name) type name,
-#define VALUE(type, name) name,
-#define KERNEL(name, threads, call) \
-    extern "C" __global__ void __launch_bounds__(threads, threads == BLOCK ? ROWS_RESIDENT : TILES_RESIDENT) \
-        name(FIELDS(PARAMETER) Real grad_factor) { \
-        const Arguments a = {FIELDS(VALUE) grad_factor}; \
+// `resident` blocks at once on a multiprocessor: the register budget.
+#define KERNEL(name, threads, resident, call) \
+    extern "C" __global__ void __launch_bounds__(threads, resident) \
+        name(const __grid_constant__ Arguments a) { \
         call; \
     }
-#define SHARED_MEMORY(name) extern __shared__ double name[]
+#define SHARED_MEMORY(name) extern __shared__ alignas(16) double name[]
 #define DEVICE __device__ __forceinline__
 
 DEVICE float half_to_float(unsigned short h) {
@@ -169,7 +179,7 @@ DEVICE uint4 pack(const Scalar (&s)[V]) {
 // One element: the term of the loss and its slope (without the factor p), both 0 unless z > 0.
 
 #if POWER == 1
-typedef u32 Slopes;        // every slope is 1: they are counted
+typedef u32 Slopes;  // every slope is 1: they are counted
 #else
 typedef double Slopes;
 #endif
@@ -210,89 +220,47 @@ DEVICE void hinge(Real z, Real exponent, Real& term, Real& slope) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// One row.
+// One target.
 
 DEVICE Real load_real(const void* data, i64 i, i64 wide) {
     return wide ? ((const Real*)data)[i] : to_real(((const Scalar*)data)[i]);
 }
 
-// The target class, or NONE where it is out of range: compared before any narrowing.
-DEVICE int load_target(const Arguments& a, i64 row) {
+// A target's bytes. Nothing is asked of them here: the next loads don't wait for this one.
+DEVICE i64 load_target(const Arguments& a, i64 row) {
     const i64 i = row * a.target_stride;
-    const int bits = (int)(a.target_kind < 0 ? -a.target_kind : a.target_kind) * 8;
-    i64 y;
-    switch (bits) {
-        case 64: y = ((const i64*)a.target)[i]; break;  // unsigned: what is too large is negative
-        case 32: y = ((const u32*)a.target)[i]; break;
-        case 16: y = ((const unsigned short*)a.target)[i]; break;
-        default: y = ((const unsigned char*)a.target)[i]; break;
-    }
-    if (a.target_kind > 0) y = (i64)((unsigned long long)y << (64 - bits)) >> (64 - bits);
-    return y < 0 || y >= a.classes ? (int)NONE : (int)y;
+    const i64 bytes = a.target_kind < 0 ? -a.target_kind : a.target_kind;
+    if (bytes == 8) return ((const i64*)a.target)[i];
+    if (bytes == 4) return ((const u32*)a.target)[i];
+    if (bytes == 2) return ((const unsigned short*)a.target)[i];
+    return ((const unsigned char*)a.target)[i];
+}
+
+// The class that a target names, or why it names none: compared before any narrowing.
+DEVICE int class_of(const Arguments& a, i64 y) {
+    const int unused = 64 - 8 * (int)(a.target_kind < 0 ? -a.target_kind : a.target_kind);
+    if (a.target_kind > 0) y = (i64)((unsigned long long)y << unused) >> unused;
+    if (a.ignoring && y == a.ignore_index) return IGNORED;
+    return y < 0 || y >= a.classes ? (int)BAD : (int)y;  // unsigned: what is too large is negative
 }
 
 DEVICE Real load_weight(const Arguments& a, int y) {
     return a.weight ? load_real(a.weight, y, a.weight_wide) : (Real)1;
 }
 
-// Formed in Real: in half precision 1 / (rows * classes) is 0 from 2**25 elements on.
-DEVICE Real load_scale(const Arguments& a, i64 row, int y) {
-    Real scale = load_weight(a, y) * a.grad_factor;
+// What the slopes of a row are multiplied by; `factor` is that of the whole batch. Formed in Real:
+// in half precision 1 / (rows * classes) is 0 from 2**25 elements on.
+DEVICE Real load_scale(const Arguments& a, i64 row, int y, Real factor) {
+    Real scale = load_weight(a, y) * factor;
     if (a.upstream) scale *= load_real(a.upstream, row * a.upstream_stride, a.upstream_wide);
     return scale;
 }
 
-DEVICE void report_target(const Arguments& a, i64 row) {
-    if (a.flag) atomicMin(a.flag, row);
-}
-
-// A row in memory: single elements up to a 16-byte boundary (head), whole vectors (body), and
-// single elements again. Elements outside the body are "edges", numbered through. The boundaries
-// are those of the contiguous gradient, or of the scores where no gradient is in play: so the mask
-// depends on nothing but shape and type, and a later launch can read it.
-struct Span {
-    u32 head, body;
-};
-
-DEVICE Span span_of(const Arguments& a, size_t address) {
-    Span s;
-    s.head = (u32)((16 - (address & 15)) & 15) / (u32)sizeof(Scalar);
-    if (s.head > (u32)a.classes) s.head = (u32)a.classes;
-    s.body = ((u32)a.classes - s.head) / V;
-    return s;
-}
-
-DEVICE Span span_of_gradient(const Arguments& a, i64 row) {
-    return span_of(a, (size_t)(row * a.classes) * sizeof(Scalar));
-}
-
-// The vector that holds class y; not below s.body if y lies in an edge, or is NONE.
-DEVICE u32 own_vector(const Span& s, int y) { return ((u32)y - s.head) / V; }
-
-DEVICE u32 edges(const Arguments& a, const Span& s) { return (u32)a.classes - s.body * V; }
-
-DEVICE u32 edge_column(const Span& s, u32 edge) {
-    return edge < s.head ? edge : edge + s.body * V;
-}
-
-DEVICE void store_own(const Span& s, Scalar* grad, u32 lane, u32 lanes, int y, Scalar value) {
-    const u32 vector = own_vector(s, y);
-    const u32 edge = (u32)y < s.head ? (u32)y : (u32)y - s.body * V;
-    if ((vector < s.body ? vector : edge) % lanes == lane) grad[y] = value;
-}
-
-// Each lane writes the addresses that it wrote before: no other order is needed.
-DEVICE void fill_row(const Arguments& a, const Span& s, Scalar* grad, u32 lane, u32 lanes,
-                     Scalar value) {
-    Scalar same[V];
-#pragma unroll
-    for (int e = 0; e < V; e++) same[e] = value;
-    const uint4 q = pack(same);
-    uint4* body = (uint4*)(grad + s.head);
-#pragma unroll 1
-    for (u32 k = lane; k < s.body; k += lanes) body[k] = q;
-#pragma unroll 1
-    for (u32 e = lane; e < edges(a, s); e += lanes) grad[edge_column(s, e)] = value;
+// The loss of a row. `sum` is that of its terms, times DOWN.
+DEVICE double row_loss(const Arguments& a, int y, Real pivot, double sum) {
+    if (y == IGNORED) return 0;
+    if (y == BAD || pivot != pivot) return (double)not_a_number();
+    return sum * a.loss_factor * (double)load_weight(a, y);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -305,96 +273,192 @@ DEVICE T lane_sum(T value, u32 lanes) {
 }
 
 template <class T>
-DEVICE T block_sum(T value, double* scratch) {
+DEVICE T block_sum(T value, double* shared) {
     value = lane_sum(value, 32);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = (double)value;
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = (double)value;
     __syncthreads();
     double total = 0;
-    for (u32 w = 0; w < blockDim.x / 32; w++) total += scratch[w];
-    __syncthreads();  // before scratch is used again
+    for (u32 w = 0; w < blockDim.x / 32; w++) total += shared[w];
+    __syncthreads();  // before shared is used again
     return (T)total;
 }
 
-// The end of a launch that sums losses: one number per block, or the result if there is but one.
-DEVICE void finish_block(const Arguments& a, double total, double* scratch) {
-    if (!a.partials && !a.result) return;
-    total = block_sum(total, scratch);
-    if (threadIdx.x != 0) return;
-    if (gridDim.x == 1) *a.result = round_once(total / a.divisor);
-    else a.partials[blockIdx.x] = total;
+// How many rows are not ignored, where the mean needs to know; else 1.
+DEVICE double kept_rows(const Arguments& a, double* shared) {
+    if (!a.counted) return 1;
+    return block_sum(threadIdx.x < a.counted ? a.scratch[threadIdx.x] : 0, shared);
 }
 
+// What every gradient is multiplied by.
+DEVICE Real batch_factor(const Arguments& a, double kept) {
+    return (Real)(a.counted ? a.grad_factor / kept : a.grad_factor);
+}
+
+DEVICE double* partials_of(const Arguments& a) { return a.scratch + a.counted; }
+
+// A launch of its own, before the others.
+DEVICE void count_kept(const Arguments& a) {
+    SHARED_MEMORY(shared);
+    const i64 stride = (i64)gridDim.x * blockDim.x;
+    double kept = 0;
+    for (i64 row = (i64)blockIdx.x * blockDim.x + threadIdx.x; row < a.rows; row += stride)
+        kept += class_of(a, load_target(a, row)) != IGNORED;
+    kept = block_sum(kept, shared);
+    if (threadIdx.x == 0) a.scratch[blockIdx.x] = kept;
+}
+
+// The end of a launch that sums losses: one number per block, or the result if there is but one.
+DEVICE void finish_block(const Arguments& a, double total, double kept, double* shared) {
+    if (!a.summed) return;
+    total = block_sum(total, shared);
+    if (threadIdx.x != 0) return;
+    if (gridDim.x == 1) *a.loss = round_once(total / (a.divisor * kept));
+    else partials_of(a)[blockIdx.x] = total;
+}
+
+// A launch of its own, after the others. No rows: 0 / 0 is NaN.
 DEVICE void sum_partials(const Arguments& a) {
-    SHARED_MEMORY(scratch);
+    SHARED_MEMORY(shared);
+    const double kept = kept_rows(a, shared);
+    const double* partials = partials_of(a);
     double total = 0;
-    for (i64 i = threadIdx.x; i < a.blocks; i += blockDim.x) total += a.partials[i];
-    total = block_sum(total, scratch);
-    if (threadIdx.x == 0) *a.result = round_once(total / a.divisor);  // no rows: 0 / 0 is NaN
+    for (u32 first = threadIdx.x; first < a.blocks; first += 4 * SUM_BLOCK) {
+        double part[4];
+#pragma unroll
+        for (u32 q = 0; q < 4; q++) {
+            const u32 i = first + q * SUM_BLOCK;
+            part[q] = i < a.blocks ? partials[i] : 0;
+        }
+        total += (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    total = block_sum(total, shared);
+    if (threadIdx.x == 0) *a.loss = round_once(total / (a.divisor * kept));
 }
 
 // ---------------------------------------------------------------------------------------------
-// Rows shared by a group of lanes: 4 to 32 of a warp, or (WIDE) a whole block.
+// A row shared by a group of lanes.
 
-// Fetches vectors first, first + lanes, ...; those from s.body on are left as they are.
+// In memory it is single elements up to a 16-byte boundary (head), whole vectors (body), and single
+// elements again. The boundaries are those of the contiguous gradient, or of the scores where no
+// gradient is in play: so the mask depends on nothing but shape, type and target, and a later
+// launch can read it. The elements outside the body are "edges", numbered through, and so are those
+// of the vector that holds the target's class: thus the body never looks for that class.
+struct Row {
+    i64 row;
+    int y;          // the target's class, or a NoClass
+    u32 lane, lanes;
+    u32 head, body; // elements, vectors
+    u32 own;        // the vector that holds y; not below body if there is none
+    u32 edges;
+    Real pivot;     // the score at y
+    Real scale;     // what slopes are multiplied by, 0 until it is needed
+};
+
+DEVICE const Scalar* scores_of(const Arguments& a, const Row& r) {
+    return a.scores + r.row * a.row_stride;
+}
+
+DEVICE Scalar* grad_of(const Arguments& a, const Row& r) { return a.grad + r.row * a.classes; }
+
 template <int OP>
-DEVICE void load_vectors(const Arguments& a, const Span& s, const Scalar* scores, u32 first,
-                         u32 lanes, uint4 (&raw)[VECTORS]) {
-    const Scalar* from = scores + s.head;
-    if (OP == LOSS || a.vector) {
+DEVICE Row row_of(const Arguments& a, i64 row, int y, u32 lane, u32 lanes) {
+    Row r = {};
+    r.row = row;
+    r.y = y;
+    r.lane = lane;
+    r.lanes = lanes;
+    const u32 classes = (u32)a.classes;
+    const size_t address = OP == LOSS ? (size_t)scores_of(a, r)
+                                      : (size_t)(row * a.classes) * sizeof(Scalar);
+    r.head = (u32)((16 - (address & 15)) & 15) / (u32)sizeof(Scalar);
+    if (r.head > classes) r.head = classes;
+    r.body = (classes - r.head) / V;
+    r.own = y < 0 ? ~0u : ((u32)y - r.head) / V;  // below head: wraps, and is beyond the body
+    r.edges = classes - r.body * V + (r.own < r.body ? V : 0);
+    if (OP != GRAD_MASK && y >= 0) r.pivot = to_real(scores_of(a, r)[y]);
+    return r;
+}
+
+DEVICE u32 edge_column(const Arguments& a, const Row& r, u32 edge) {
+    const u32 outside = (u32)a.classes - r.body * V;
+    if (edge < r.head) return edge;
+    return edge < outside ? edge + r.body * V : r.head + r.own * V + (edge - outside);
+}
+
+// The lane that has the target's class among its edges stores there what needed the row's sum.
+DEVICE void store_own(const Arguments& a, const Row& r, Scalar value) {
+    for (u32 edge = r.lane; edge < r.edges; edge += r.lanes)
+        if ((int)edge_column(a, r, edge) == r.y) grad_of(a, r)[r.y] = value;
+}
+
+// Each lane writes the addresses that it wrote before: no other order is needed.
+DEVICE void fill_row(const Arguments& a, const Row& r, Scalar value) {
+    Scalar same[V];
 #pragma unroll
-        for (u32 v = 0; v < VECTORS; v++) {
-            const u32 k = first + v * lanes;
-            if (k < s.body) raw[v] = __ldg((const uint4*)from + k);
-        }
+    for (int e = 0; e < V; e++) same[e] = value;
+    const uint4 q = pack(same);
+    Scalar* grad = grad_of(a, r);
+    uint4* body = (uint4*)(grad + r.head);
+#pragma unroll 1
+    for (u32 k = r.lane; k < r.body; k += r.lanes)
+        if (k != r.own) body[k] = q;
+#pragma unroll 1
+    for (u32 e = r.lane; e < r.edges; e += r.lanes) grad[edge_column(a, r, e)] = value;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The loss of rows shared by 4 to 32 lanes of a warp (ROWS), by a block (WIDE), by blocks (SPLIT).
+
+// Fetches vectors first, first + lanes, ...; those from end on are left as they are.
+template <int OP>
+DEVICE void load_vectors(const Arguments& a, const Row& r, u32 first, u32 end,
+                         uint4 (&raw)[VECTORS]) {
+    const Scalar* from = scores_of(a, r) + r.head + (size_t)first * V;
+    if (OP == LOSS || a.vector) {
+        const uint4* vector = (const uint4*)from;
+#pragma unroll
+        for (u32 v = 0; v < VECTORS; v++, vector += r.lanes)
+            if (first + v * r.lanes < end) raw[v] = __ldg(vector);
         return;
     }
 #pragma unroll
-    for (u32 v = 0; v < VECTORS; v++) {
-        const u32 k = first + v * lanes;
-        if (k >= s.body) continue;
+    for (u32 v = 0; v < VECTORS; v++, from += r.lanes * V) {
+        if (first + v * r.lanes >= end) continue;
         Scalar one[V];
 #pragma unroll
-        for (int e = 0; e < V; e++) one[e] = from[k * V + e];
+        for (int e = 0; e < V; e++) one[e] = from[e];
         raw[v] = pack(one);
     }
 }
 
+// Vectors begin to end of the row, of which begin is a multiple of lanes * VECTORS. The first turn's
+// are in raw already.
 template <int OP>
-DEVICE void row_body(const Arguments& a, const Span& s, i64 row, int y, u32 lane, u32 lanes,
-                     Real pivot, Real scale, const Scalar* scores, Scalar* grad, Sums& sums) {
-    const Real margin = a.margin, exponent = a.exponent;
-    uint4* to = (uint4*)(grad + s.head);
-    const u32 own = own_vector(s, y);
-    u32 unit = 0;
-    for (u32 start = 0; start < s.body; start += lanes * VECTORS, unit += UNITS) {
-        uint4 raw[VECTORS];
-        load_vectors<OP>(a, s, scores, start + lane, lanes, raw);
+DEVICE void row_body(const Arguments& a, const Row& r, u32 begin, u32 end, uint4 (&raw)[VECTORS],
+                     Sums& sums) {
+    uint4* to = (uint4*)(grad_of(a, r) + r.head);
+    unsigned char* mask = a.mask + 8 * a.rows + r.row * a.mask_row + r.lane;
+    for (u32 start = begin; start < end; start += r.lanes * VECTORS) {
+        if (start != begin) load_vectors<OP>(a, r, start + r.lane, end, raw);
         Real loss = 0, slopes = 0;
 #pragma unroll
         for (u32 u = 0; u < UNITS; u++) {
             u32 bits = 0;
 #pragma unroll
             for (u32 v = u * UNIT_VECTORS; v < (u + 1) * UNIT_VECTORS; v++) {
-                const u32 k = start + v * lanes + lane;
-                if (k >= s.body) continue;
-                Real z[V];
+                const u32 k = start + v * r.lanes + r.lane;
+                if (k >= end || k == r.own) continue;
+                Real z[V], term[V], slope[V];
+                Scalar out[V];
                 unpack(raw[v], z);
 #pragma unroll
-                for (int e = 0; e < V; e++) z[e] = (z[e] - pivot) + margin;
-                if (k == own) {
-                    const int own_element = (y - (int)s.head) % V;
-#pragma unroll
-                    for (int e = 0; e < V; e++) z[e] = e == own_element ? (Real)-1 : z[e];
-                }
-                Real term[V], slope[V];
-                Scalar out[V];
-#pragma unroll
                 for (int e = 0; e < V; e++) {
-                    hinge(z[e], exponent, term[e], slope[e]);
+                    z[e] = (z[e] - r.pivot) + a.margin;
+                    hinge(z[e], a.exponent, term[e], slope[e]);
                     if (POWER == 1 && OP != LOSS)
                         bits |= (u32)is_active(z[e]) << ((v % UNIT_VECTORS) * V + e);
                     if (OP == LOSS_GRAD)
-                        out[e] = to_scalar(is_active(z[e]) ? slope[e] * scale : (Real)0);
+                        out[e] = to_scalar(is_active(z[e]) ? slope[e] * r.scale : (Real)0);
                 }
                 if (OP == LOSS_GRAD) to[k] = pack(out);
 #pragma unroll
@@ -411,8 +475,8 @@ DEVICE void row_body(const Arguments& a, const Span& s, i64 row, int y, u32 lane
 #if POWER == 1
             if (OP != LOSS) sums.slope += (u32)__popc(bits);
 #endif
-            if (OP == LOSS_MASK && start + u * UNIT_VECTORS * lanes < s.body)
-                a.mask[row * a.mask_row + (i64)(unit + u) * lanes + lane] = (unsigned char)bits;
+            if (OP == LOSS_MASK && start + u * UNIT_VECTORS * r.lanes < end)
+                mask[start / UNIT_VECTORS + u * r.lanes] = (unsigned char)bits;
         }
         sums.loss += (double)loss;
 #if POWER != 1
@@ -421,136 +485,240 @@ DEVICE void row_body(const Arguments& a, const Span& s, i64 row, int y, u32 lane
     }
 }
 
-// The mask's bytes of a row: those of the body's units, then those of its edges, UNIT elements of
-// one lane to a byte.
-DEVICE i64 edge_byte(const Span& s, u32 turn, u32 lane, u32 lanes) {
-    const u32 per_unit = lanes * UNIT_VECTORS;
-    const u32 units = (s.body + per_unit - 1) / per_unit;
-    return (i64)(units + turn / UNIT) * lanes + lane;
-}
-
+// Returns the lane's bits of the mask: one per edge.
 template <int OP>
-DEVICE void row_edges(const Arguments& a, const Span& s, i64 row, int y, u32 lane, u32 lanes,
-                      Real pivot, Real scale, const Scalar* scores, Scalar* grad, Sums& sums) {
-    u32 turn = 0, bits = 0;
-    for (u32 edge = lane; edge < edges(a, s); edge += lanes, turn++) {
-        const u32 j = edge_column(s, edge);
-        Real z = (to_real(scores[j]) - pivot) + a.margin;
-        if ((int)j == y) z = -1;
+DEVICE u32 row_edges(const Arguments& a, const Row& r, Sums& sums) {
+    u32 bits = 0;
+    for (u32 edge = r.lane; edge < r.edges; edge += r.lanes) {
+        const u32 j = edge_column(a, r, edge);
+        Real z = (to_real(scores_of(a, r)[j]) - r.pivot) + a.margin;
+        if ((int)j == r.y) z = -1;
         Real term, slope;
         hinge(z, a.exponent, term, slope);
         sums.loss += (double)term;
         sums.slope += (Slopes)slope;
-        if (OP == LOSS_GRAD) grad[j] = to_scalar(is_active(z) ? slope * scale : (Real)0);
-        if (OP == LOSS_MASK) {
-            bits |= (u32)is_active(z) << (turn % UNIT);
-            if (turn % UNIT == UNIT - 1 || edge + lanes >= edges(a, s)) {
-                a.mask[row * a.mask_row + edge_byte(s, turn, lane, lanes)] = (unsigned char)bits;
-                bits = 0;
-            }
-        }
+        if (OP == LOSS_GRAD) grad_of(a, r)[j] = to_scalar(is_active(z) ? slope * r.scale : (Real)0);
+        if (OP == LOSS_MASK) bits |= (u32)is_active(z) << edge;
     }
+    return bits;
 }
 
-template <int OP, bool WIDE>
+// Adds one score's term; both sums are kept times DOWN (a count of slopes is not).
+DEVICE void add_score(const Arguments& a, Real score, Real pivot, Sums& sums) {
+    Real term, slope;
+    hinge((score - pivot) + a.margin, a.exponent, term, slope);
+    sums.loss += (double)term * DOWN;
+#if POWER != 1
+    sums.slope += (double)slope * DOWN;
+#endif
+}
+
+// The sums once more, in a range that they can't leave: where those in Real overflowed, or a score
+// is infinite.
+DEVICE Sums sums_again(const Arguments& a, const Row& r, u32 begin, u32 end, bool edges) {
+    Sums sums = {0, 0};
+#pragma unroll 1
+    for (u32 k = begin + r.lane; k < end; k += r.lanes) {
+        if (k == r.own) continue;
+#pragma unroll 1
+        for (u32 j = r.head + k * V; j < r.head + (k + 1) * V; j++)
+            add_score(a, to_real(scores_of(a, r)[j]), r.pivot, sums);
+    }
+#pragma unroll 1
+    for (u32 edge = r.lane; edges && edge < r.edges; edge += r.lanes) {
+        const u32 j = edge_column(a, r, edge);
+        if ((int)j != r.y) add_score(a, to_real(scores_of(a, r)[j]), r.pivot, sums);
+    }
+    return sums;
+}
+
+template <class T>
+DEVICE bool is_infinite(T sum) {
+    return sum - sum != 0 && sum == sum;
+}
+
+template <int KIND, class T>
+DEVICE T group_sum(T value, u32 lanes, double* shared) {
+    return KIND == ROWS ? lane_sum(value, lanes) : block_sum(value, shared);
+}
+
+// The sums over the lanes of a group, times DOWN.
+template <int OP, int KIND>
+DEVICE Sums settled(const Arguments& a, const Row& r, u32 begin, u32 end, bool edges, Sums sums,
+                    double* shared) {
+    sums.loss = group_sum<KIND>(sums.loss, r.lanes, shared);
+    if (OP != LOSS) sums.slope = group_sum<KIND>(sums.slope, r.lanes, shared);
+    const bool infinite = is_infinite(sums.loss)
+                          || (OP != LOSS && POWER != 1 && is_infinite(sums.slope));
+    sums.loss *= DOWN;
+#if POWER != 1
+    sums.slope *= DOWN;
+#endif
+    // Whole warps go in, since they add by shuffles; whole blocks agree by themselves.
+    if (KIND == ROWS ? __any_sync(~0u, infinite) : infinite) {
+        Sums again = sums_again(a, r, begin, end, edges);
+        again.loss = group_sum<KIND>(again.loss, r.lanes, shared);
+        if (infinite) sums.loss = again.loss;
+#if POWER != 1
+        if (OP != LOSS) again.slope = group_sum<KIND>(again.slope, r.lanes, shared);
+        if (infinite) sums.slope = again.slope;
+#endif
+    }
+    return sums;
+}
+
+DEVICE double own_gradient(Slopes slope, Real scale) {
+#if POWER == 1
+    return slope > 0 ? -((double)slope * scale) : 0;
+#else
+    return slope != 0 ? -(slope * scale * UP) : 0;
+#endif
+}
+
+// What needs the sums: the gradient at the target's class, and all of it where the loss is NaN.
+// Returns the row's loss in the group's first lane, 0 in the others.
+template <int OP>
+DEVICE double finish_row(const Arguments& a, const Row& r, const Sums& sums) {
+    const double loss = row_loss(a, r.y, r.pivot, sums.loss);
+    const bool no_value = loss != loss;
+    if (OP == LOSS_GRAD) {
+        if (no_value) fill_row(a, r, to_scalar(not_a_number()));
+        else if (r.y == IGNORED) fill_row(a, r, to_scalar(0));
+        else store_own(a, r, round_once(own_gradient(sums.slope, r.scale)));
+    }
+    if (r.lane != 0) return 0;
+    if (OP == LOSS_MASK) ((u32*)a.mask)[2 * r.row] = no_value ? NO_VALUE : (u32)sums.slope;
+    if (r.y == BAD && a.flag) atomicMin(a.flag, r.row);
+    if (a.loss && !a.summed) a.loss[r.row] = round_once(loss);
+    return loss * a.row_scale;
+}
+
+template <int OP, int KIND>
 DEVICE void rows_of_scores(const Arguments& a) {
-    SHARED_MEMORY(scratch);
-    const u32 lanes = WIDE ? (u32)BLOCK : (u32)a.lanes;
+    SHARED_MEMORY(shared);
+    const u32 lanes = KIND == ROWS ? (u32)a.lanes : (u32)BLOCK;
     const u32 lane = threadIdx.x % lanes;
     const u32 per_block = BLOCK / lanes;
-    const i64 stride = (i64)gridDim.x * per_block;
+    const i64 splits = KIND == SPLIT ? a.splits : 1;
+    const i64 parts = a.rows * splits, stride = (i64)gridDim.x * per_block;
+    const double kept = kept_rows(a, shared);
+    const Real factor = batch_factor(a, kept);
     double block_total = 0;
-    i64 row = (i64)blockIdx.x * per_block + threadIdx.x / lanes;
-    int next = row < a.rows ? load_target(a, row) : (int)NONE;
+    i64 part = (i64)blockIdx.x * per_block + threadIdx.x / lanes;
+    i64 next = part < parts ? load_target(a, part / splits) : 0;
     // The loop's count is the block's, so that lanes without a row still take part in the sums.
-    for (i64 first = (i64)blockIdx.x * per_block; first < a.rows; first += stride, row += stride) {
-        const bool here = row < a.rows;
-        const int y = next;  // loaded one turn ahead: the score at y is the next thing needed
-        next = row + stride < a.rows ? load_target(a, row + stride) : (int)NONE;
-        Span s = {0, 0};
-        const Scalar* scores = 0;
-        Scalar* grad = 0;
-        Real pivot = 0, scale = 0;
-        if (here) {
-            scores = a.scores + row * a.row_stride;
-            if (OP == LOSS_GRAD) grad = a.grad + row * a.classes;
-            s = OP == LOSS ? span_of(a, (size_t)scores) : span_of_gradient(a, row);
-            pivot = to_real(scores[y < 0 ? 0 : y]);
-            if (OP == LOSS_GRAD) scale = load_scale(a, row, y < 0 ? 0 : y);
-        }
+    for (i64 first = (i64)blockIdx.x * per_block; first < parts; first += stride, part += stride) {
+        const int y = part < parts ? class_of(a, next) : (int)IGNORED;
+        // Asked for one turn ahead, since the score at y is the first thing that a row needs.
+        if (part + stride < parts) next = load_target(a, (part + stride) / splits);
+        const u32 segment = KIND == SPLIT ? (u32)(part % splits) : 0;
+        const i64 row = part < parts ? part / splits : 0;
+        Row r = row_of<OP>(a, row, y, lane, lanes);
+        // Of a row whose target names no class, nothing is read.
+        const u32 begin = KIND == SPLIT ? segment * (u32)a.span : 0;
+        u32 end = y < 0 ? 0 : r.body;
+        if (KIND == SPLIT && end > begin + (u32)a.span) end = begin + (u32)a.span;
+        const bool edges = y >= 0 && segment == 0;
+        uint4 raw[VECTORS];
+        load_vectors<OP>(a, r, begin + lane, end, raw);
+        // Only now, since this waits for what it loads.
+        if (OP == LOSS_GRAD && y >= 0) r.scale = load_scale(a, row, y, factor);
         Sums sums = {0, 0};
-        row_body<OP>(a, s, row, y, lane, lanes, pivot, scale, scores, grad, sums);
-        if (here) row_edges<OP>(a, s, row, y, lane, lanes, pivot, scale, scores, grad, sums);
-        sums.loss = WIDE ? block_sum(sums.loss, scratch) : lane_sum(sums.loss, lanes);
-        if (OP != LOSS) sums.slope = WIDE ? block_sum(sums.slope, scratch) : lane_sum(sums.slope, lanes);
-        if (!here) continue;
-
-        const bool no_value = y < 0 || sums.loss != sums.loss || pivot != pivot;
-        if (OP == LOSS_GRAD) {
-            if (no_value) {
-                fill_row(a, s, grad, lane, lanes, to_scalar(not_a_number()));
-            } else {
-                const double own = sums.slope > 0 ? -(double)sums.slope * scale : 0;
-                store_own(s, grad, lane, lanes, y, round_once(own));
-            }
+        row_body<OP>(a, r, begin, end, raw, sums);
+        u32 bits = edges ? row_edges<OP>(a, r, sums) : 0;
+        if (OP == LOSS_MASK) bits = lane_sum(bits, lanes < 32 ? lanes : 32);  // in the first warp
+        sums = settled<OP, KIND>(a, r, begin, end, edges, sums, shared);
+        if (part >= parts) continue;
+        if (OP == LOSS_MASK && lane == 0 && segment == 0) ((u32*)a.mask)[2 * row + 1] = bits;
+        if (KIND != SPLIT) {
+            block_total += finish_row<OP>(a, r, sums);
+        } else if (lane == 0) {
+            partials_of(a)[2 * part] = sums.loss;
+            partials_of(a)[2 * part + 1] = (double)sums.slope;
         }
-        if (lane != 0) continue;
-        if (y < 0) report_target(a, row);
-        if (OP == LOSS_MASK) a.counts[row] = no_value ? NO_VALUE : (u32)sums.slope;
-        const double loss = no_value ? (double)not_a_number()
-                                     : sums.loss * a.loss_factor * load_weight(a, y);
-        if (a.loss) a.loss[row] = round_once(loss);
-        block_total += loss;
     }
-    finish_block(a, block_total, scratch);
+    if (KIND != SPLIT) finish_block(a, block_total, kept, shared);
+}
+
+// After rows_of_scores<OP, SPLIT>, one block: a warp adds the parts of a row.
+template <int OP>
+DEVICE void split_rows(const Arguments& a) {
+    SHARED_MEMORY(shared);
+    const double kept = kept_rows(a, shared);
+    const Real factor = batch_factor(a, kept);
+    double block_total = 0;
+    for (i64 row = threadIdx.x / 32; row < a.rows; row += SUM_BLOCK / 32) {
+        const int y = class_of(a, load_target(a, row));
+        Row r = row_of<OP>(a, row, y, threadIdx.x % 32, 32);
+        if (OP == LOSS_GRAD && y >= 0) r.scale = load_scale(a, row, y, factor);
+        const double* parts = partials_of(a) + 2 * row * a.splits;
+        double loss = 0, slope = 0;
+        for (i64 i = r.lane; i < a.splits; i += 32) {
+            loss += parts[2 * i];
+            slope += parts[2 * i + 1];
+        }
+        const Sums sums = {lane_sum(loss, 32), (Slopes)lane_sum(slope, 32)};
+        block_total += finish_row<OP>(a, r, sums);
+    }
+    finish_block(a, block_total, kept, shared);
+}
+
+// A lane's mask bytes for the vectors from start on.
+DEVICE void load_bits(const unsigned char* mask, u32 start, u32 end, u32 lanes, u32 (&bits)[UNITS]) {
+#pragma unroll
+    for (u32 u = 0; u < UNITS; u++)
+        if (start + u * UNIT_VECTORS * lanes < end) bits[u] = mask[start / UNIT_VECTORS + u * lanes];
 }
 
 // The gradient for p = 1 from the mask. It reads no scores.
-template <bool WIDE>
+template <int KIND>
 DEVICE void rows_of_mask(const Arguments& a) {
-    const u32 lanes = WIDE ? (u32)BLOCK : (u32)a.lanes;
+    SHARED_MEMORY(shared);
+    const u32 lanes = KIND == ROWS ? (u32)a.lanes : (u32)BLOCK;
     const u32 lane = threadIdx.x % lanes;
     const u32 per_block = BLOCK / lanes;
-    for (i64 row = (i64)blockIdx.x * per_block + threadIdx.x / lanes; row < a.rows;
-         row += (i64)gridDim.x * per_block) {
-        const int y = load_target(a, row);
-        const u32 count = a.counts[row];
-        Scalar* grad = a.grad + row * a.classes;
-        const Span s = span_of_gradient(a, row);
-        if (count == NO_VALUE) {
-            fill_row(a, s, grad, lane, lanes, to_scalar(not_a_number()));
-            continue;
-        }
-        const unsigned char* mask = a.mask + row * a.mask_row;
-        const Real scale = load_scale(a, row, y);
-        const Scalar on = to_scalar(scale), off = to_scalar(0);
-        const Scalar own = round_once(count > 0 ? -(double)count * scale : 0);
-        uint4* to = (uint4*)(grad + s.head);
-        u32 unit = 0;
-        for (u32 start = 0; start < s.body; start += lanes * VECTORS, unit += UNITS) {
-            u32 bits[UNITS];
-#pragma unroll
-            for (u32 u = 0; u < UNITS; u++) {
-                const bool any = start + u * UNIT_VECTORS * lanes < s.body;
-                bits[u] = any ? mask[(i64)(unit + u) * lanes + lane] : 0;
-            }
+    const i64 splits = KIND == SPLIT ? a.splits : 1;
+    const double kept = kept_rows(a, shared);
+    const Real factor = batch_factor(a, kept);
+    for (i64 part = (i64)blockIdx.x * per_block + threadIdx.x / lanes; part < a.rows * splits;
+         part += (i64)gridDim.x * per_block) {
+        const i64 row = part / splits;
+        const u32 segment = KIND == SPLIT ? (u32)(part % splits) : 0;
+        const i64 target = load_target(a, row);
+        const u32 count = ((const u32*)a.mask)[2 * row], edge_bits = ((const u32*)a.mask)[2 * row + 1];
+        const unsigned char* mask = a.mask + 8 * a.rows + row * a.mask_row + lane;
+        // The row's bits are asked for before anything is made of its target.
+        const u32 begin = KIND == SPLIT ? segment * (u32)a.span : 0;
+        const u32 most = (u32)a.classes / V, last = begin + (u32)a.span;
+        const u32 end_of_bits = KIND == SPLIT && most > last ? last : most;
+        u32 bits[UNITS];
+        load_bits(mask, begin, end_of_bits, lanes, bits);
+
+        Row r = row_of<GRAD_MASK>(a, row, class_of(a, target), lane, lanes);
+        if (r.y >= 0) r.scale = load_scale(a, row, r.y, factor);
+        const u32 end = KIND == SPLIT && r.body > last ? last : r.body;
+        const bool no_value = count == NO_VALUE, ignored = r.y == IGNORED;
+        const Real nan = not_a_number();
+        const Scalar off = to_scalar(no_value ? nan : (Real)0);
+        const Scalar on = ignored ? off : to_scalar(no_value ? nan : r.scale);
+        const Scalar own = ignored || no_value ? off : round_once(own_gradient(count, r.scale));
+        uint4* to = (uint4*)(grad_of(a, r) + r.head);
+        for (u32 start = begin; start < end; start += lanes * VECTORS) {
 #pragma unroll
             for (u32 v = 0; v < VECTORS; v++) {
                 const u32 k = start + v * lanes + lane;
-                if (k >= s.body) continue;
                 Scalar out[V];
 #pragma unroll
                 for (int e = 0; e < V; e++)
                     out[e] = bits[v / UNIT_VECTORS] >> ((v % UNIT_VECTORS) * V + e) & 1 ? on : off;
-                to[k] = pack(out);
+                if (k < end && k != r.own) to[k] = pack(out);
             }
+            load_bits(mask, start + lanes * VECTORS, end, lanes, bits);
         }
-        u32 turn = 0;
-        for (u32 edge = lane; edge < edges(a, s); edge += lanes, turn++) {
-            const u32 byte = mask[edge_byte(s, turn, lane, lanes)];
-            grad[edge_column(s, edge)] = byte >> (turn % UNIT) & 1 ? on : off;
+        for (u32 edge = lane; segment == 0 && edge < r.edges; edge += lanes) {
+            const u32 j = edge_column(a, r, edge);
+            grad_of(a, r)[j] = (int)j == r.y ? own : edge_bits >> edge & 1 ? on : off;
         }
-        store_own(s, grad, lane, lanes, y, own);
     }
 }
 
@@ -558,147 +726,273 @@ DEVICE void rows_of_mask(const Arguments& a) {
 // Small C: a warp carries 32 rows through shared memory, a thread works on one row. Only so are
 // both the accesses to memory whole and the lanes all busy when a row is 40 bytes long.
 
-DEVICE u32 padded(u32 i) { return i + i / PERIOD; }
+enum { PIECE = 16 / sizeof(Real) };  // elements in 16 bytes of shared memory
+
+// How many of a row's elements a thread reads at once.
+DEVICE constexpr int at_once(int classes) {
+    return classes % PIECE == 0 ? (int)PIECE : classes % 2 == 0 ? 2 : 1;
+}
+
+enum {
+#ifdef CLASSES
+    AT_ONCE = at_once(CLASSES),
+    PER_LANE = (CLASSES + PIECE - 1) / PIECE,  // pieces of a tile
+#else
+    AT_ONCE = 1,
+    PER_LANE = 32 / PIECE,
+#endif
+    QUADS_AT_ONCE = POWER == 0 ? 1 : 8  // pow() is long enough: unrolled it only spills
+};
+
+DEVICE u32 tile_classes(const Arguments& a) {
+#ifdef CLASSES
+    return CLASSES;
+#else
+    return (u32)a.classes;
+#endif
+}
+
+// Where element i of a tile stands. A row of 8 or 16 classes would put every lane of a warp on the
+// same banks: pieces of 16 bytes change places within 128 bytes, differently from one such 128 bytes
+// to the next. Other rows are read without conflicts as they are, AT_ONCE elements at a time.
+DEVICE u32 place(u32 i, u32 classes) {
+    const u32 pieces = classes / PIECE;  // of a row
+    const u32 swap = classes % PIECE == 0 ? ((pieces & (0u - pieces)) - 1) & 7 : 0;
+    return i ^ ((i / PIECE >> 3 & swap) * PIECE);
+}
+
+template <int N>
+struct alignas(N * sizeof(Real)) Group {
+    Real x[N];
+};
+
+template <int N>
+DEVICE Group<N>& group_at(Real* tile, u32 i, u32 classes) {
+    return *(Group<N>*)(tile + place(i, classes));
+}
+
+#if SCALAR == 16 || SCALAR == 17
+typedef uint2 Raw;  // PIECE elements in memory
+DEVICE void unpack(const Raw& raw, Real (&x)[PIECE]) {
+    x[0] = to_real((Scalar)(raw.x & 0xffff));
+    x[1] = to_real((Scalar)(raw.x >> 16));
+    x[2] = to_real((Scalar)(raw.y & 0xffff));
+    x[3] = to_real((Scalar)(raw.y >> 16));
+}
+DEVICE Raw pack_piece(const Scalar (&s)[PIECE]) {
+    return make_uint2(s[0] | (u32)s[1] << 16, s[2] | (u32)s[3] << 16);
+}
+#else
+typedef uint4 Raw;
+DEVICE Raw pack_piece(const Scalar (&s)[PIECE]) { return pack(s); }
+#endif
 
 DEVICE void tile_load(const Arguments& a, i64 first, u32 n, Real* tile) {
     const Scalar* from = a.scores + first * a.row_stride;
-    const u32 lane = threadIdx.x % 32, classes = (u32)a.classes;
-    const u32 vectors = a.vector ? n / V : 0;
-#pragma unroll 4
-    for (u32 k = lane; k < vectors; k += 32) {
-        Real x[V];
-        unpack(__ldg((const uint4*)from + k), x);
+    const u32 lane = threadIdx.x % 32, classes = tile_classes(a);
+    const u32 pieces = a.vector ? n / PIECE : 0;
+    const Raw* mine = (const Raw*)from + lane;
+    const int left = (int)pieces - (int)lane;
 #pragma unroll
-        for (int e = 0; e < V; e++) tile[padded(k * V + e)] = x[e];
+    for (int v0 = 0; v0 < PER_LANE; v0 += TILE_LOADS) {
+        Raw raw[TILE_LOADS];
+#pragma unroll
+        for (int v = 0; v < TILE_LOADS && v0 + v < PER_LANE; v++)
+            if ((v0 + v) * 32 < left) raw[v] = __ldg(mine + (v0 + v) * 32);
+#pragma unroll
+        for (int v = 0; v < TILE_LOADS && v0 + v < PER_LANE; v++) {
+            if ((v0 + v) * 32 >= left) continue;
+            unpack(raw[v], group_at<PIECE>(tile, ((v0 + v) * 32 + lane) * PIECE, classes).x);
+        }
     }
-    for (u32 i = vectors * V + lane; i < n; i += 32)
-        tile[padded(i)] = to_real(from[i / classes * a.row_stride + i % classes]);
+#pragma unroll 4
+    for (u32 i = pieces * PIECE + lane; i < n; i += 32)
+        tile[place(i, classes)] = to_real(from[i / classes * a.row_stride + i % classes]);
 }
 
-DEVICE void tile_store(Scalar* to, u32 n, const Real* tile) {
-    const u32 lane = threadIdx.x % 32, vectors = n / V;
-#pragma unroll 4
-    for (u32 k = lane; k < vectors; k += 32) {
-        Scalar s[V];
+DEVICE void tile_store(Scalar* to, u32 n, Real* tile, u32 classes) {
+    const u32 lane = threadIdx.x % 32, pieces = n / PIECE;
+    const int left = (int)pieces - (int)lane;
 #pragma unroll
-        for (int e = 0; e < V; e++) s[e] = to_scalar(tile[padded(k * V + e)]);
-        ((uint4*)to)[k] = pack(s);
+    for (int v = 0; v < PER_LANE; v++) {
+        if (v * 32 >= left) continue;
+        const Group<PIECE> group = group_at<PIECE>(tile, (v * 32 + lane) * PIECE, classes);
+        Scalar s[PIECE];
+#pragma unroll
+        for (int e = 0; e < PIECE; e++) s[e] = to_scalar(group.x[e]);
+        ((Raw*)to + lane)[v * 32] = pack_piece(s);
     }
-    for (u32 i = vectors * V + lane; i < n; i += 32) to[i] = to_scalar(tile[padded(i)]);
+    for (u32 i = pieces * PIECE + lane; i < n; i += 32) to[i] = to_scalar(tile[place(i, classes)]);
+}
+
+DEVICE void tile_fill(Real* tile, u32 start, u32 classes, Real value) {
+#pragma unroll 1
+    for (u32 j = 0; j < classes; j++) tile[place(start + j, classes)] = value;
+}
+
+// The row's sums once more, from memory, where those in Real overflowed or a score is infinite.
+DEVICE Sums tile_sums_again(const Arguments& a, i64 row, int y, Real pivot) {
+    const Scalar* scores = a.scores + row * a.row_stride;
+    Sums sums = {0, 0};
+#pragma unroll 1
+    for (int j = 0; j < (int)a.classes; j++)
+        if (j != y) add_score(a, to_real(scores[j]), pivot, sums);
+    return sums;
 }
 
 // One row of a tile; returns its loss, and leaves its gradient in the row's place.
 template <int OP>
-DEVICE double tile_row(const Arguments& a, i64 row, Real* tile, u32 start) {
-    const int y = load_target(a, row);
+DEVICE double tile_row(const Arguments& a, i64 row, int y, Real factor, Real* tile, u32 start) {
+    const u32 classes = tile_classes(a);
     const int column = y < 0 ? 0 : y;
-    const int classes = (int)a.classes;
-    const Real pivot = tile[padded(start + column)];
+    const Real pivot = tile[place(start + column, classes)];
     const Real margin = a.margin, exponent = a.exponent;
-    const Real scale = OP == LOSS_GRAD ? load_scale(a, row, column) : (Real)0;
+    const Real scale = OP == LOSS_GRAD ? load_scale(a, row, column, factor) : (Real)0;
     Real losses[4] = {0, 0, 0, 0}, slopes[4] = {0, 0, 0, 0};  // four, for the rounding error
     u32 bits = 0;
-    for (int j0 = 0; j0 < classes; j0 += 4) {
+#pragma unroll QUADS_AT_ONCE
+    for (int quad = 0; quad < (int)classes; quad += 4) {
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
-            const int j = j0 + q;
-            if (j >= classes) continue;
-            Real& place = tile[padded(start + j)];
-            Real z = (place - pivot) + margin;
-            if (j == y) z = -1;
-            Real term, slope;
-            hinge(z, exponent, term, slope);
-            losses[q] += term;
-            slopes[q] += slope;
-            if (OP == LOSS_MASK) bits |= (u32)is_active(z) << j;
-            if (OP == LOSS_GRAD) place = is_active(z) ? slope * scale : (Real)0;
+        for (int q = 0; q < 4; q += AT_ONCE) {
+            if (quad + q >= (int)classes) continue;
+            Group<AT_ONCE>& group = group_at<AT_ONCE>(tile, start + quad + q, classes);
+            Group<AT_ONCE> here = group;
+#pragma unroll
+            for (int e = 0; e < AT_ONCE; e++) {
+                const int j = quad + q + e;
+                Real z = (here.x[e] - pivot) + margin;
+                if (j == y) z = -1;
+                Real term, slope;
+                hinge(z, exponent, term, slope);
+                losses[q + e] += term;
+                slopes[q + e] += slope;
+                if (OP == LOSS_MASK) bits |= (u32)is_active(z) << j;
+                if (OP == LOSS_GRAD) here.x[e] = is_active(z) ? slope * scale : (Real)0;
+            }
+            if (OP == LOSS_GRAD) group = here;
         }
     }
     const Real total = (losses[0] + losses[1]) + (losses[2] + losses[3]);
     const Real slope = (slopes[0] + slopes[1]) + (slopes[2] + slopes[3]);
-    const bool no_value = y < 0 || total != total || pivot != pivot;
-    if (OP == LOSS_MASK) ((u32*)a.mask)[row] = no_value ? TILE_NO_VALUE : bits;
-    if (OP == LOSS_GRAD) {
-        tile[padded(start + column)] = slope > 0 ? -slope * scale : (Real)0;
-        if (no_value)
-            for (int j = 0; j < classes; j++) tile[padded(start + j)] = not_a_number();
+    Sums sums = {(double)total * DOWN, (Slopes)(POWER == 1 ? slope : slope * DOWN)};
+    const bool infinite = is_infinite(total) || (OP != LOSS && POWER != 1 && is_infinite(slope));
+    if (infinite && y >= 0) {
+        const Sums again = tile_sums_again(a, row, y, pivot);
+        sums.loss = again.loss;
+        if (POWER != 1) sums.slope = again.slope;
     }
-    if (y < 0) report_target(a, row);
-    const double loss = no_value ? (double)not_a_number()
-                                 : (double)total * a.loss_factor * load_weight(a, y);
-    if (a.loss) a.loss[row] = round_once(loss);
-    return loss;
+    const double loss = row_loss(a, y, pivot, sums.loss);
+    const bool no_value = loss != loss;
+    if (OP == LOSS_MASK)
+        ((u32*)a.mask)[row] = no_value ? TILE_NO_VALUE : y == IGNORED ? 0 : bits;
+    if (OP == LOSS_GRAD) {
+        tile[place(start + column, classes)] = (Real)own_gradient(sums.slope, scale);
+        if (no_value || y == IGNORED)
+            tile_fill(tile, start, classes, no_value ? not_a_number() : (Real)0);
+    }
+    if (y == BAD && a.flag) atomicMin(a.flag, row);
+    if (a.loss && !a.summed) a.loss[row] = round_once(loss);
+    return loss * a.row_scale;
 }
 
-DEVICE double tile_row_of_mask(const Arguments& a, i64 row, Real* tile, u32 start) {
-    const u32 bits = ((const u32*)a.mask)[row];
-    const int classes = (int)a.classes;
-    if (bits == TILE_NO_VALUE) {
-        for (int j = 0; j < classes; j++) tile[padded(start + j)] = not_a_number();
-        return 0;
+DEVICE void tile_row_of_mask(const Arguments& a, i64 row, int y, u32 bits, Real factor, Real* tile,
+                             u32 start) {
+    const u32 classes = tile_classes(a);
+    const int column = y < 0 ? 0 : y;
+    const bool no_value = bits == TILE_NO_VALUE;
+    const Real off = no_value ? not_a_number() : (Real)0;
+    const Real scale = no_value ? off : load_scale(a, row, column, factor);
+#ifdef CLASSES
+#pragma unroll
+#endif
+    for (int first = 0; first < (int)classes; first += AT_ONCE) {
+        Group<AT_ONCE> here;
+#pragma unroll
+        for (int e = 0; e < AT_ONCE; e++) here.x[e] = bits >> (first + e) & 1 ? scale : off;
+        group_at<AT_ONCE>(tile, start + first, classes) = here;
     }
-    const int y = load_target(a, row);
-    const Real scale = load_scale(a, row, y);
-    for (int j = 0; j < classes; j++)
-        tile[padded(start + j)] = bits >> j & 1 ? scale : (Real)0;
-    tile[padded(start + y)] = bits ? -(Real)__popc(bits) * scale : (Real)0;
-    return 0;
+    if (!no_value)
+        tile[place(start + column, classes)] = (Real)own_gradient((Slopes)__popc(bits), scale);
 }
 
 template <int OP>
 DEVICE void tiles(const Arguments& a) {
-    SHARED_MEMORY(scratch);
+    SHARED_MEMORY(shared);
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = TILE_BLOCK / 32;
-    const u32 classes = (u32)a.classes;
-    Real* tile = (Real*)(scratch + SCRATCH) + warp * (padded(32 * classes) + 1);
+    const u32 classes = tile_classes(a);
+    Real* tile = (Real*)(shared + SCRATCH) + warp * 32 * classes;
+    const double kept = kept_rows(a, shared);
+    const Real factor = batch_factor(a, kept);
     double block_total = 0;
     for (i64 first = ((i64)blockIdx.x * warps + warp) * 32; first < a.rows;
          first += (i64)gridDim.x * warps * 32) {
         const u32 here = a.rows - first < 32 ? (u32)(a.rows - first) : 32;
+        const i64 row = first + lane;
+        const i64 target = lane < here ? load_target(a, row) : 0;  // looked at after the scores
+        u32 bits = 0;
+        if (OP == GRAD_MASK && lane < here) bits = ((const u32*)a.mask)[row];
         if (OP != GRAD_MASK) {
             tile_load(a, first, here * classes, tile);
             __syncwarp();
         }
+        const int y = class_of(a, target);
         if (lane < here) {
-            if (OP == GRAD_MASK) tile_row_of_mask(a, first + lane, tile, lane * classes);
-            else block_total += tile_row<OP>(a, first + lane, tile, lane * classes);
+            if (OP == GRAD_MASK) tile_row_of_mask(a, row, y, bits, factor, tile, lane * classes);
+            else block_total += tile_row<OP>(a, row, y, factor, tile, lane * classes);
         }
         __syncwarp();
         if (OP == LOSS_GRAD || OP == GRAD_MASK) {
-            tile_store(a.grad + first * a.classes, here * classes, tile);
+            tile_store(a.grad + first * classes, here * classes, tile, classes);
             __syncwarp();
         }
     }
-    if (OP != GRAD_MASK) finish_block(a, block_total, scratch);
+    if (OP != GRAD_MASK) finish_block(a, block_total, kept, shared);
 }
 
 // ---------------------------------------------------------------------------------------------
 
+#define TILES_RESIDENT (POWER == 0 ? 4 : 8)
+#define ROWS_RESIDENT (POWER == 0 || SCALAR == 64 ? 2 : 3)
+#define GRAD_RESIDENT 2
+
 #if !defined(LAYOUT) || LAYOUT == 1
-KERNEL(tiles_loss, TILE_BLOCK, (tiles<LOSS>(a)))
-KERNEL(tiles_loss_grad, TILE_BLOCK, (tiles<LOSS_GRAD>(a)))
+KERNEL(tiles_loss, TILE_BLOCK, TILES_RESIDENT, (tiles<LOSS>(a)))
+KERNEL(tiles_loss_grad, TILE_BLOCK, TILES_RESIDENT, (tiles<LOSS_GRAD>(a)))
 #if POWER == 1
-KERNEL(tiles_loss_mask, TILE_BLOCK, (tiles<LOSS_MASK>(a)))
-KERNEL(tiles_grad_mask, TILE_BLOCK, (tiles<GRAD_MASK>(a)))
+KERNEL(tiles_loss_mask, TILE_BLOCK, TILES_RESIDENT, (tiles<LOSS_MASK>(a)))
+KERNEL(tiles_grad_mask, TILE_BLOCK, TILES_RESIDENT, (tiles<GRAD_MASK>(a)))
 #endif
 #endif
 
 #if !defined(LAYOUT) || LAYOUT == 2
-KERNEL(rows_loss, BLOCK, (rows_of_scores<LOSS, false>(a)))
-KERNEL(rows_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, false>(a)))
+KERNEL(rows_loss, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS, ROWS>(a)))
+KERNEL(rows_loss_grad, BLOCK, GRAD_RESIDENT, (rows_of_scores<LOSS_GRAD, ROWS>(a)))
 #if POWER == 1
-KERNEL(rows_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, false>(a)))
-KERNEL(rows_grad_mask, BLOCK, (rows_of_mask<false>(a)))
+KERNEL(rows_loss_mask, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS_MASK, ROWS>(a)))
+KERNEL(rows_grad_mask, BLOCK, ROWS_RESIDENT, (rows_of_mask<ROWS>(a)))
 #endif
 #endif
 
 #if !defined(LAYOUT) || LAYOUT == 3
-KERNEL(wide_loss, BLOCK, (rows_of_scores<LOSS, true>(a)))
-KERNEL(wide_loss_grad, BLOCK, (rows_of_scores<LOSS_GRAD, true>(a)))
+KERNEL(wide_loss, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS, WIDE>(a)))
+KERNEL(wide_loss_grad, BLOCK, GRAD_RESIDENT, (rows_of_scores<LOSS_GRAD, WIDE>(a)))
 #if POWER == 1
-KERNEL(wide_loss_mask, BLOCK, (rows_of_scores<LOSS_MASK, true>(a)))
-KERNEL(wide_grad_mask, BLOCK, (rows_of_mask<true>(a)))
+KERNEL(wide_loss_mask, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS_MASK, WIDE>(a)))
+KERNEL(wide_grad_mask, BLOCK, ROWS_RESIDENT, (rows_of_mask<WIDE>(a)))
 #endif
 #endif
 
-KERNEL(finish, BLOCK, (sum_partials(a)))
+#if !defined(LAYOUT) || LAYOUT == 4
+KERNEL(split_loss, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS, SPLIT>(a)))
+KERNEL(split_loss_end, SUM_BLOCK, 1, (split_rows<LOSS>(a)))
+KERNEL(split_loss_grad, BLOCK, GRAD_RESIDENT, (rows_of_scores<LOSS_GRAD, SPLIT>(a)))
+KERNEL(split_loss_grad_end, SUM_BLOCK, 1, (split_rows<LOSS_GRAD>(a)))
+#if POWER == 1
+KERNEL(split_loss_mask, BLOCK, ROWS_RESIDENT, (rows_of_scores<LOSS_MASK, SPLIT>(a)))
+KERNEL(split_loss_mask_end, SUM_BLOCK, 1, (split_rows<LOSS_MASK>(a)))
+KERNEL(split_grad_mask, BLOCK, ROWS_RESIDENT, (rows_of_mask<SPLIT>(a)))
+#endif
+#endif
+
+KERNEL(count, BLOCK, 1, (count_kept(a)))
+KERNEL(finish, SUM_BLOCK, 1, (sum_partials(a)))

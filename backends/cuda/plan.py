@@ -7,7 +7,9 @@ The kernels are those of ``margin_loss.cu``.
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -18,34 +20,42 @@ SCALARS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 17}
 ITEMSIZE = {64: 8, 32: 4, 16: 2, 17: 2}
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
-LAYOUTS = {"tiles": 1, "rows": 2, "wide": 3}
+LAYOUTS = {"tiles": 1, "rows": 2, "wide": 3, "split": 4}
 
 MAX_CLASSES = 2**31 - 1  # positions within a row have 32 bits in the kernels
 TILE_CLASSES = 31  # a tile's mask keeps a row in one word, and one of its bits says "no value"
 WIDE_VECTORS = 1024  # from here on a whole block works on each row: 16 KiB of scores
-TINY = 16384  # up to so many scores one block does everything, which saves the second launch
-BLOCKS_PER_MULTIPROCESSOR = 32
+TINY = 2048  # up to so many scores one block does everything, which saves the second launch
+# Twice as many as are resident at once, by the kernels' budget of registers: the device stays
+# busy to the end, and few sums of blocks are left to be added.
+BLOCKS_PER_MULTIPROCESSOR = {"tiles": 16, "rows": 6, "wide": 6, "split": 3}
+COUNTING_BLOCKS = 128  # at most; every block of the next launch adds their counts
 
-BLOCK, TILE_BLOCK = 256, 128
+BLOCK, TILE_BLOCK, SUM_BLOCK = 256, 128, 1024
 SCRATCH = 256  # bytes of shared memory for the sums over a block
 FAR = 2**63 - 1  # a flag's value while no target was found out of range
+UP = 2.0**32  # the kernels keep the sum over a row divided by this
 
 # The fields of the kernels' arguments, in order; each begins a new 8 bytes. First the addresses,
-ADDRESSES = (
-    *("scores", "target", "weight", "upstream", "loss", "partials", "result", "flag"),
-    *("mask", "counts", "grad"),
-)
-# then numbers, of which the last three are of the computing precision.
-NUMBERS = (
+ADDRESSES = ("scores", "target", "weight", "upstream", "loss", "scratch", "flag", "mask", "grad")
+# then numbers, of which the last two are of the computing precision.
+INTEGER_FIELDS = (
     *("rows", "classes", "row_stride", "target_stride", "target_kind"),
-    *("upstream_stride", "upstream_wide", "weight_wide", "lanes", "vector", "mask_row", "blocks"),
-    *("loss_factor", "divisor", "margin", "exponent", "grad_factor"),
+    *("upstream_stride", "upstream_wide", "weight_wide", "lanes", "vector", "mask_row"),
+    *("summed", "ignoring", "ignore_index", "counted", "blocks", "splits", "span"),
 )
+DOUBLE_FIELDS = ("loss_factor", "row_scale", "divisor", "grad_factor")
+REAL_FIELDS = ("margin", "exponent")
+NUMBERS = (*INTEGER_FIELDS, *DOUBLE_FIELDS, *REAL_FIELDS)
 FIELDS = len(ADDRESSES) + len(NUMBERS)
-PACKED_ADDRESSES = struct.Struct("<11q")
+PACKED_ADDRESSES = struct.Struct("<9q")
 PACKED_NUMBERS = {
-    scalar: struct.Struct("<12q2d3d" if scalar == 64 else "<12q2df4xf4xf4x") for scalar in ITEMSIZE
+    scalar: struct.Struct("<18q4d2d" if scalar == 64 else "<18q4df4xf4x") for scalar in ITEMSIZE
 }
+# The same for CuPy and PyTorch. CuPy's own compilation would add -ftz=true, and subnormal numbers
+# would become 0 there alone.
+OPTIONS = ("--std=c++17", "-ftz=false")
+FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
 
 class Call(NamedTuple):
@@ -71,6 +81,8 @@ class Call(NamedTuple):
         As in the problem.
     reduction : {"none", "mean", "sum"}
         As in the problem.
+    ignore_index : int or None
+        As in the problem.
     multiprocessors : int
         How many the device has.
     """
@@ -88,19 +100,46 @@ class Call(NamedTuple):
     p: float
     margin: float
     reduction: str
+    ignore_index: int | None
     multiprocessors: int
 
 
 class Geometry(NamedTuple):
     """How the rows are laid over the device. It depends on shapes and types, never on addresses."""
 
-    kernels: str  # "tiles", "rows" or "wide"
+    kernels: str  # a key of LAYOUTS
     lanes: int  # threads that share a row
     grid: int
     block: int
     shared: int  # bytes per block
-    mask_row: int  # bytes of the mask for one row
-    counts: int  # elements of counts, 4 bytes each
+    splits: int = 1  # blocks that share a row
+    span: int = 0  # 16-byte vectors of a row for each of them
+
+
+class Variant(NamedTuple):
+    """What the source is compiled for."""
+
+    scalar: int
+    power: int
+    kernels: str
+    classes: int  # 0: any number
+
+    def defines(self) -> tuple[str, ...]:
+        """Return the compiler options. A variant takes half a second or so to compile."""
+        options = (
+            f"-DSCALAR={self.scalar}",
+            f"-DPOWER={self.power}",
+            f"-DLAYOUT={LAYOUTS[self.kernels]}",
+        )
+        return (*options, f"-DCLASSES={self.classes}") if self.classes else options
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of its kernels. A mask suffices for p = 1 only."""
+        made = ("loss", "loss_grad", "loss_mask", "grad_mask")[: 4 if self.power == 1 else 2]
+        names = [f"{self.kernels}_{operation}" for operation in made]
+        if self.kernels == "split":
+            names += [f"{name}_end" for name in names if name != "split_grad_mask"]
+        return (*names, "count", "finish")
 
 
 class Launch(NamedTuple):
@@ -115,39 +154,45 @@ class Launch(NamedTuple):
 class Plan(NamedTuple):
     """What to launch for a call, and with what."""
 
-    scalar: int
-    power: int
-    kernels: str
+    variant: Variant
     launches: tuple[Launch, ...]  # in order, on one stream
-    numbers: tuple[float, ...]  # as in NUMBERS
-    packed: bytes  # the same, packed
-    partials: int  # float64 that the sums over the blocks need
+    packed: bytes  # the numbers, as in NUMBERS
+    scratch: int  # how many float64 the launches need to pass sums on
     mask: tuple[int, int]  # shape of the mask, bytes
-    counts: int  # elements of counts, 4 bytes each
-
-
-def power_kind(p: float) -> int:
-    """Return the POWER to compile for: 1 and 2 have code of their own, 0 is any other."""
-    return int(p) if p in (1, 2) else 0
-
-
-def defines(scalar: int, power: int, kernels: str) -> tuple[str, ...]:
-    """Return the compiler options that select a variant of the source.
-
-    A variant is a third to a fifth of the whole, and so is the time to compile it (0.5 s or so).
-    """
-    return (f"-DSCALAR={scalar}", f"-DPOWER={power}", f"-DLAYOUT={LAYOUTS[kernels]}")
-
-
-def operations(power: int) -> tuple[str, ...]:
-    """Return the operations there are for a power: a mask suffices for p = 1 only."""
-    return ("loss", "loss_grad", "loss_mask", "grad_mask") if power == 1 else ("loss", "loss_grad")
 
 
 @cache
 def source() -> str:
     """Return the kernels' source text."""
     return files(__package__).joinpath("margin_loss.cu").read_text(encoding="utf-8")
+
+
+def target_for(device: int, known: Iterable[int]) -> str:
+    """Say what to compile for a device.
+
+    Parameters
+    ----------
+    device : int
+        Its compute capability, such as 90 for 9.0.
+    known : iterable of int
+        The capabilities that the compiler knows.
+
+    Returns
+    -------
+    str
+        Such as ``"sm_90"`` (machine code); ``"compute_90"`` (PTX, which the driver translates)
+        where the device is newer than the compiler.
+
+    Raises
+    ------
+    RuntimeError
+        The device is older than all that the compiler knows.
+    """
+    older = [architecture for architecture in known if architecture <= device]
+    if not older:
+        lowest = min(known, default="nothing")
+        raise RuntimeError(f"NVRTC compiles for sm_{lowest} and newer, the device is sm_{device}")
+    return f"sm_{device}" if device in older else f"compute_{max(older)}"
 
 
 def refusal(problem: Problem) -> str | None:
@@ -193,12 +238,12 @@ def share(scalar: int, classes: int) -> tuple[str, int, int]:
     Returns
     -------
     kernels : {"tiles", "rows", "wide"}
-        The family of kernels.
+        The family of kernels; few wide rows are then split.
     lanes : int
         Threads to a row.
     mask_row : int
-        Bytes of the mask for a row. Nothing here depends on addresses: a later launch can read a
-        mask knowing shape and type alone.
+        Bytes of bits of the mask for a row. Nothing here depends on addresses or on the number of
+        rows: a later launch can read a mask knowing dtype and classes alone.
     """
     if classes <= TILE_CLASSES:
         return "tiles", 1, 4
@@ -211,8 +256,23 @@ def share(scalar: int, classes: int) -> tuple[str, int, int]:
     if vectors >= WIDE_VECTORS:
         lanes = BLOCK
     unit = lanes * 8 * itemsize // 16  # vectors whose bits make one byte per lane
-    ragged = classes * itemsize % 16 != 0
-    return "wide" if lanes == BLOCK else "rows", lanes, lanes * (-(-vectors // unit) + ragged)
+    return "wide" if lanes == BLOCK else "rows", lanes, lanes * -(-vectors // unit)
+
+
+def mask_bytes(scalar: int, classes: int) -> int:
+    """Return the bytes of a mask for a row: its bits, and but in tiles a count and the edges' bits.
+
+    Parameters
+    ----------
+    scalar, classes
+        As for :func:`share`.
+
+    Returns
+    -------
+    int
+    """
+    kernels, _, mask_row = share(scalar, classes)
+    return mask_row if kernels == "tiles" else 8 + mask_row
 
 
 def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
@@ -229,21 +289,54 @@ def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geom
     -------
     Geometry
     """
-    kernels, lanes, mask_row = share(scalar, classes)
-    if kernels == "tiles":
-        real = max(ITEMSIZE[scalar], 4)
-        elements = 32 * classes
-        shared = SCRATCH + TILE_BLOCK // 32 * (elements + elements * real // 128 + 1) * real
-        grid = _grid(rows, TILE_BLOCK, rows * classes, multiprocessors)
-        return Geometry(kernels, lanes, grid, TILE_BLOCK, shared, mask_row, 0)
-    grid = _grid(rows, BLOCK // lanes, rows * classes, multiprocessors)
-    return Geometry(kernels, lanes, grid, BLOCK, SCRATCH, mask_row, rows)
+    kernels, lanes, _ = share(scalar, classes)
+    if kernels == "wide" and 0 < rows < multiprocessors:
+        split = _split(scalar, rows, classes, multiprocessors)
+        if split.splits > 1:
+            return split
+    tiles = kernels == "tiles"
+    block = TILE_BLOCK if tiles else BLOCK
+    grid = -(-rows // (block // lanes))
+    grid = min(grid, multiprocessors * BLOCKS_PER_MULTIPROCESSOR[kernels])
+    if rows * classes <= TINY:
+        grid = min(grid, 1)
+    shared = SCRATCH + TILE_BLOCK * classes * max(ITEMSIZE[scalar], 4) if tiles else SCRATCH
+    return Geometry(kernels, lanes, grid, block, shared)
 
 
-def _grid(rows: int, per_block: int, elements: int, multiprocessors: int) -> int:
-    if elements <= TINY:
-        return min(rows, 1)
-    return min(-(-rows // per_block), multiprocessors * BLOCKS_PER_MULTIPROCESSOR)
+def _split(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
+    """Give each of few long rows to several blocks, in spans that their loops take whole turns on.
+
+    Each row has as many blocks as all together are resident at once.
+    """
+    itemsize = ITEMSIZE[scalar]
+    turn = BLOCK * (4 if itemsize == 2 else 8)  # vectors that a block takes at a time
+    turns = -(-(classes * itemsize // 16) // turn)
+    most = multiprocessors * BLOCKS_PER_MULTIPROCESSOR["split"] // rows
+    per_block = -(-turns // max(most, 1))
+    splits = -(-turns // per_block)
+    return Geometry("split", BLOCK, rows * splits, BLOCK, SCRATCH, splits, per_block * turn)
+
+
+@lru_cache(1024)
+def variant_for(scalar: int, p: float, rows: int, classes: int, multiprocessors: int) -> Variant:
+    """Return what is compiled for a problem.
+
+    Parameters
+    ----------
+    scalar, p, rows, classes, multiprocessors
+        As in :class:`Call`.
+
+    Returns
+    -------
+    Variant
+    """
+    return _variant(scalar, p, geometry(scalar, rows, classes, multiprocessors), classes)
+
+
+def _variant(scalar: int, p: float, shape: Geometry, classes: int) -> Variant:
+    power = int(p) if p in (1, 2) else 0
+    return Variant(scalar, power, shape.kernels, classes if shape.kernels == "tiles" else 0)
 
 
 @lru_cache(1024)
@@ -263,42 +356,89 @@ def make_plan(call: Call, operation: str, shape: Geometry | None = None) -> Plan
     Returns
     -------
     Plan
-        The launches take the addresses of the arrays: ``loss`` for the reduction ``"none"``, else
-        ``result`` and ``partials``; ``mask`` and ``counts``; ``grad``; ``upstream`` or 0 for 1;
-        ``flag`` or 0.
+        The launches take the addresses of the arrays: ``loss``, ``mask``, ``grad``, ``scratch``;
+        ``upstream`` or 0 for 1; ``flag`` or 0.
     """
     shape = shape or geometry(call.scalar, call.rows, call.classes, call.multiprocessors)
     summed = call.reduction != "none" and operation.startswith("loss")
+    ignore_index = _held_by(call.target_kind, call.ignore_index)
+    counting = _counting_blocks(call) if ignore_index is not None else 0
+    launches = [Launch("count", counting, BLOCK, SCRATCH)] if counting else []
+    sums = 0
+    if shape.grid > 0:
+        name = f"{shape.kernels}_{'loss_grad' if operation == 'grad' else operation}"
+        launches.append(Launch(name, shape.grid, shape.block, shape.shared))
+        if shape.kernels == "split":
+            if operation != "grad_mask":
+                launches.append(Launch(f"{name}_end", 1, SUM_BLOCK, SCRATCH))
+                sums = 2 * call.rows * shape.splits
+        elif summed and shape.grid > 1:
+            sums = shape.grid
+    if summed and (shape.grid == 0 or (sums and shape.kernels != "split")):
+        launches.append(Launch("finish", 1, SUM_BLOCK, SCRATCH))
+    return Plan(
+        _variant(call.scalar, call.p, shape, call.classes),
+        tuple(launches),
+        _pack_numbers(call, shape, summed, ignore_index, counting),
+        counting + sums,
+        (call.rows, mask_bytes(call.scalar, call.classes)),
+    )
+
+
+def _held_by(target_kind: int, ignore_index: int | None) -> int | None:
+    """Return the index as the kernels compare it; None if no target of that type can equal it."""
+    if ignore_index is None:
+        return None
+    bits = 8 * abs(target_kind)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if target_kind > 0 else (0, 2**bits)
+    if not low <= ignore_index < high:
+        return None
+    return ignore_index - 2**64 if ignore_index >= 2**63 else ignore_index
+
+
+def _counting_blocks(call: Call) -> int:
+    """Return how many blocks count the rows that are not ignored: those of a mean."""
+    return min(-(-call.rows // (4 * BLOCK)), COUNTING_BLOCKS) if call.reduction == "mean" else 0
+
+
+def _pack_numbers(
+    call: Call, shape: Geometry, summed: bool, ignore_index: int | None, counting: int
+) -> bytes:
     mean = call.reduction == "mean"
+    counted_here = mean and not counting  # the kernels divide by what they counted
+    row_scale = 2.0 ** -math.ceil(math.log2(max(call.rows, 1))) if summed else 1.0
     numbers = {
         **call._asdict(),
         "lanes": shape.lanes,
         "vector": _vector(call),
-        "mask_row": shape.mask_row,
+        "mask_row": share(call.scalar, call.classes)[2],
+        "summed": summed,
+        "ignoring": ignore_index is not None,
+        "ignore_index": ignore_index or 0,
+        "counted": counting,
         "blocks": shape.grid,
-        "loss_factor": 1.0 / call.classes,
-        "divisor": float(call.rows) if mean else 1.0,
+        "splits": shape.splits,
+        "span": shape.span,
+        "loss_factor": UP / call.classes,
+        "row_scale": row_scale,
+        "divisor": row_scale * (call.rows if counted_here else 1),
+        "grad_factor": call.p / call.classes / (max(call.rows, 1) if counted_here else 1),
         "exponent": call.p - 1,
-        "grad_factor": call.p / (call.classes * max(call.rows, 1) if mean else call.classes),
     }
-    values = tuple(numbers[name] for name in NUMBERS)
-    steps = []
-    if shape.grid > 0:
-        name = f"{shape.kernels}_{'loss_grad' if operation == 'grad' else operation}"
-        steps.append(Launch(name, shape.grid, shape.block, shape.shared))
-    if summed and shape.grid != 1:
-        steps.append(Launch("finish", 1, BLOCK, SCRATCH))
-    return Plan(
-        call.scalar,
-        power_kind(call.p),
-        shape.kernels,
-        tuple(steps),
-        values,
-        PACKED_NUMBERS[call.scalar].pack(*values),
-        shape.grid if summed and shape.grid > 1 else 0,
-        (call.rows, shape.mask_row),
-        shape.counts,
-    )
+    if call.scalar != 64:
+        numbers |= {name: _float32(numbers[name]) for name in REAL_FIELDS}
+        # Infinity times a slope of 0 would be NaN.
+        numbers["grad_factor"] = min(numbers["grad_factor"], FLOAT32_MAX)
+    return PACKED_NUMBERS[call.scalar].pack(*(numbers[name] for name in NUMBERS))
+
+
+def _float32(value: float) -> float:
+    """Return a number that fits float32: what doesn't is the infinity of its sign."""
+    try:
+        struct.pack("<f", value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return value
 
 
 def _vector(call: Call) -> bool:

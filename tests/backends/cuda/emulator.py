@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.backends.cuda.plan import Plan
 
 HERE = Path(__file__).parent
 DTYPES = {64: np.float64, 32: np.float32, 16: np.float16, 17: ml_dtypes.bfloat16}
@@ -57,9 +59,7 @@ class Machine:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
 
-    def launch(
-        self, plan: cuda_plan.Plan, addresses: tuple[int, ...], backwards: bool = False
-    ) -> None:
+    def launch(self, plan: Plan, addresses: tuple[int, ...], backwards: bool = False) -> None:
         packed = cuda_plan.pack(addresses, plan)
         for step in plan.launches:
             kernel = getattr(self.library, step.name)
@@ -105,7 +105,13 @@ class Case:
     pad: int = 0  # elements between rows
     skip: int = 0  # elements before the first row
     margin: float = 1.0
+    ignore_index: int | None = None
+    ignored: tuple[int, ...] = ()  # rows whose target is ignore_index
+    weights: tuple[tuple[int, float], ...] = ()  # (row, the weight of its target's class)
+    scale: float = 1.0  # of the scores
+    low_target: bool = False  # the target's score is minus the scale, the others are 0 or 1
     grid: int | None = None  # instead of the geometry's own
+    multiprocessors: int = 1  # few long rows are split over these
     upstream: str | None = "own"
     exact: bool = True  # scores are multiples of 1/8
     large: bool = False  # scores beside which the margin is less than a digit
@@ -132,11 +138,19 @@ def cases(scalar: int) -> Iterator[Case]:
     yield Case(2, wide + v // 2 + 1, "none", upstream=None)
     yield Case(4, 2 * wide + 5, "sum", pad=1, skip=1, exact=False, grid=3)
     yield Case(1, 9 * wide + 1, exact=False)
+    for rows, classes, many in ((3, 5 * wide, 2), (2, 9 * wide + 5, 5), (1, 4 * wide + 1, 99)):
+        yield Case(rows, classes, weight="own", multiprocessors=many)
+        yield Case(rows, classes, "none", multiprocessors=many, skip=1, pad=3)
+        yield Case(rows, classes, "sum", multiprocessors=many, special=((0, 9, np.nan),))
+        yield Case(rows, classes, multiprocessors=many, bad=((rows - 1, -1),), ignore_index=5)
+        yield Case(rows, classes, multiprocessors=many, ignore_index=-100, ignored=(0,), grid=2)
     for reduction in ("none", "mean", "sum"):
         yield Case(0, 5, reduction)
         yield Case(0, 100, reduction)
         yield Case(0, wide, reduction)
+    yield Case(300, 10, skip=1, grid=1)  # a warp's tiles come in by elements and leave by vectors
     for classes in (7, 40, wide):
+        yield from _faults(scalar, classes)
         yield Case(5, classes, margin=-0.5)
         yield Case(3, classes, "none", upstream="broadcast", target="uint8", target_stride=3)
         yield Case(3, classes, target="int16", upstream=None, target_stride=2)
@@ -163,6 +177,49 @@ def cases(scalar: int) -> Iterator[Case]:
         yield Case(2, classes, "none", special=((1, -1, np.inf), (1, 1, np.inf)), seed=4)
 
 
+def tile_cases(scalar: int, classes: int) -> Iterator[Case]:
+    """Return cases with one small number of classes."""
+    for i, reduction in enumerate(("none", "mean", "sum")):
+        yield Case(300, classes, reduction, "wide", grid=2, seed=i)
+        yield Case(33, classes, reduction, skip=1, pad=i, upstream="wide", seed=i)
+        yield Case(97, classes, reduction, target="uint16", bad=((40, 60000),), seed=i)
+        yield Case(40, classes, reduction, special=((3, -1, np.nan), (4, 0, np.inf)), seed=i)
+    yield Case(0, classes)
+    yield from _faults(scalar, classes)
+
+
+def _faults(scalar: int, classes: int) -> Iterator[Case]:
+    """Ignored rows, sums that leave the computing precision, rows that are NaN by a weight."""
+    for reduction in ("none", "mean", "sum"):
+        for target, index in (("int64", -100), ("int64", 3), ("uint8", 255), ("uint64", 2**64 - 1)):
+            yield Case(9, classes, reduction, target=target, ignore_index=index, ignored=(0, 5, 8))
+        yield Case(4, classes, reduction, "own", ignore_index=-1, ignored=(0, 1, 2, 3))
+        yield Case(4, classes, reduction, ignore_index=-1, ignored=(2,), special=((2, 0, np.nan),))
+        yield Case(4, classes, reduction, target="uint8", ignore_index=-1)  # matches nothing
+        yield Case(4, classes, reduction, ignore_index=2**70)
+        largest = float(ml_dtypes.finfo(DTYPES[scalar]).max)
+        yield Case(5, classes, reduction, scale=largest / 4, low_target=True)
+        yield Case(
+            5, classes, reduction, "own", weights=((1, 0.0),), scale=largest / 4,
+            low_target=True,
+        )  # fmt: skip
+        for value in (np.nan, np.inf, 0.0):
+            yield Case(3, classes, reduction, "wide", weights=((1, value),))
+        yield Case(
+            3,
+            classes,
+            reduction,
+            "own",
+            weights=((1, 0.0),),
+            special=((1, classes - 1, np.inf),),
+            seed=2,
+        )
+    if scalar != 64:
+        for margin in (1e39, -1e39, 1e300, -1e300):
+            yield Case(3, classes, "none", margin=margin)
+            yield Case(1, classes, margin=margin)
+
+
 def reference(
     scores: np.ndarray,
     target: list[int],
@@ -170,26 +227,35 @@ def reference(
     p: float,
     case: Case,
     upstream: np.ndarray,
+    most: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss per row and gradient in float64, one row at a time, straight from the definition."""
+    """Loss per row and gradient in float64, one row at a time, straight from the definition.
+
+    What is beyond ``most``, the largest number of the computing precision, is infinite.
+    """
     rows, classes = scores.shape
+    margin = case.margin if abs(case.margin) <= most else math.copysign(math.inf, case.margin)
     losses, grad = np.zeros(rows), np.zeros((rows, classes))
     for i in range(rows):
         y = target[i]
+        if i in case.ignored:
+            continue
         if not 0 <= y < classes or np.isnan(scores[i]).any():
             losses[i], grad[i] = np.nan, np.nan
             continue
         others = [j for j in range(classes) if j != y]
-        with np.errstate(invalid="ignore"):
-            z = (scores[i, others] - scores[i, y]) + case.margin
-        if np.isnan(z).any():
-            losses[i], grad[i] = np.nan, np.nan
-            continue
         w = 1.0 if weight is None else weight[y]
-        up = z > 0
-        losses[i] = w / classes * np.sum(z[up] ** p)
+        with np.errstate(invalid="ignore", over="ignore"):
+            z = (scores[i, others] - scores[i, y]) + margin
+            up = ~(z <= 0)
+            terms, slopes = (z[up] ** p, z[up] ** (p - 1))
+            terms[terms > most] = slopes[slopes > most] = np.inf
+            losses[i] = w * np.sum(terms / classes)
+        if np.isnan(losses[i]):
+            grad[i] = np.nan
+            continue
         slope = np.zeros(classes - 1)
-        slope[up] = upstream[i] * w / classes * p * z[up] ** (p - 1)
+        slope[up] = upstream[i] * (w / classes * p * slopes)
         grad[i, others] = slope
         grad[i, y] = -slope.sum()
     return losses, grad
@@ -241,35 +307,44 @@ def _check(
     if case.large:
         scores[...] = np.round(drawn) * 2 + 2.0 ** (53 if scalar == 64 else 24)
     target = [int(y) for y in random.integers(0, min(classes, 100), rows)]
+    target = [(y + 1) % classes if y == case.ignore_index else y for y in target]
     for i, j, value in case.special:
         scores[i, target[i] if j < 0 else j] = value
-    for i, value in case.bad:
+    for i, value in (*case.bad, *((i, case.ignore_index) for i in case.ignored)):
         target[i] = value
+    if case.low_target:
+        scores[...] = random.integers(0, 2, (rows, classes))
+        scores[np.arange(rows), target] = -1
+    scores[...] *= dtype(case.scale)
     targets = memory.array((max(rows * case.target_stride, 1),), case.target, 0)
     targets[: rows * case.target_stride : case.target_stride] = np.asarray(target, case.target)
     weight = None
     if case.weight:
         weight = memory.array((classes,), dtype if case.weight == "own" else real)
         weight[...] = random.standard_normal(classes)
+        for i, value in case.weights:
+            weight[target[i]] = value
 
     upstream, given, stride_of_it = _upstream(memory, random, case, dtype, real)
     call = cuda_plan.Call(
         scalar, rows, classes, stride, case.target_stride,
         np.dtype(case.target).itemsize * (1 if case.target.startswith("int") else -1),
         case.weight == "wide", stride_of_it, case.upstream == "wide", data.ctypes.data % 16 == 0,
-        p, case.margin, case.reduction, 1,
+        p, case.margin, case.reduction, case.ignore_index, case.multiprocessors,
     )  # fmt: skip
-    shape = cuda_plan.geometry(scalar, rows, classes, 1)
+    shape = cuda_plan.geometry(scalar, rows, classes, case.multiprocessors)
     if case.grid is not None:
         shape = shape._replace(grid=case.grid)
 
-    per_row = upstream / rows if case.reduction == "mean" and rows else upstream
+    kept = rows - len(case.ignored)
+    per_row = upstream / kept if case.reduction == "mean" and kept else upstream
     double = None if weight is None else weight.astype(np.float64)
-    losses, grads = reference(scores.astype(np.float64), target, double, p, case, per_row)
+    most = float(np.finfo(real).max)
+    losses, grads = reference(scores.astype(np.float64), target, double, p, case, per_row, most)
     wanted = losses if case.reduction == "none" else np.sum(losses, keepdims=True)
     if case.reduction == "mean":
-        wanted = wanted / rows if rows else np.array([np.nan])
-    loose = 2e-15 if scalar == 64 else 1e-6
+        wanted = np.sum(losses / kept, keepdims=True) if kept else np.array([np.nan])
+    loose = 4e-15 if scalar == 64 else 1e-6
     # Where x_j - x_y + margin itself is rounded, an element near the kink has few digits left.
     near_kink = 0.0 if case.exact or not rows else loose * float(np.max(np.abs(grads)))
     if weight is not None and case.reduction != "none":
@@ -284,23 +359,27 @@ def _check(
         grad = memory.array((rows, classes), dtype)
         flag = memory.array(1, np.int64, cuda_plan.FAR)
         buffers = {
-            "loss" if case.reduction == "none" else "result": loss,
-            "partials": memory.array(plan.partials, np.float64),
+            "loss": loss,
+            "scratch": memory.array(plan.scratch, np.float64),
             "mask": memory.array(plan.mask, np.uint8),
-            "counts": memory.array(plan.counts, np.uint32),
             "grad": grad,
             "flag": flag,
         }
         if operation == "grad":
-            buffers.pop("loss", buffers.pop("result", None))
+            del buffers["loss"]
         machine.launch(plan, _addresses(inputs | buffers), backwards)
         if operation != "grad":
             close("loss", loss, wanted, scalar, loose)
         assert int(flag[0]) == first_bad, f"flag is {flag[0]}, not {first_bad}"
         if operation == "loss_mask":
             plan = cuda_plan.make_plan(call, "grad_mask", shape)
-            kept = {name: buffers[name] for name in ("mask", "counts", "grad")}
-            machine.launch(plan, _addresses(inputs | kept | {"scores": None}), backwards)
+            again = {
+                "scores": None,
+                "scratch": memory.array(plan.scratch, np.float64),
+                "mask": buffers["mask"],
+                "grad": grad,
+            }
+            machine.launch(plan, _addresses(inputs | again), backwards)
         if operation != "loss":
             close("grad", grad, grads, scalar, loose, near_kink)
 

@@ -1,4 +1,4 @@
-// A small SIMT machine: enough of CUDA C++ to run backends/margin_loss.cu on a CPU.
+// A small SIMT machine: enough of CUDA C++ to run backends/cuda/margin_loss.cu on a CPU.
 //
 // A block's threads are fibers (ucontext). Each runs alone until it waits at a barrier or a shuffle,
 // a warp runs as far ahead of the others as it can, and blocks run one after the other: so a
@@ -150,7 +150,7 @@ inline int launch(void (*kernel)(const void*), unsigned grid, unsigned threads, 
 #define SIMT 1
 #define DEVICE static inline
 #define SHARED_MEMORY(name) double* name = simt::block.shared.data()
-#define KERNEL(name, threads, call) \
+#define KERNEL(name, threads, resident, call) \
     static void name##_thread(const void* packed) { \
         const Arguments a = *(const Arguments*)packed; \
         call; \
@@ -171,6 +171,11 @@ struct alignas(16) uint4 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+
 template <class T>
 inline T __ldg(const T* p) { return *p; }
 
@@ -185,6 +190,11 @@ inline T __shfl_xor_sync(unsigned, T value, unsigned step) {
     simt::wait(simt::AT_SHUFFLE);
     memcpy(&value, simt::block.shuffle[simt::thread ^ step][turn], sizeof value);
     return value;
+}
+
+inline int __any_sync(unsigned mask, int predicate) {
+    for (unsigned step = 16; step > 0; step /= 2) predicate |= __shfl_xor_sync(mask, predicate, step);
+    return predicate;
 }
 
 inline long long atomicMin(long long* p, long long value) {

@@ -13,6 +13,10 @@ from mml_arrayapi import InvalidTargetError, formula
 from mml_arrayapi.backends.cuda import plan as cuda_plan
 from mml_arrayapi.kernel import Problem
 
+emulator = pytest.importorskip(
+    "tests.backends.cuda.emulator", reason="the emulator needs ml_dtypes"
+)
+
 
 class FakeArray(np.ndarray):
     """A NumPy array with what CuPy's arrays have besides."""
@@ -28,57 +32,100 @@ def fake(array):
     return np.asarray(array).view(FakeArray)
 
 
-class FakeModule:
-    """Stands for cupy.RawModule: launches go to the emulator."""
+class Cupy(types.ModuleType):
+    """Stands for CuPy: NVRTC makes a text of its options, the emulator runs what is launched."""
 
-    def __init__(self, code, options):
-        assert code == cuda_plan.source()
-        self.defined = dict(o.removeprefix("-D").split("=") for o in options if o.startswith("-D"))
-        FakeModule.made.append(self.defined)
+    ndarray = FakeArray
+    asnumpy = staticmethod(np.asarray)
+
+    def __init__(self, builds):
+        super().__init__("cupy")
+        self.builds, self.capability, self.compiled, self.launched = builds, "90", [], []
+        self.failing = None
+        device = types.SimpleNamespace(
+            attributes={"MultiProcessorCount": 2}, compute_capability=self.capability
+        )
+        self.runtime = types.SimpleNamespace(is_hip=False, getDevice=lambda: 0)
+        self.cuda = types.SimpleNamespace(
+            runtime=self.runtime, Device=lambda *_: device, Module=lambda: Module(self), nvrtc=self
+        )
+
+    def empty(self, *how):
+        return fake(np.empty(*how))
+
+    def full(self, *how):
+        return fake(np.full(*how))
+
+    def ascontiguousarray(self, array):
+        return fake(np.ascontiguousarray(array))
+
+    class NVRTCError(RuntimeError):
+        pass
+
+    def getSupportedArchs(self):
+        return (75, 80, 90)
+
+    def createProgram(self, source, name, headers, include_names):
+        assert (source, headers, include_names) == (cuda_plan.source(), (), ())
+        return "program"
+
+    def compileProgram(self, program, options):
+        if self.failing == "compile":
+            raise self.NVRTCError("NVRTC_ERROR_COMPILATION (6)")
+        assert "-ftz=false" in options
+        assert f"--gpu-architecture=sm_{self.capability}" in options
+        self.compiled.append(
+            dict(o.removeprefix("-D").split("=") for o in options if o.startswith("-D"))
+        )
+
+    def getProgramLog(self, program):
+        return "margin_loss.cu(3): error"
+
+    def getCUBIN(self, program):
+        return repr(self.compiled[-1]).encode()
+
+    def destroyProgram(self, program):
+        assert program == "program"
+
+
+class Module:
+    def __init__(self, cupy):
+        self.cupy = cupy
+
+    def load(self, code):
+        if self.cupy.failing == "load":
+            raise RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+        self.defined = eval(code)
 
     def get_function(self, name):
-        scalar, power = int(self.defined["SCALAR"]), int(self.defined["POWER"])
-        real = np.float64 if scalar == 64 else np.float32
+        variant = int(self.defined["SCALAR"]), int(self.defined["POWER"])
 
         def run(grid, block, values, shared_mem):
-            # CuPy passes Python's numbers with 8 bytes, NumPy's with their own size.
-            assert {type(v) for v in values[:-5]} <= {int}
-            assert [type(v) for v in values[-5:]] == [float, float, real, real, real]
-            addresses, numbers = (
-                values[: len(cuda_plan.ADDRESSES)],
-                values[len(cuda_plan.ADDRESSES) :],
-            )
+            (argument,) = values
+            assert argument.size == 1  # or CuPy takes it for an array that should be on the device
+            packed = argument.tobytes()
+            addresses = cuda_plan.PACKED_ADDRESSES.unpack_from(packed)
             step = cuda_plan.Launch(name, grid[0], block[0], shared_mem)
-            packed = cuda_plan.PACKED_NUMBERS[scalar].pack(*numbers)
-            plan = cuda_plan.Plan(scalar, power, "", (step,), numbers, packed, 0, (0, 0), 0)
-            FakeModule.launched.append(name)
-            FakeModule.machine(scalar, power).launch(plan, addresses)
+            numbers = packed[cuda_plan.PACKED_ADDRESSES.size :]
+            plan = cuda_plan.Plan(None, (step,), numbers, 0, (0, 0))
+            self.cupy.launched.append(name)
+            emulator.Machine(self.cupy.builds(variant)).launch(plan, addresses)
 
         return run
 
 
 @pytest.fixture
 def cupy_cuda(monkeypatch, builds):
-    from tests.backends.cuda import emulator
-
-    cupy = types.ModuleType("cupy")
-    cupy.ndarray = FakeArray
-    cupy.empty = lambda *a: fake(np.empty(*a))
-    cupy.full = lambda *a: fake(np.full(*a))
-    cupy.ascontiguousarray = lambda a: fake(np.ascontiguousarray(a))
-    cupy.asnumpy = np.asarray
-    cupy.RawModule = FakeModule
-    runtime = types.SimpleNamespace(is_hip=False, getDevice=lambda: 0)
-    device = types.SimpleNamespace(attributes={"MultiProcessorCount": 2})
-    cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=lambda _: device)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy", Cupy(builds))
     name = "mml_arrayapi.backends.cuda.cupy"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    FakeModule.made, FakeModule.launched = [], []
-    FakeModule.machine = staticmethod(lambda *variant: emulator.Machine(builds(variant)))
-    module = importlib.import_module(name)
-    yield module
+    yield importlib.import_module(name)
     sys.modules.pop(name)
+
+
+@pytest.fixture
+def cupy(cupy_cuda):
+    return cupy_cuda.cupy
 
 
 @pytest.fixture
@@ -111,7 +158,7 @@ def test_value_and_gradient_equal_the_generic_ones(cupy_cuda, problem, rng, dtyp
         assert value.dtype == grad.dtype == dtype
         assert value.shape == shape
     np.testing.assert_allclose(cupy_cuda.KERNEL.loss(problem), expected, rtol=rtol)
-    assert {n.partition("_")[2] for n in FakeModule.launched} - {""} == {"loss_grad", "loss"}
+    assert {n.partition("_")[2] for n in cupy_cuda.cupy.launched} - {""} == {"loss_grad", "loss"}
 
 
 @pytest.mark.parametrize(
@@ -131,16 +178,50 @@ def test_layouts(cupy_cuda, problem, rng, spell):
         assert got.shape == wanted.shape
 
 
-def test_a_module_is_made_once_per_variant(cupy_cuda, problem):
+def test_a_variant_is_compiled_once(cupy_cuda, cupy, problem):
     for p in (1.0, 2.0, 1.0, 2.0):
         cupy_cuda.KERNEL.loss(problem._replace(p=p))
     tile = problem._replace(input=problem.input[:, :10].copy(), weight=None)
     cupy_cuda.KERNEL.loss(tile._replace(target=tile.target % 10))
-    assert [(m["POWER"], m["LAYOUT"]) for m in FakeModule.made] == [
-        ("1", "2"),
-        ("2", "2"),
-        ("1", "1"),
-    ]
+    made = [(m["POWER"], m["LAYOUT"], m.get("CLASSES")) for m in cupy.compiled]
+    assert made == [("1", "2", None), ("2", "2", None), ("1", "1", "10")]
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        ("compile", "RuntimeError: NVRTC_ERROR_COMPILATION (6): margin_loss.cu(3): error"),
+        ("load", "RuntimeError: CUDA_ERROR_NO_BINARY_FOR_GPU"),
+    ],
+)
+def test_what_cannot_be_compiled_or_loaded_is_refused_with_the_reason(
+    cupy_cuda, cupy, problem, failing, reason
+):
+    cupy.failing = failing
+    refuses = cupy_cuda.KERNEL.refuses
+    assert refuses(problem).endswith(reason)
+    cupy.failing = None
+    assert refuses(problem).endswith(reason)  # kept: nothing is tried twice
+    assert refuses(problem._replace(p=2.0)) is None
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_ignored_rows(cupy_cuda, problem, rng, reduction):
+    target = problem.target.copy()
+    target[[0, 4]] = -100
+    scores = problem.input.copy()
+    scores[4] = np.nan
+    problem = problem._replace(input=scores, target=target, reduction=reduction, ignore_index=-100)
+    kept = np.asarray([1, 2, 3, 5, 6, 7, 8])
+    part = problem._replace(input=scores[kept], target=target[kept], ignore_index=None)
+    wanted_loss, wanted_grad = formula.loss_and_grad(plain(part), None)
+    loss, grad = cupy_cuda.KERNEL.loss_and_grad(problem, None)
+    if reduction == "none":
+        assert loss[0] == loss[4] == 0
+        loss = loss[kept]
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
+    np.testing.assert_allclose(grad[kept], wanted_grad, rtol=1e-6, atol=1e-7)
+    assert not np.asarray(grad[[0, 4]]).any()
 
 
 def test_targets_out_of_range(cupy_cuda, problem):

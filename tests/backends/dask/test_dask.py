@@ -11,7 +11,8 @@ import pytest
 from dask.callbacks import Callback
 
 import mml_arrayapi as mml
-from mml_arrayapi.backends import dask_blocks
+from mml_arrayapi.backends.dask import chunks as tasks
+from mml_arrayapi.backends.dask import graph
 
 RNG = np.random.default_rng(0)
 C = 12
@@ -131,7 +132,7 @@ def test_the_bits_do_not_depend_on_the_chunks_of_the_rows(reduction, dtype):
     for chunks in (997, 1, 10, 250, (990, 7), (0, 3, 994)):
         lazy = da.from_array(scores, chunks=(chunks, 33))
         results.add(mml.multi_margin_loss(lazy, target, reduction=reduction).compute().item())
-    losses = mml.multi_margin_loss(scores, target, reduction="none", backend="generic")
+    losses = mml.multi_margin_loss(scores, target, reduction="none")
     # A quotient of fsum() would be rounded twice.
     exact = sum(map(Fraction, losses.tolist())) / (997 if reduction == "mean" else 1)
     assert results == {dtype(float(exact)).item()}
@@ -204,9 +205,11 @@ def test_what_tasks_run_is_pickled_by_reference():
     """A kernel pickled by value was compiled again in every task."""
     scores, target = data((1000, C))
     loss = mml.multi_margin_loss(rows(scores, 100), target)
-    for function in (dask_blocks._rows_loss, dask_blocks._part, dask_blocks._merged):
+    for function in (tasks.loss_of_rows, tasks.part_of_rows, tasks.merged):
         assert len(pickle.dumps(function)) < 100
-    layer = next(v for k, v in loss.__dask_graph__().layers.items() if k.startswith("rows_loss"))
+    layer = next(
+        v for k, v in loss.__dask_graph__().layers.items() if k.startswith("multi_margin_loss")
+    )
     assert len(pickle.dumps(layer)) < 5000
 
 
@@ -374,12 +377,11 @@ def test_chunks_of_other_libraries_are_refused():
     strict = pytest.importorskip("array_api_strict")
     scores, target = data()
     lazy = rows(scores, 10)
-    problem = mml.validation.check(
-        lazy, target, p=1, margin=1, weight=None, reduction="mean", axis=1, check_target="auto"
-    )
-    assert dask_blocks.KERNEL.refuses(problem) is None
+    options = mml.validation.Options(1.0, 1.0, "mean", None, 1, "auto")
+    problem = mml.validation.check_arrays(lazy, target, None, options)
+    assert graph.KERNEL.refuses(problem) is None
     lazy._meta = strict.zeros((0, 0), dtype=strict.float32)
-    assert "chunks are of array_api_strict, and only" in dask_blocks.KERNEL.refuses(problem)
+    assert "chunks are of array_api_strict, and only" in graph.KERNEL.refuses(problem)
 
 
 def test_each_chunk_is_visited_once_for_loss_and_gradient():
@@ -397,14 +399,14 @@ def test_temporaries_stay_small():
 
     scores, target = data((200_000, C))
     lazy, labels = da.from_array(scores, chunks=-1), da.from_array(target, chunks=-1)
-    assert scores.size > dask_blocks.TILE * 2
+    assert scores.size > tasks.TILE * 2
     loss = mml.multi_margin_loss(lazy, labels)
     loss.compute()
     tracemalloc.start()
     loss.compute()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 12 * dask_blocks.TILE * 4
+    assert peak < 12 * tasks.TILE * 4
 
 
 def test_the_accumulator_adds_up_the_same():

@@ -1,0 +1,257 @@
+"""Dask: arguments brought into matching chunks, and checks that run when a chunk is there.
+
+Whatever computes the loss of Dask arrays takes its arguments through here. The scores are never
+rechunked. The targets follow the scores' chunks; the weights come whole to every task (taking them
+by the targets made 10,000 tasks of 1,000 chunks).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.layers import ArraySliceDep
+
+from mml_arrayapi.kernel import Problem
+from mml_arrayapi.libraries import library_of
+from mml_arrayapi.validation import InvalidTargetError, Options, raise_invalid_target
+
+Array = Any
+
+
+def check_targets_lazily(problem: Problem) -> Problem:
+    """Prepare the arguments for the generic implementation.
+
+    Parameters
+    ----------
+    problem : Problem
+        The checked call; ``input`` is a Dask array.
+
+    Returns
+    -------
+    Problem
+        With Dask arrays only, in matching chunks. Targets out of range raise when computed, if
+        ``check_target`` says so. Nothing is computed.
+    """
+    target = match_rows(problem, problem.target)
+    if problem.check_target == "raise" or unknown(problem.input) or unknown(target):
+        rows = batch_axes(problem)
+        target = da.blockwise(
+            partial(_checked, options=options_of(problem)),
+            rows,
+            target,
+            rows,
+            problem.input,
+            range(problem.input.ndim),
+            slices(target),
+            rows,
+            token="multi_margin_loss-targets",
+            align_arrays=False,
+            dtype=target.dtype,
+            meta=target._meta,
+        )
+    weight = None if problem.weight is None else in_one_chunk(problem.weight)
+    return problem._replace(target=target, weight=weight)
+
+
+def options_of(problem: Problem) -> Options:
+    """Return the options of a call as its tasks need them.
+
+    An ``ignore_index`` that the targets' dtype can't hold matches nothing: it becomes None.
+    """
+    index = problem.ignore_index
+    if index is not None:
+        limits = np.iinfo(problem.target.dtype)
+        index = index if limits.min <= index <= limits.max else None
+    return Options(
+        problem.p, problem.margin, problem.reduction, index, problem.axis, problem.check_target
+    )
+
+
+def ignored(target: Array, ignore_index: int | None) -> Array | None:
+    """Tell which targets are ignored; None stands for none of them."""
+    return None if ignore_index is None else target == ignore_index
+
+
+def without(values: Any, axis: int) -> tuple[Any, ...]:
+    """Return a tuple without one of its elements."""
+    return (*values[:axis], *values[axis + 1 :])
+
+
+def batch_axes(problem: Problem) -> tuple[int, ...]:
+    """Return the axes of ``input`` that are the batch's, as indices for blockwise."""
+    return tuple(i for i in range(problem.input.ndim) if i != problem.axis)
+
+
+def unsupported_layout(array: da.Array) -> str | None:
+    """Tell what a Dask array is whose chunks are not dense; None for one whose chunks are."""
+    meta = array._meta
+    if isinstance(meta, np.ma.MaskedArray):
+        return "a Dask array of masked chunks"
+    form = library_of("input", meta).unusable(meta)
+    return None if form is None else f"a Dask array whose chunks are {form}"
+
+
+def unknown(array: da.Array) -> bool:
+    """Tell whether the size of a chunk is not known yet."""
+    return any(math.isnan(n) for n in array.shape)
+
+
+def match_rows(problem: Problem, array: Any) -> da.Array:
+    """Bring an array of the batch's shape into the chunks of the scores' rows.
+
+    Parameters
+    ----------
+    problem : Problem
+        The checked call.
+    array : dask array or numpy array
+        Targets, or something else with one element per sample.
+
+    Returns
+    -------
+    dask array
+
+    Raises
+    ------
+    ValueError
+        Sizes of chunks are unknown, so that the chunks can't be matched.
+    """
+    rows = tuple(problem.input.chunks[i] for i in batch_axes(problem))
+    known = not any(math.isnan(n) for chunks in rows for n in chunks)
+    if isinstance(array, np.ndarray):
+        if not known and math.prod(map(len, rows)) > 1:
+            raise ValueError(
+                "target must be a Dask array where input has chunks of unknown size, but is a "
+                "NumPy array; call input.compute_chunk_sizes() first"
+            )
+        # Never in one chunk beside many: the generic mask would be as large as all scores.
+        return da.from_array(array, chunks=rows if known else -1)
+    if array.chunks == rows:
+        return array
+    if known and not unknown(array):
+        return array.rechunk(rows)
+    if array.numblocks != tuple(map(len, rows)):
+        raise ValueError(
+            "target must have as many chunks as input where sizes of chunks are unknown, but "
+            f"target has {array.numblocks} and input has {tuple(map(len, rows))} without the "
+            "classes' axis; call compute_chunk_sizes() on both first"
+        )
+    return array
+
+
+def in_one_chunk(array: Any) -> da.Array:
+    """Return weights, or one number, as a Dask array of one chunk, which is computed once.
+
+    Dask would fuse what makes the chunk with every task that takes it. It fuses nothing with what
+    is summed over (here one block), nor with slices.
+    """
+    if isinstance(array, np.ndarray):
+        return da.from_array(array, chunks=-1)
+    ndim = array.ndim
+    return da.blockwise(
+        _only if ndim else _only_number,
+        tuple(range(1, 1 + ndim)),
+        array.rechunk(-1) if ndim else array[None],
+        (0,),
+        token="multi_margin_loss-once",
+        new_axes=dict(enumerate(array.shape, start=1)),
+        align_arrays=False,
+        dtype=array.dtype,
+        meta=array._meta,
+    )
+
+
+def _only(blocks: list[Array]) -> Array:
+    return blocks[0]
+
+
+def _only_number(blocks: list[Array]) -> Array:
+    return blocks[0][0]
+
+
+def slices(array: da.Array) -> ArraySliceDep:
+    """Return what tells each block of a blockwise operation its place in the whole array."""
+    return ArraySliceDep(array.chunks)
+
+
+def check_length(batch: tuple[int, ...], target: Any) -> None:
+    """Check that a chunk has one target per sample: others would be broadcast silently.
+
+    Parameters
+    ----------
+    batch : tuple of int
+        The shape of the chunk of scores without the classes' axis.
+    target : array
+        The chunk of targets.
+
+    Raises
+    ------
+    ValueError
+        The shapes differ.
+    """
+    if tuple(target.shape) != tuple(batch):
+        raise ValueError(
+            "target must have input's shape without the classes' axis, but a chunk of target has "
+            f"shape {tuple(target.shape)} beside a chunk of input with {tuple(batch)}"
+        )
+
+
+def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, options: Options) -> None:
+    """Check the targets of a chunk, if that is asked for.
+
+    Parameters
+    ----------
+    target : array
+        The chunk of targets.
+    place : tuple of slice
+        Where it lies in the whole array; NaN where that is unknown.
+    n_classes : int
+        The number of classes.
+    options : Options
+        As :func:`options_of` returns them.
+
+    Raises
+    ------
+    InvalidTargetError
+        With the position in the whole array (along an axis whose chunks have unknown sizes, in
+        the chunk).
+    """
+    if options.check_target != "raise":
+        return
+    lost = ignored(target, options.ignore_index)
+    if lost is not None:
+        xp = library_of("target", target).namespace
+        target = xp.where(lost, xp.zeros_like(target), target)
+    try:
+        raise_invalid_target(target, n_classes)
+    except InvalidTargetError as error:
+        starts = (0 if math.isnan(part.start) else int(part.start) for part in place)
+        position = tuple(a + b for a, b in zip(starts, error.position, strict=True))
+        raise InvalidTargetError(position, error.value, n_classes) from None
+
+
+def refuse_masked(name: str, block: Array) -> None:
+    """Raise for a masked chunk, whose mask a kernel would not see.
+
+    Raises
+    ------
+    TypeError
+        With the argument's name.
+    """
+    if isinstance(block, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must have plain chunks, but a chunk is a masked array; fill it first, or mark "
+            "the samples to leave out with ignore_index"
+        )
+
+
+def _checked(target: Any, scores: Any, place: tuple[slice, ...], *, options: Options) -> Any:
+    blocks = scores if isinstance(scores, list) else [scores]
+    for name, block in (("target", target), *(("input", block) for block in blocks)):
+        refuse_masked(name, block)
+    check_length(without(blocks[0].shape, options.axis), target)
+    check_targets(target, place, sum(block.shape[options.axis] for block in blocks), options)
+    return target

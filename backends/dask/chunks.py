@@ -1,0 +1,505 @@
+"""Dask: what runs in the tasks of a call, on chunks that may have come over a network.
+
+Arguments: blocks of arrays, or a list of them along an axis that the result doesn't have;
+``place`` is a block's place in the whole array, one slice for each axis. Tasks don't change what
+they are given.
+
+The same chunk gives the same bits wherever it is computed. A chunk that travelled may lie at any
+address (two thirds of those a client scatters do) and in another order of memory, so neither may
+decide which kernel runs or how it adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mml_arrayapi.backends.dask.alignment import (
+    check_length,
+    check_targets,
+    ignored,
+    refuse_masked,
+    without,
+)
+from mml_arrayapi.backends.dask.report import Ran, ran, warn_of_mixture
+from mml_arrayapi.exact_sum import ExactSum
+from mml_arrayapi.kernel import Kernel, Problem
+from mml_arrayapi.libraries import library_of
+from mml_arrayapi.registry import GENERIC, choose
+from mml_arrayapi.validation import Options, check_arrays
+
+Array = Any
+
+# Scores per tile: 4 MB of float32. The generic implementation is as fast from 2**17 to 2**21 and
+# needs about six tiles of memory.
+TILE = 2**20
+
+
+class Call(NamedTuple):
+    """What the tasks of a call need to know besides their blocks."""
+
+    options: Options  # the axis counted from the front; an ignore_index that targets can hold
+    n_classes: int
+    dtype: Any  # the scores'
+    backend: str | None  # the kernel that the chunks must take
+
+    @property
+    def axis(self) -> int:
+        """Where the classes are."""
+        return self.options.axis
+
+
+class Rows(NamedTuple):
+    """The losses of a block of rows, in the computing precision."""
+
+    losses: Array  # 0 for ignored rows
+    n_ignored: int
+    ran: frozenset[Ran]
+    slopes: Array | None = None  # as in Part, of all classes; NaN where the loss is
+
+
+class Part(NamedTuple):
+    """What a part of the classes adds to its rows, in float64."""
+
+    sums: Array  # of max(0, z) ** p, divided by the number of all classes
+    slopes: Array | None  # of p * max(0, z) ** (p - 1)
+    ran: frozenset[Ran]
+
+
+class Sum(NamedTuple):
+    """The losses of some samples, added up."""
+
+    total: ExactSum
+    ran: frozenset[Ran]
+
+
+# Whole rows in a chunk.
+
+
+def loss_of_rows(
+    block: Array, place: Any, target: Array, weight: Array | None, *, call: Call
+) -> Array | Sum:
+    """Return the losses of a block, or their sum."""
+    target = _checked(block, target, place, call)
+    return close(_run(block, target, weight, call)[0], call=call)
+
+
+def loss_and_grad_of_rows(
+    block: Array,
+    place: Any,
+    target: Array,
+    upstream: Any,
+    share: Any,
+    weight: Array | None,
+    *,
+    call: Call,
+) -> tuple[Array | Sum, Array]:
+    """Return what :func:`loss_of_rows` does, and the gradient."""
+    target = _checked(block, target, place, call)
+    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, share))
+    return close(rows, call=call), grad
+
+
+def first(pair: Any, *, call: Call) -> Any:  # noqa: ARG001
+    """Return the first of two."""
+    return pair[0]
+
+
+def second(pair: Any, *, call: Call) -> Array:  # noqa: ARG001
+    """Return the second of two."""
+    return pair[1]
+
+
+def only(blocks: list[Array], *, call: Call) -> Array:  # noqa: ARG001
+    """Return the only block of a list."""
+    return blocks[0]
+
+
+def _run(
+    block: Array, target: Array, weight: Array | None, call: Call, scale: Array | None = None
+) -> tuple[Rows, Array | None]:
+    """Run the kernel that is chosen for a call on this block; with a scale, for the gradient too.
+
+    A kernel takes the block as it is. What makes temporaries (the generic implementation, and
+    16-bit scores, whose losses must not be rounded one by one) goes through it in tiles.
+    """
+    xp = library_of("input", block).namespace
+    dtype, n_ignored = _computing(xp, block), _count(ignored(target, call.options.ignore_index))
+    weight = None if weight is None else xp.asarray(weight)
+    problem, kernel = _chosen(block, target, weight, call)
+    if kernel is not GENERIC and block.dtype == dtype:
+        if scale is None:
+            return Rows(kernel.loss(problem), n_ignored, ran(kernel.name)), None
+        losses, grad = kernel.loss_and_grad(problem, scale)
+        return Rows(losses, n_ignored, ran(kernel.name)), grad
+    losses = xp.empty(target.shape, dtype=dtype)
+    grad = None if scale is None else xp.empty_like(block)
+    for where, rows in _tiles(block.shape, call.axis):
+        tile = xp.astype(block[where], dtype, copy=False)
+        problem, kernel = _chosen(tile, target[rows], weight, call)
+        if scale is None:
+            losses[rows] = kernel.loss(problem)
+        else:
+            losses[rows], grad[where] = kernel.loss_and_grad(problem, scale[rows])
+    return Rows(losses, n_ignored, ran(kernel.name)), grad
+
+
+def _chosen(
+    block: Array, target: Array, weight: Array | None, call: Call
+) -> tuple[Problem, Kernel]:
+    """Return the call on a block, and the kernel that is chosen for it."""
+    # The targets have been looked at.
+    options = call.options._replace(reduction="none", check_target="nan")
+    problem = check_arrays(block, target, weight, options)
+    block = _in_order(block)
+    if not isinstance(block, np.ndarray) or block.flags.aligned:
+        problem = problem._replace(input=block)
+        return problem, choose(problem, call.backend)
+    # The kernel is chosen for an aligned block; it gets this one if it takes it, else a copy.
+    kernel = choose(problem._replace(input=np.empty_like(block)), call.backend)
+    problem = problem._replace(input=block)
+    if kernel is GENERIC or kernel.refuses(problem) is not None:
+        problem = problem._replace(input=block.copy(order="K"))
+    return problem, kernel
+
+
+def _in_order(block: Array) -> Array:
+    """Return a block in an order of memory that survives a journey.
+
+    Pickling, and Dask's serialization, keep the order of contiguous arrays and make others
+    C-contiguous. Left as they are: rows that follow one another at any distance.
+    """
+    if not isinstance(block, np.ndarray) or block.flags.f_contiguous or _in_c_order(block):
+        return block
+    return block.copy(order="C")
+
+
+def _in_c_order(block: np.ndarray) -> bool:
+    extent = block.itemsize
+    for i in reversed([i for i, n in enumerate(block.shape) if n > 1]):
+        stride = block.strides[i]
+        if stride < extent or (i == block.ndim - 1 and stride != extent):
+            return False
+        extent = stride * block.shape[i]
+    return True
+
+
+# Classes in several chunks. The CPU kernels have functions for that. Any other kernel can add up
+# a part of the classes if the target's score is appended to it as one class more.
+
+
+def own_scores(block: Array, place: Any, target: Array, *, call: Call) -> Array:
+    """Return the targets' scores where this block holds them, else 0.
+
+    The blocks of the first classes look after the targets out of range: NaN, or an error.
+    """
+    at = place[call.axis].start
+    target = _checked(block, target, place, call, raises=at == 0)
+    xp = library_of("input", block).namespace
+    own = _own_scores(xp, block, at, target, call)
+    if at == 0 and call.options.check_target == "nan":
+        wide = xp.astype(target, xp.int64)
+        own = xp.where((wide >= 0) & (wide < call.n_classes), own, math.nan)
+    return own
+
+
+def _own_scores(xp: Any, block: Array, at: int, target: Array, call: Call) -> Array:
+    dtype = _computing(xp, block)
+    if not block.shape[call.axis]:
+        return xp.zeros(target.shape, dtype=dtype)
+    native, options = _native(block, target, call)
+    if native is not None:
+        own = native.own_scores(block, target, options, at, np.empty(target.shape, dtype))
+        if own is not None:
+            return own
+    inside, column = _column(xp, block.shape[call.axis], at, target)
+    column = xp.expand_dims(xp.where(inside, column, 0), axis=call.axis)
+    own = xp.squeeze(xp.take_along_axis(block, column, axis=call.axis), axis=call.axis)
+    return xp.astype(xp.where(inside, own, 0), dtype)
+
+
+def part_of_rows(
+    block: Array, place: Any, target: Array, found: list[Array], *, call: Call, slopes: bool
+) -> Part:
+    """Return what the classes of this block, but the target's, add to each row."""
+    xp, target = _namespace(block, target)
+    own, at = reduce(add, found), place[call.axis].start
+    native, options = _native(block, target, call)
+    if native is not None:
+        sums, of_slopes = np.empty(target.shape), np.empty(target.shape)
+        if native.part_sums(block, target, options, at, own, sums, of_slopes) is not None:
+            sums /= call.n_classes
+            _redo_infinite(sums, block, at, target, own, call)
+            return Part(sums, of_slopes if slopes else None, ran(NATIVE))
+    return _part_of_rows(xp, block, at, target, own, call, slopes)
+
+
+def _redo_infinite(
+    sums: np.ndarray, block: np.ndarray, at: int, target: np.ndarray, own: np.ndarray, call: Call
+) -> None:
+    """Add up in another way what was too large to be divided afterwards."""
+    rows = np.isinf(sums)
+    if rows.any():
+        few = np.moveaxis(block, call.axis, -1)[rows]
+        call = call._replace(options=call.options._replace(axis=1))
+        sums[rows] = _part_of_rows(np, few, at, target[rows], own[rows], call, False).sums
+
+
+def _part_of_rows(
+    xp: Any, block: Array, at: int, target: Array, own: Array, call: Call, slopes: bool
+) -> Part:
+    """Do it with any kernel. It divides by the number of its classes, so nothing overflows."""
+    n, axis = block.shape[call.axis] + 1, call.axis
+    inside, column = _column(xp, block.shape[call.axis], at, target)
+    sums = xp.empty(target.shape, dtype=xp.float64)
+    of_slopes = xp.empty(target.shape, dtype=xp.float64) if slopes else None
+    name = GENERIC.name
+    for where, rows in _tiles(block.shape, axis):
+        few = block[where], target[rows], column[rows], own[rows], inside[rows]
+        problem, kernel = _with_own_class(xp, *few, call)
+        name = kernel.name
+        if of_slopes is None:
+            sums[rows] = kernel.loss(problem)
+            continue
+        sums[rows], grad = kernel.loss_and_grad(problem, xp.ones_like(sums[rows]))
+        place = xp.expand_dims(column[rows], axis=axis)
+        by_own = xp.squeeze(xp.take_along_axis(grad, place, axis=axis), axis=axis)
+        # What stands beside a target's score of minus infinity costs something, and isn't there.
+        extra = grad[(*(slice(None),) * axis, n - 1)]
+        by_own = by_own + xp.where(inside[rows] & xp.isfinite(extra), extra, 0)
+        of_slopes[rows] = xp.astype(-by_own, xp.float64) * n
+    return Part(sums * (n / call.n_classes), of_slopes, ran(name))
+
+
+def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) -> Rows:
+    """Add up the parts of the rows."""
+    sums = reduce(add, (part.sums for part in parts))
+    xp, target = _namespace(sums, target)
+    lost = ignored(target, call.options.ignore_index)
+    losses = sums if weight is None else sums * _weights(xp, target, weight[0], call)
+    if lost is not None:
+        losses = xp.where(lost, 0.0, losses)
+    with np.errstate(over="ignore"):
+        losses = xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32)
+    slopes = None
+    if parts[0].slopes is not None:
+        slopes = reduce(add, (part.slopes for part in parts))
+        slopes = xp.where(xp.isnan(losses), math.nan, slopes)
+    everyone = frozenset[Ran]().union(*(part.ran for part in parts))
+    return Rows(losses, _count(lost), everyone, slopes)
+
+
+def grad_of_part(
+    block: Array,
+    place: Any,
+    target: Array,
+    found: list[Array],
+    rows: Rows,
+    upstream: Any,
+    share: Any,
+    weight: Array | None,
+    *,
+    call: Call,
+) -> Array:
+    """Return the gradient by the scores of this block."""
+    xp, target = _namespace(block, target)
+    own, at = reduce(add, found), place[call.axis].start
+    scale = _scale(block, target, upstream, share) * _weights(xp, target, weight, call)
+    of_rows = own, rows.slopes, scale / call.n_classes
+    native, options = _native(block, target, call)
+    if native is not None:
+        grad = native.part_grad(block, target, options, at, of_rows, np.empty_like(block))
+        if grad is not None:
+            return grad
+    return _grad_of_part(xp, block, at, target, of_rows, call)
+
+
+def _grad_of_part(
+    xp: Any, block: Array, at: int, target: Array, of_rows: tuple[Array, Array, Array], call: Call
+) -> Array:
+    """Do it with any kernel, which sees one class more, by whose number it divides."""
+    n, axis, (own, slopes, scale) = block.shape[call.axis], call.axis, of_rows
+    lost = ignored(target, call.options.ignore_index)
+    if lost is not None:
+        scale = xp.where(lost, 0.0, scale)
+    inside, column = _column(xp, block.shape[call.axis], at, target)
+    classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
+    grad = xp.empty_like(block)
+    for where, rows in _tiles(block.shape, axis):
+        few = block[where], target[rows], column[rows], own[rows], inside[rows]
+        problem, kernel = _with_own_class(xp, *few, call)
+        _, made = kernel.loss_and_grad(problem, scale[rows] * (n + 1))
+        made = made[(*(slice(None),) * axis, slice(n))]
+        is_own = classes == xp.expand_dims(column[rows], axis=axis)
+        by_own = xp.expand_dims(xp.astype(-slopes[rows] * scale[rows], made.dtype), axis=axis)
+        # A row of NaN slopes is one of NaN.
+        grad[where] = xp.where(is_own | xp.isnan(by_own), by_own, made)
+    return grad
+
+
+NATIVE = "numpy-cpu"
+
+
+def _native(block: Array, target: Array, call: Call) -> tuple[Any, tuple[Any, ...]]:
+    """Return the CPU kernels where they are chosen for a block and one class more, else None."""
+    options = tuple(call.options._replace(check_target="nan"))
+    if not isinstance(block, np.ndarray) or not block.size:
+        return None, options
+    shape = tuple(n + (i == call.axis) for i, n in enumerate(block.shape))
+    if _chosen(np.empty(shape, block.dtype), target, None, call)[1].name != NATIVE:
+        return None, options
+    from mml_arrayapi.backends import cpu
+
+    return cpu.native, options
+
+
+def _with_own_class(
+    xp: Any, tile: Array, target: Array, column: Array, own: Array, inside: Array, call: Call
+) -> tuple[Problem, Kernel]:
+    """Append the target's score; where the tile has it already, what costs nothing.
+
+    That is minus infinity, but for a target's score of minus infinity, from which it would be
+    no distance: any finite score then gives the infinite loss that the sample has anyway.
+    """
+    nothing = xp.where(own == -math.inf, 0.0, -math.inf)
+    last = xp.expand_dims(xp.astype(xp.where(inside, nothing, own), own.dtype), axis=call.axis)
+    tile = xp.concat([xp.astype(tile, own.dtype, copy=False), last], axis=call.axis)
+    lost = ignored(target, call.options.ignore_index)
+    if lost is not None:
+        column = xp.where(lost, -1, column)
+        call = call._replace(options=call.options._replace(ignore_index=-1))
+    return _chosen(tile, column, None, call)
+
+
+def _column(xp: Any, n: int, at: int, target: Array) -> tuple[Array, Array]:
+    """Tell which targets are in a block of n classes, and where; others are one past its end."""
+    target = xp.astype(target, xp.int64)  # what is too large turns negative, and is in no block
+    inside = (target >= at) & (target < at + n)
+    return inside, xp.where(inside, target - at, n)
+
+
+def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
+    """Return each target's weight, in float64; any number for targets out of range."""
+    if weight is None:
+        return 1.0
+    known = xp.clip(xp.astype(target, xp.int64), 0, call.n_classes - 1)
+    taken = xp.take(xp.asarray(weight), xp.reshape(known, (-1,)))
+    with np.errstate(over="ignore"):
+        taken = xp.astype(taken, xp.float64 if call.dtype == xp.float64 else xp.float32)
+    return xp.astype(xp.reshape(taken, target.shape), xp.float64)
+
+
+# What all have in common.
+
+
+def _namespace(block: Array, target: Array) -> tuple[Any, Array]:
+    """Return the block's namespace, and the targets in it (NumPy's, beside chunks on a GPU)."""
+    xp = library_of("input", block).namespace
+    return xp, xp.asarray(target)
+
+
+def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool = True) -> Array:
+    """Return the targets of a block in its library, once they have been looked at."""
+    for name, array in (("input", block), ("target", target)):
+        refuse_masked(name, array)
+    check_length(without(block.shape, call.axis), target)
+    _, target = _namespace(block, target)
+    if raises:
+        check_targets(target, without(place, call.axis), call.n_classes, call.options)
+    return target
+
+
+def _computing(xp: Any, block: Array) -> Any:
+    return xp.float64 if block.dtype == xp.float64 else xp.float32
+
+
+def _count(where: Array | None) -> int:
+    return 0 if where is None else int(where.sum())
+
+
+def _tiles(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, Any]]:
+    """Yield the indices of tiles: into the scores, and into what has one element per sample."""
+    batch = [i for i in range(len(shape)) if i != axis]
+    if not batch:
+        yield ..., ...  # an empty tuple would turn 0-d arrays into scalars
+        return
+    longest = max(batch, key=lambda i: shape[i])
+    per_row = max(1, math.prod(shape) // max(1, shape[longest]))
+    step = max(1, TILE // per_row)
+    for at in range(0, max(1, shape[longest]), step):
+        part = slice(at, at + step)
+        where = (*(slice(None),) * longest, part)
+        yield where, where if longest < axis else where[1:]
+
+
+def _scale(block: Array, target: Array, upstream: Any, share: Any) -> Array:
+    """Return what each sample's gradient is multiplied with."""
+    xp = library_of("input", block).namespace
+    scale = xp.asarray(1.0 if upstream is None else upstream, dtype=xp.float64) * float(share)
+    return xp.broadcast_to(scale, target.shape)
+
+
+def number_of_rows(target: Array, *, call: Call) -> int:
+    """Return how many samples of a block are not ignored."""
+    return math.prod(target.shape) - _count(ignored(target, call.options.ignore_index))
+
+
+def added(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    """Add nested lists of counts."""
+    if computing_meta or not isinstance(counts, list):
+        return counts
+    return sum(added(count, axis, keepdims) for count in counts)
+
+
+def share(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    """Return each sample's share in the mean; of none, no gradient counts."""
+    if computing_meta:
+        return np.empty(())
+    return np.float64(1 / max(1, added(counts, axis, keepdims)))
+
+
+def close(rows: Rows, *, call: Call) -> Array | Sum:
+    """Return the losses of a block in the scores' dtype, or their exact sum."""
+    library = library_of("input", rows.losses)
+    if call.options.reduction != "none":
+        total = ExactSum()
+        total.add(np.asarray(library.on_host(rows.losses)))
+        total.count -= rows.n_ignored
+        return Sum(total, rows.ran)
+    with np.errstate(over="ignore"):
+        return library.namespace.astype(rows.losses, call.dtype)
+
+
+def merged(sums: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:  # noqa: ARG001
+    """Merge nested lists of sums into a new one."""
+    if computing_meta:
+        return sums
+    total, everyone, pending = ExactSum(), frozenset[Ran](), [sums]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, list):
+            pending += one
+        else:
+            total.merge(one.total)
+            everyone |= one.ran
+    return Sum(total, everyone)
+
+
+def rounded(
+    sums: Any, axis: Any, keepdims: bool, computing_meta: bool = False, *, call: Call, like: Array
+) -> Array:
+    """Return the sum or the mean of all samples as an array of the scores' dtype."""
+    if computing_meta:
+        return like
+    total, everyone = merged(sums, axis, keepdims)
+    warn_of_mixture(everyone)
+    xp = library_of("input", like).namespace
+    with np.errstate(over="ignore"):
+        mean = call.options.reduction == "mean"
+        value = np.float64(total.over(total.count if mean else 1))
+        return xp.asarray(value.astype(call.dtype))

@@ -1,0 +1,1 @@
+"""PyTorch: one front (``autograd``) over two engines (``cpu``, ``cuda``)."""

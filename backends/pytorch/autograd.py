@@ -1,0 +1,554 @@
+"""The front of both PyTorch kernels: operators, derivatives, transforms, and which way a call goes.
+
+Where operations simply run, a call goes straight to the engine of its device. Where a compiler, a
+transform or a mode looks on, it goes through the operators of ``torch.ops.mml_arrayapi``, which
+all of them understand; the way through PyTorch's dispatcher takes longer than a small loss.
+
+Whatever autograd hands back (saved tensors may have gone through hooks, gradients may be views
+that negate) is looked at again before an engine reads its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from mml_arrayapi.backends.pytorch import generic, state
+from mml_arrayapi.backends.pytorch.state import (
+    below_autograd,
+    is_grad_enabled,
+    ordinary,
+    readable,
+    single_level,
+    under_autocast,
+)
+from mml_arrayapi.kernel import Kernel, Options, Problem
+from mml_arrayapi.validation import settle_targets
+
+LARGEST = 2**63 - 1  # what an operator's integers hold
+
+
+class Engine(NamedTuple):
+    """What runs the loss on one type of device.
+
+    All but the first two and the last return None for what they can't serve. They look at dtypes,
+    shapes, strides and the options' types themselves; tensors are :func:`state.readable`.
+
+    Attributes
+    ----------
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    refuses : callable
+        ``refuses(problem)``: why the engine can't run a problem, or None.
+    loss : callable
+        ``loss(input, target, weight, options, keep_mask)`` returns the loss and, with
+        ``keep_mask`` (p = 1) and where it pays, the mask: which hinges are positive, in bits.
+    grad : callable
+        ``grad(grad_output, input, target, weight, mask, options)``; with a mask it reads no score.
+        A mask of zeros is none.
+    loss_and_grad : callable
+        ``loss_and_grad(input, target, weight, grad_output, options)``.
+    mask_shape : callable
+        ``mask_shape(dtype, rows, n_classes)``: the mask's shape, in bytes.
+    """
+
+    device: str
+    refuses: Callable[[Problem], str | None]
+    loss: Callable[..., tuple[Tensor, Tensor | None] | None]
+    grad: Callable[..., Tensor | None]
+    loss_and_grad: Callable[..., tuple[Tensor, Tensor] | None]
+    mask_shape: Callable[[torch.dtype, int, int], tuple[int, ...]]
+
+
+_engines: dict[str, Engine] = {}
+
+
+def make_kernel(name: str, engine: Engine) -> Kernel:
+    """Make an engine's kernel, and let the operators run on its device.
+
+    Parameters
+    ----------
+    name : str
+        The kernel's name.
+    engine : Engine
+        What runs it.
+
+    Returns
+    -------
+    Kernel
+    """
+    _engines[engine.device] = engine
+    on_device = "is_" + engine.device
+
+    def refuses(problem: Problem) -> str | None:
+        arrays = ("input", problem.input), ("target", problem.target), ("weight", problem.weight)
+        for argument, tensor in arrays:
+            if tensor is not None:
+                reason = state.why_not_kernel(argument, tensor, engine.device)
+                if reason is not None:
+                    return reason
+        if problem.weight is not None and problem.weight.requires_grad and is_grad_enabled():
+            return "weight requires a gradient, which the generic implementation gives"
+        if problem.ignore_index is not None and abs(problem.ignore_index) > LARGEST:
+            return "ignore_index does not fit 64 bits"
+        return state.why_generic() or engine.refuses(problem)
+
+    def direct(input: Any, target: Any, weight: Any, options: Options) -> Tensor | None:
+        if (
+            not ordinary()
+            or not getattr(input, on_device)
+            or not readable(input)
+            or not readable(target)
+            or not (weight is None or readable(weight))
+        ):
+            return None
+        input = under_autocast(input)
+        if is_grad_enabled():
+            if weight is not None and weight.requires_grad:
+                return None
+            if input.requires_grad:
+                if target.ndim + 1 != input.ndim:  # one sample, spelled in another way
+                    return None
+                return _Loss.apply(input, target, weight, options, options[0] == 1, engine)  # type: ignore[no-any-return]
+        made = engine.loss(input, target, weight, options, False)
+        return None if made is None else made[0]
+
+    def loss(problem: Problem) -> Tensor:
+        arguments, options = _arguments(problem)
+        result = direct(*arguments, options)
+        if result is not None:
+            return result
+        keep_mask = problem.p == 1 and problem.input.requires_grad and is_grad_enabled()
+        return _loss(*arguments, *options, keep_mask)[0]  # type: ignore[no-any-return]
+
+    def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor, Tensor]:
+        (input, target, weight), options = _arguments(problem)
+        return _loss_and_grad(input, target, weight, grad_output, *options)  # type: ignore[no-any-return]
+
+    _implement(engine)
+    on_types = dict.fromkeys(state.PLAIN, direct)
+    features = frozenset({"ignore_index"})
+    return Kernel(name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types)
+
+
+def _arguments(problem: Problem) -> tuple[tuple[Tensor, Tensor, Tensor | None], Options]:
+    options = (
+        problem.p, problem.margin, problem.reduction, problem.ignore_index, problem.axis,
+        problem.check_target,
+    )  # fmt: skip
+    return (problem.input, problem.target, problem.weight), options
+
+
+# --------------------------------------------------------------------------------------------------
+# The operators: the loss (and the mask), the gradient, both in one pass.
+
+_OPTIONS = "float p, float margin, str reduction, SymInt? ignore_index, int axis, str check_target"
+_SCORES = "Tensor input, Tensor target, Tensor? weight"
+_NAMES = ("multi_margin_loss", "multi_margin_loss_backward", "multi_margin_loss_and_grad")
+_SIGNATURES = (
+    f"({_SCORES}, {_OPTIONS}, bool keep_mask) -> (Tensor, Tensor)",
+    f"(Tensor grad_output, {_SCORES}, Tensor? mask, {_OPTIONS}) -> Tensor",
+    f"({_SCORES}, Tensor? grad_output, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+_library = torch.library.Library("mml_arrayapi", "DEF")
+for _name, _signature in zip(_NAMES, _SIGNATURES, strict=True):
+    _library.define(_name + _signature, tags=torch.Tag.pt2_compliant_tag)
+_loss = torch.ops.mml_arrayapi.multi_margin_loss.default
+_gradient = torch.ops.mml_arrayapi.multi_margin_loss_backward.default
+_loss_and_grad = torch.ops.mml_arrayapi.multi_margin_loss_and_grad.default
+
+
+def _implement(engine: Engine) -> None:
+    """Register what the operators run on a type of device."""
+
+    def loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
+        options, keep_mask = options[:-1], options[-1]
+        made = engine.loss(input, target, weight, options, keep_mask)
+        if made is None:
+            made = _formula_loss(input, target, weight, options), None
+        value, mask = made
+        if mask is None:
+            mask = _empty_mask(engine, input, target, options) if keep_mask else _no_mask(input)
+        return value, mask
+
+    def gradient(
+        grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, *options: Any
+    ) -> Tensor:
+        grad = engine.grad(grad_output, input, target, weight, mask, options)
+        if grad is None:
+            grad = _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
+        return grad
+
+    def loss_and_grad(
+        input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        made = engine.loss_and_grad(input, target, weight, grad_output, options)
+        if made is None:
+            made = _formula_loss_and_grad(input, target, weight, grad_output, options)
+        return made
+
+    for name, run in zip(_NAMES, (loss, gradient, loss_and_grad), strict=True):
+        _library.impl(name, run, engine.device.upper())
+
+
+def _no_mask(input: Tensor) -> Tensor:
+    return input.new_empty(0, dtype=torch.uint8)
+
+
+def _empty_mask(engine: Engine, input: Tensor, target: Tensor, options: Options) -> Tensor:
+    shape = engine.mask_shape(input.dtype, target.numel(), input.shape[options[4]])
+    return input.new_zeros(shape, dtype=torch.uint8)
+
+
+def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
+    return generic.loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
+
+
+def _formula_loss_and_grad(
+    input: Any, target: Any, weight: Any, grad_output: Any, options: Options
+) -> tuple[Tensor, Tensor]:
+    return generic.loss_and_grad(_problem(input, target, weight, options), grad_output)
+
+
+def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
+    p, margin, reduction, ignore_index, axis, check_target = options
+    problem = Problem(
+        xp, "torch", input, target, weight, p, margin, reduction, axis, check_target, ignore_index
+    )
+    return settle_targets(problem)
+
+
+# What the operators return in shape and type alone, for compilers and tensors without values.
+
+
+@torch.library.register_fake(_loss, lib=_library)
+def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    options, keep_mask = options[:-1], options[-1]
+    loss = input.new_empty(target.shape if options[2] == "none" else ())
+    if not keep_mask:
+        return loss, _no_mask(input)
+    return loss, _empty_mask(_engines[input.device.type], input, target, options)
+
+
+@torch.library.register_fake(_gradient, lib=_library)
+def _fake_gradient(grad_output: Any, input: Any, *_: Any) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake(_loss_and_grad, lib=_library)
+def _fake_loss_and_grad(
+    input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
+) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return _fake_loss(input, target, weight, *options, False)[0], torch.empty_like(input)
+
+
+# --------------------------------------------------------------------------------------------------
+# Derivatives. These are the operators' Autograd kernels rather than what register_autograd makes:
+# those cost 20 microseconds a call and don't work within torch.func.
+
+
+def _autograd_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
+    options, keep_mask = options[:-1], options[-1]
+    if _formula_must_follow(weight):
+        return _formula_loss(input, target, weight, options), _no_mask(input)
+    if is_grad_enabled() and input.requires_grad:
+        with single_level():
+            return _Loss.apply(input, target, weight, options, keep_mask, None)  # type: ignore[no-any-return]
+    with below_autograd():
+        return _loss(input, target, weight, *options, keep_mask)  # type: ignore[no-any-return]
+
+
+def _autograd_gradient(
+    grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, *options: Any
+) -> Tensor:
+    if _formula_must_follow(weight):
+        return _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
+    arguments = grad_output, input, target, weight, mask
+    if is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
+        with single_level():
+            return _Gradient.apply(*arguments, options)  # type: ignore[no-any-return]
+    with below_autograd():
+        return _gradient(*arguments, *options)  # type: ignore[no-any-return]
+
+
+def _autograd_loss_and_grad(
+    input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
+) -> tuple[Tensor, Tensor]:
+    if _formula_must_follow(weight):
+        return _formula_loss_and_grad(input, target, weight, grad_output, options)
+    followed = input.requires_grad or (grad_output is not None and grad_output.requires_grad)
+    if is_grad_enabled() and followed:
+        loss, _ = _loss(input, target, weight, *options, False)
+        upstream = torch.ones_like(loss) if grad_output is None else grad_output
+        return loss, _gradient(upstream, input, target, weight, None, *options)
+    with below_autograd():
+        return _loss_and_grad(input, target, weight, grad_output, *options)  # type: ignore[no-any-return]
+
+
+def _formula_must_follow(weight: Tensor | None) -> bool:
+    followed = weight is not None and weight.requires_grad and is_grad_enabled()
+    return followed or state.differentiates_forward()
+
+
+_library.impl(_NAMES[0], _autograd_loss, "Autograd")
+_library.impl(_NAMES[1], _autograd_gradient, "Autograd")
+_library.impl(_NAMES[2], _autograd_loss_and_grad, "Autograd")
+
+
+class _Loss(state.SingleLevelFunction):
+    """The loss; for p = 1 it keeps a mask, from which the gradient follows without the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: Options,
+        keep_mask: bool,
+        engine: Engine | None,
+    ) -> Any:
+        if engine is not None:
+            made = engine.loss(input, target, weight, options, keep_mask)
+            if made is None:
+                return None
+        else:
+            with torch.enable_grad(), below_autograd():  # outer levels of torch.func go on deriving
+                made = _loss(input, target, weight, *options, keep_mask)
+        loss, mask = made
+        ctx.save_for_backward(input, target, weight, mask)
+        ctx.kinds = input.device, input.dtype, input.shape, target.dtype, target.shape
+        ctx.options, ctx.engine = options, engine
+        ctx.set_materialize_grads(False)
+        return loss if engine is not None else made
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        if grad_output is None:
+            return (None,) * 6
+        return _backward(ctx, grad_output), None, None, None, None, None
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
+    """Return the gradient for the scores, from whatever autograd hands back."""
+    input, target, weight, mask = ctx.saved_tensors
+    device, dtype, shape, target_dtype, target_shape = ctx.kinds
+    input = _as_saved("input", input, device, dtype, shape)
+    target = _as_saved("target", target, device, target_dtype, target_shape)
+    arguments = grad_output, input, target, weight, mask
+    p, margin, reduction, ignore_index, axis, _ = ctx.options
+    options = p, margin, reduction, ignore_index, axis % input.ndim, "nan"  # the loss has looked
+    if state.is_mapped(grad_output):
+        return _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
+    if ctx.engine is not None and ordinary() and not is_grad_enabled():
+        if all(tensor is None or readable(tensor) for tensor in arguments):
+            grad = ctx.engine.grad(*arguments, options)
+            if grad is not None:
+                return grad
+    return _gradient(*arguments, *options)  # type: ignore[no-any-return]
+
+
+def _as_saved(
+    name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, shape: torch.Size
+) -> Tensor:
+    """Return what a hook or an assignment to ``.data`` gave back, in the dtype it had."""
+    if tensor.shape != shape:
+        raise RuntimeError(
+            f"{name} had shape {tuple(shape)} when the loss was computed, but comes back for the "
+            f"backward pass with shape {tuple(tensor.shape)} (saved_tensors_hooks, or .data was "
+            f"assigned)"
+        )
+    if tensor.dtype is not dtype or tensor.device != device:
+        tensor = tensor.to(device, dtype)
+    return tensor
+
+
+class _Gradient(state.SingleLevelFunction):
+    """The gradient for the scores; its own derivatives are those of the formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        ctx.save_for_backward(grad_output, input, target, weight)
+        ctx.options = options
+        with torch.enable_grad(), below_autograd():
+            return _gradient(grad_output, input, target, weight, mask, *options)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> Any:
+        saved, options = ctx.saved_tensors, ctx.options
+        of_upstream, of_input, *_ = ctx.needs_input_grad
+        return (
+            _for_upstream(tangent, *saved, options) if of_upstream else None,
+            _for_input(tangent, *saved, options) if of_input and options[0] != 1 else None,
+            *(None,) * 4,
+        )
+
+
+def _for_upstream(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Return the gradient of ``sum(tangent * gradient)`` for ``grad_output``."""
+    unit = _gradient(torch.ones_like(grad_output), input, target, weight, None, *options)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    products = tangent.to(wide) * unit.to(wide)
+    total = products.sum(options[4]) if options[2] == "none" else products.sum()
+    return total.to(grad_output.dtype)
+
+
+def _for_input(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Return the gradient of ``sum(tangent * gradient)`` for ``input``: the Hessian times tangent.
+
+    With ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0`` it is
+    ``c_j * (tangent_j - tangent_y)``, and for the target minus the sum of the others.
+    """
+    p, margin, reduction, ignore_index, axis, _ = options
+    wide = torch.promote_types(input.dtype, torch.float32)
+    x, v = (t.movedim(axis, -1).to(wide) for t in (input, tangent))
+    n_classes = x.shape[-1]
+    y = target.to(torch.int64).unsqueeze(-1)  # what is too large turns negative
+    in_range = (y >= 0) & (y < n_classes)
+    ignores = ignore_index is not None and (ignore_index >= 0 or target.dtype.is_signed)
+    kept = y != ignore_index if ignores else y == y
+    y = torch.where(in_range, y, 0)
+    z = (x - x.gather(-1, y)) + margin
+    own = torch.arange(n_classes, device=x.device) == y
+    active = (z > 0) & ~own
+    curvature = torch.where(active, p * (p - 1) * torch.where(active, z, 1) ** (p - 2), 0)
+    scale = grad_output.to(wide) / n_classes
+    if reduction == "none":
+        scale = scale.unsqueeze(-1)
+    elif reduction == "mean":
+        scale = scale / kept.sum()
+    if weight is not None:
+        scale = scale * weight.to(wide)[y]
+    others = curvature * (v - v.gather(-1, y)) * scale
+    result = torch.where(own, -others.sum(-1, keepdim=True), others)
+    has_value = in_range & ~z.isnan().any(-1, keepdim=True)
+    result = torch.where(kept, torch.where(has_value, result, torch.nan), 0)
+    return result.to(input.dtype).movedim(-1, axis)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.func.vmap: the mapped axis becomes the first of the batch's, each sample's loss is computed,
+# and the reduction is done here. Where the weight is mapped, the calls are made one after another.
+
+
+def _map_loss(
+    info: Any, in_dims: Any, input: Any, target: Any, weight: Any, *options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    options = options[:-1]
+    if _one_by_one(target, in_dims[2], options):
+        calls = _split(info, in_dims, (input, target, weight))
+        losses = torch.stack([_loss(*call, *options, False)[0] for call in calls])
+        return (losses, _no_mask(input)), (0, None)
+    x, y = _first(info, in_dims[0], input), _first(info, in_dims[1], target)
+    if x.itemsize == 2 and options[2] != "none":
+        x = x.float()
+    losses, _ = _loss(x, y, weight, *_per_sample(options), False)
+    if options[2] != "none":
+        losses = losses.reshape(info.batch_size, -1).sum(1, dtype=torch.float64)
+        if options[2] == "mean":
+            losses = losses / _count(y, options[3])
+    return (losses.to(input.dtype), _no_mask(input)), (0, None)
+
+
+def _map_gradient(
+    info: Any,
+    in_dims: Any,
+    grad_output: Any,
+    input: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,  # noqa: ARG001
+    *options: Any,
+) -> tuple[Tensor, int]:
+    if _one_by_one(target, in_dims[3], options):
+        calls = _split(info, in_dims, (grad_output, input, target, weight))
+        return torch.stack([_gradient(*call, None, *options) for call in calls]), 0
+    x, y = _first(info, in_dims[1], input), _first(info, in_dims[2], target)
+    upstream = _first(info, in_dims[0], grad_output)
+    if options[2] != "none":
+        upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
+        if options[2] == "mean":
+            upstream = upstream / _count(y, options[3])
+        upstream = upstream.reshape(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
+    return _gradient(upstream, x, y, weight, None, *_per_sample(options)), 0
+
+
+def _map_loss_and_grad(
+    info: Any, in_dims: Any, input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    (losses, _), _ = _map_loss(info, in_dims, input, target, weight, *options, False)
+    upstream, at = (
+        (grad_output, in_dims[3]) if grad_output is not None else (torch.ones_like(losses), 0)
+    )
+    grad, _ = _map_gradient(
+        info, (at, *in_dims[:3], None), upstream, input, target, weight, None, *options
+    )
+    return (losses, grad), (0, 0)
+
+
+for _operator, _rule in (
+    (_loss, _map_loss),
+    (_gradient, _map_gradient),
+    (_loss_and_grad, _map_loss_and_grad),
+):
+    torch.library.register_vmap(_operator, _rule, lib=_library)
+
+
+def _one_by_one(target: Tensor, weight_dim: int | None, options: Options) -> bool:
+    """Tell whether a weight is mapped, or labels can't be compared with ``ignore_index``."""
+    wide = not target.dtype.is_signed and target.itemsize > 1
+    return weight_dim is not None or (wide and options[3] is not None)
+
+
+def _split(info: Any, in_dims: Any, tensors: Any) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield the arguments of each of the mapped calls."""
+    for i in range(info.batch_size):
+        yield tuple(
+            tensor if tensor is None or dim is None else tensor.select(dim, i)
+            for dim, tensor in zip(in_dims, tensors, strict=False)
+        )
+
+
+def _first(info: Any, dim: int | None, tensor: Tensor) -> Tensor:
+    """Bring the mapped axis to the front, where need be by repeating without a copy."""
+    if dim is None:
+        return tensor.expand(info.batch_size, *tensor.shape)
+    return tensor.movedim(dim, 0)
+
+
+def _per_sample(options: Options) -> Options:
+    """Return the options for one more batch axis in front, without reduction."""
+    p, margin, _, ignore_index, axis, check_target = options
+    return p, margin, "none", ignore_index, axis + 1, check_target
+
+
+def _count(target: Tensor, ignore_index: int | None) -> Any:
+    """Count the samples of each mean."""
+    rows = target.reshape(target.shape[0], -1)
+    return rows.shape[1] if ignore_index is None else (rows != ignore_index).sum(1)

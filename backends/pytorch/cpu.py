@@ -1,0 +1,99 @@
+"""PyTorch on the CPU: the C++ kernels, which read tensors through DLPack's C exchange API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, empty_like, get_num_threads
+
+from mml_arrayapi.backends import cpu
+from mml_arrayapi.backends.pytorch.autograd import Engine, make_kernel
+from mml_arrayapi.backends.pytorch.state import PLAIN
+from mml_arrayapi.kernel import Options, Problem
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_DIMS = 16
+
+native = cpu.native
+_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10
+if native is not None:
+    native.accept(PLAIN, _exchange or torch.utils.dlpack.to_dlpack)
+
+
+def refuses(problem: Problem) -> str | None:
+    """Tell why the kernel can't run a problem, or None."""
+    if native is None:
+        return cpu.reason()
+    if problem.input.dtype not in DTYPES:
+        return f"input has dtype {problem.input.dtype}, not float16, bfloat16, float32 or float64"
+    if problem.input.ndim > MAX_DIMS:
+        return f"input has {problem.input.ndim} axes, the kernel takes {MAX_DIMS}"
+    return None
+
+
+def loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, keep_mask: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Compute the loss; see :class:`Engine`."""
+    mask = _new_mask(input, options) if keep_mask else None
+    bits = None if mask is None else mask[:-1]
+    out = None if _exchange else _new_loss(input, target, options)
+    value = native.loss(input, target, weight, options, out, bits, get_num_threads)
+    return None if value is None else (value, mask)
+
+
+def grad(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> Tensor | None:
+    """Compute the gradient; see :class:`Engine`."""
+    into = empty_like(input, requires_grad=False)
+    bits = None
+    if mask is not None and mask.numel() and mask[-1]:
+        bits = mask[:-1]
+    return native.grad(  # type: ignore[no-any-return]
+        input, target, weight, options, into, grad_output, bits, get_num_threads
+    )
+
+
+def loss_and_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_output: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor] | None:
+    """Compute both in one pass over the scores; see :class:`Engine`."""
+    into = empty_like(input, requires_grad=False)
+    out = None if _exchange else _new_loss(input, target, options)
+    value = native.loss_and_grad(
+        input, target, weight, options, into, grad_output, out, get_num_threads
+    )
+    return None if value is None else (value, into)
+
+
+def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:  # noqa: ARG001
+    """Return the mask's shape: a bit per score, and at the end 1 where they have been written."""
+    return (rows * ((n_classes + 7) // 8) + 1,)
+
+
+def _new_mask(input: Tensor, options: Options) -> Tensor | None:
+    """Make room for the mask, where keeping it takes less time than to read the scores again."""
+    size = native.bits_size(input, options)
+    if not size:
+        return None
+    mask = input.new_empty(size + 1, dtype=torch.uint8)
+    mask[-1] = 1
+    return mask
+
+
+def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
+    return input.new_empty(target.shape if options[2] == "none" else (), requires_grad=False)
+
+
+KERNEL = make_kernel("torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape))

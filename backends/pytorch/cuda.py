@@ -1,0 +1,226 @@
+"""PyTorch on CUDA: the kernels of ``backends/cuda/margin_loss.cu`` on the tensors' own memory."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mml_arrayapi.backends.cuda import plan
+from mml_arrayapi.backends.pytorch import state
+from mml_arrayapi.backends.pytorch.autograd import Engine, make_kernel
+from mml_arrayapi.kernel import Options, Problem
+from mml_arrayapi.validation import raise_invalid_target
+
+try:
+    from mml_arrayapi.backends.cuda import driver
+
+    MISSING = None
+except ImportError as error:  # the kernels must load without it: torch.compile traces past them
+    driver, MISSING = None, f"cannot be imported: {error}"
+
+DEVICE = "cuda"
+SCALARS = {getattr(torch, name): scalar for name, scalar in plan.SCALARS.items()}
+KINDS = {
+    getattr(torch, name): getattr(torch, name).itemsize * (1 if name.startswith("int") else -1)
+    for name in plan.INTEGERS
+}
+NUMBERS = (int, float)
+REDUCTIONS = ("none", "mean", "sum")
+CHECKS = ("auto", "nan", "raise")
+
+
+def refuses(problem: Problem) -> str | None:
+    """Tell why the kernel can't run a problem, or None."""
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, the kernels are for CUDA"
+    x = problem.input
+    reason = MISSING or plan.refusal(problem)
+    if reason or not state.ordinary() or type(x) not in state.PLAIN:
+        return reason  # the sizes of tensors without values say nothing about real ones
+    return _trouble(x, problem.target, problem.p, problem.axis)
+
+
+def _trouble(input: Tensor, target: Tensor, p: float, axis: int) -> str | None:
+    trouble: str | None = driver.trouble(
+        input.device.index, SCALARS[input.dtype], p, target.numel(), input.shape[axis]
+    )
+    return trouble
+
+
+def loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, keep_mask: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Compute the loss; see :class:`Engine`."""
+    if not _served(input, target, weight, options):
+        return None
+    out = _new_loss(input, target, options)
+    arrays = {"input": input, "target": target, "weight": weight, "loss": out}
+    if keep_mask:
+        shape = mask_shape(input.dtype, target.numel(), input.shape[-1])
+        arrays["mask"] = input.new_empty(shape, dtype=torch.uint8)
+    _launch("loss_mask" if keep_mask else "loss", arrays, options)
+    return out, arrays.get("mask")
+
+
+def grad(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> Tensor | None:
+    """Compute the gradient; see :class:`Engine`."""
+    if not _served(input, target, weight, options) or not _fits(grad_output, target, options):
+        return None
+    into = input.new_empty(input.shape, requires_grad=False)
+    arrays = {
+        "input": input, "target": target, "weight": weight, "upstream": grad_output, "grad": into,
+    }  # fmt: skip
+    if mask is None or not mask.numel():
+        _launch("grad", arrays, options)
+    elif mask.shape != mask_shape(input.dtype, target.numel(), input.shape[-1]):
+        return None
+    else:
+        _launch("grad_mask", {**arrays, "mask": mask}, options)
+    return into
+
+
+def loss_and_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_output: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor] | None:
+    """Compute both in one pass over the scores; see :class:`Engine`."""
+    if not _served(input, target, weight, options) or not (
+        grad_output is None or _fits(grad_output, target, options)
+    ):
+        return None
+    out = _new_loss(input, target, options)
+    into = input.new_empty(input.shape, requires_grad=False)
+    arrays = {
+        "input": input, "target": target, "weight": weight, "upstream": grad_output,
+        "loss": out, "grad": into,
+    }  # fmt: skip
+    _launch("loss_grad", arrays, options)
+    return out, into
+
+
+def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:
+    """Return the mask's shape: the bytes of each row."""
+    return rows, plan.mask_bytes(SCALARS[dtype], n_classes)
+
+
+def _served(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> bool:
+    """Tell whether a call is plainly right: nobody may have checked its arguments."""
+    p, margin, reduction, ignore_index, axis, check_target = options
+    n_classes = input.shape[-1] if input.ndim else 0
+    return (
+        MISSING is None
+        and input.dtype in SCALARS
+        and target.dtype in KINDS
+        and target.device == input.device
+        and target.shape == input.shape[:-1]
+        and 0 < n_classes <= plan.MAX_CLASSES
+        and type(axis) is int
+        and axis in (-1, input.ndim - 1)
+        and type(p) in NUMBERS
+        and 1 <= p < float("inf")
+        and type(margin) in NUMBERS
+        and abs(margin) < float("inf")
+        and type(reduction) is str
+        and reduction in REDUCTIONS
+        and (ignore_index is None or type(ignore_index) is int)
+        and type(check_target) is str
+        and check_target in CHECKS
+        and (weight is None or _is_weight(weight, input, n_classes))
+        and _trouble(input, target, p, axis) is None
+    )
+
+
+def _is_weight(weight: Tensor, input: Tensor, n_classes: int) -> bool:
+    return (
+        weight.dtype in SCALARS and weight.shape == (n_classes,) and weight.device == input.device
+    )
+
+
+def _fits(grad_output: Tensor, target: Tensor, options: Options) -> bool:
+    """Tell whether a gradient is one for the loss."""
+    return (
+        grad_output.dtype in SCALARS
+        and grad_output.device == target.device
+        and grad_output.shape == (target.shape if options[2] == "none" else ())
+    )
+
+
+def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
+    return input.new_empty(target.shape if options[2] == "none" else (), requires_grad=False)
+
+
+def _launch(operation: str, arrays: dict[str, Any], options: Options) -> None:
+    """Launch an operation on the device's current stream."""
+    input, target, weight = arrays["input"], arrays["target"], arrays["weight"]
+    upstream = arrays.get("upstream")
+    p, margin, reduction, ignore_index, _, check_target = options
+    rows, classes = target.numel(), input.shape[-1]
+    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if input.ndim != 2 or (classes > 1 and input.stride(1) != 1):
+        input = input.reshape(rows, classes).contiguous()
+    if target.ndim != 1:
+        target = target.reshape(-1)
+    if weight is not None:
+        weight = _readable(weight, input.dtype, real).contiguous()
+    if upstream is not None:
+        upstream = _readable(upstream, input.dtype, real).reshape(-1)
+    index = input.device.index
+    call = plan.Call(
+        SCALARS[input.dtype],
+        rows,
+        classes,
+        input.stride(0) if rows > 1 else classes,
+        target.stride(0),
+        KINDS[target.dtype],
+        weight is not None and weight.dtype == real,
+        0 if upstream is None or reduction != "none" else upstream.stride(0),
+        upstream is not None and upstream.dtype == real,
+        input.data_ptr() % 16 == 0,
+        p,
+        margin,
+        reduction,
+        ignore_index,
+        _multiprocessors(index),
+    )
+    made = plan.make_plan(call, operation)
+    arrays |= {"scores": input, "target": target, "weight": weight, "upstream": upstream}
+    if made.scratch:
+        arrays["scratch"] = input.new_empty(made.scratch, dtype=torch.float64)
+    strict = check_target == "raise" and operation.startswith("loss")
+    if strict:
+        arrays["flag"] = input.new_full((), plan.FAR, dtype=torch.int64)
+    addresses = (arrays.get(name) for name in plan.ADDRESSES)
+    _run(made, tuple(0 if a is None else a.data_ptr() for a in addresses), index)
+    if strict and arrays["flag"].item() != plan.FAR:
+        raise_invalid_target(state.on_host(arrays["target"]), classes)
+
+
+def _readable(tensor: Tensor, dtype: torch.dtype, real: torch.dtype) -> Tensor:
+    """Convert to the computing precision, unless it has that, or the scores' own."""
+    return tensor if tensor.dtype in (dtype, real) else tensor.to(real)
+
+
+def _run(made: plan.Plan, addresses: tuple[int, ...], index: int) -> None:
+    driver.launch(made, addresses, index, state.current_stream(index))
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    number: int = driver.multiprocessors(index)
+    return number
+
+
+KERNEL = make_kernel("torch-cuda", Engine(DEVICE, refuses, loss, grad, loss_and_grad, mask_shape))

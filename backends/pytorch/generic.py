@@ -1,0 +1,161 @@
+"""PyTorch: how the generic formula is run on its tensors, and its derivatives for autograd."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+
+from mml_arrayapi import formula
+from mml_arrayapi.backends.pytorch import state
+from mml_arrayapi.backends.pytorch.state import arange
+from mml_arrayapi.kernel import Problem
+from mml_arrayapi.libraries import widest
+
+Tensor = torch.Tensor
+WIDE = (torch.int64, torch.float64)
+
+
+def widest_of(tensor: Tensor) -> tuple[Any, Any]:
+    """Return the widest integer and real dtype of the tensor's device."""
+    kind = tensor.device.type
+    return WIDE if kind in ("cpu", "cuda", "meta") else _widest_on(kind)
+
+
+@cache
+def _widest_on(kind: str) -> tuple[Any, Any]:
+    return widest(xp, torch.empty(0, device=kind))
+
+
+def take(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Return the elements at ``index`` along an axis."""
+    return torch.take_along_dim(x, index, axis)
+
+
+def put(x: Tensor, index: Tensor, values: Tensor, axis: int) -> Tensor:
+    """Return ``x`` with ``values`` at ``index`` along an axis."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not state.is_transformed():
+        return x.scatter_(axis, index, values)
+    # Compilers fuse this with its neighbours, vmap has no rule for scatter_(), and on a GPU that
+    # is not deterministic.
+    return torch.where(_mask(x.shape[axis], index, axis), values, x)
+
+
+def _mask(n_classes: int, index: Tensor, axis: int) -> Tensor:
+    classes = arange(n_classes, index.dtype, index)
+    return index == classes.reshape([n_classes if i == axis else 1 for i in range(index.ndim)])
+
+
+def relu(x: Tensor, zero: Tensor) -> Tensor:  # noqa: ARG001
+    """Return the larger of ``x`` and 0."""
+    return torch.relu_(x)
+
+
+class _Call:
+    """A problem without its tensors: PyTorch looks into tuples for tensors, not into this."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem._replace(input=None, target=None, weight=None)
+
+    def on(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Problem:
+        return self.problem._replace(input=input, target=target, weight=weight)
+
+
+class _Compiled(torch.autograd.Function):
+    """The loss with the formula's own gradient; every derivative of that is PyTorch's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, weight: Tensor | None, call: _Call) -> Tensor:  # type: ignore[override]
+        return formula.loss(call.on(input, target, weight))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        problem = ctx.call.on(*ctx.saved_tensors)
+        grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            grad = formula.loss_and_grad(problem, grad_output)[1]
+        if ctx.needs_input_grad[2]:
+            weight_grad = _weight_grad(problem, grad_output)
+        return grad, None, weight_grad, None
+
+
+class _Loss(_Compiled):
+    """The same with a forward-mode derivative, which torch.compile can't trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, input: Any, target: Any, weight: Any, call: Any) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        problem = ctx.call.on(*ctx.saved_tensors)
+        result = torch.zeros((), dtype=problem.input.dtype, device=problem.input.device)
+        if input is not None:
+            result = result + _tangent(problem, input)
+        if weight is not None:  # the loss is linear in the weights
+            result = result + formula.loss(problem._replace(weight=weight))
+        return result
+
+
+def _tangent(problem: Problem, tangent: Tensor) -> Tensor:
+    """Multiply the gradient with a tangent, in the computing precision."""
+    dtype, axis = problem.input.dtype, problem.axis
+    if dtype not in WIDE[1:]:
+        problem = problem._replace(input=problem.input.to(torch.float32))
+    product = formula.loss_and_grad(problem, None)[1] * tangent
+    return (product.sum(axis) if problem.reduction == "none" else product.sum()).to(dtype)
+
+
+def _weight_grad(problem: Problem, grad_output: Tensor) -> Tensor:
+    """Return the gradient for the weights: each class's losses without its weight, added."""
+    axis, n_classes = problem.axis, problem.input.shape[problem.axis]
+    losses = formula.losses(problem._replace(weight=None)).unsqueeze(axis)
+    losses = losses * formula.upstream(problem, grad_output)
+    index = problem.target.to(torch.int64).unsqueeze(axis)
+    known = (index >= 0) & (index < n_classes)
+    index, losses = torch.where(known, index, 0), torch.where(known, losses, 0)
+    shares = torch.where(_mask(n_classes, index, axis), losses, 0)
+    batch = [i for i in range(shares.ndim) if i != axis]
+    return (shares.sum(batch) if batch else shares).to(problem.weight.dtype)  # type: ignore[union-attr]
+
+
+def _followed(problem: Problem) -> bool:
+    """Tell whether anything may be differentiated."""
+    return (
+        problem.input.requires_grad
+        or (problem.weight is not None and problem.weight.requires_grad)
+        or state.is_transformed()
+    )
+
+
+def loss(problem: Problem) -> Tensor:
+    """Compute the loss, followed by autograd and every transform of PyTorch."""
+    if _followed(problem):
+        function = _Compiled if torch.compiler.is_compiling() else _Loss
+        tensors = problem.input, problem.target, problem.weight
+        return function.apply(*tensors, _Call(problem))  # type: ignore[no-any-return]
+    return formula.loss(problem)
+
+
+def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the loss and its gradient; where autograd follows, both can be differentiated."""
+    if _followed(problem):
+        return loss(problem), formula.loss_and_grad(problem, grad_output)[1]
+    return formula.loss_and_grad(problem, grad_output)
+
+
+ROW: dict[str, Any] = {
+    "widest": widest_of,
+    "take": take,
+    "put": put,
+    "relu": relu,
+    "runs": True,
+    "loss": loss,
+    "loss_and_grad": loss_and_grad,
+}

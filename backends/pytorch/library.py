@@ -1,0 +1,30 @@
+"""PyTorch's row in the table of libraries; importing it loads the kernels for tensors.
+
+``torch.compile`` follows no lock, no ``importlib`` and no failing import, and can't keep a record
+of functions that is made within a trace; but it runs an import statement as it is. So the first
+call of a process may be a compiled one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import array_api_compat.torch as xp
+import torch
+
+from mml_arrayapi import overrides, registry
+from mml_arrayapi.backends.pytorch import generic, state
+from mml_arrayapi.libraries import plain
+
+LIBRARY = replace(
+    plain("torch", xp, state.value_access),
+    on_host=state.on_host,
+    unusable=state.unsupported_layout,
+    **generic.ROW,
+    cast=state.under_autocast,
+)
+
+registry.load("torch")
+# It can't read a ContextVar either. The result may be taken as a constant: the caller reads
+# overrides.open_names first, which compiled code is checked against.
+torch.compiler.assume_constant_result(overrides.in_context)

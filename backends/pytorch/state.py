@@ -1,0 +1,194 @@
+"""What PyTorch is doing, and what a tensor is: every private name of PyTorch that we use.
+
+Each name has a test in ``tests/backends/pytorch/test_state.py`` that fails when PyTorch removes it
+or gives it another meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C import _functorch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn import _reduction as _Reduction
+from torch.utils._device import DeviceContext
+
+from mml_arrayapi.libraries import DEVICE, HOST, TRACED
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # of exactly these types; what holds memory of its own
+_RECORDED = (*PLAIN, FakeTensor, FunctionalTensor)  # what compilers trace with
+
+# A call of a name with dots costs half as much again as one without: of 3 microseconds.
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+is_grad_enabled = torch.is_grad_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_tracing = torch._C._is_tracing
+
+#: Within it, a :class:`SingleLevelFunction` derives one level of torch.func, as an operator's
+#: Autograd kernel is asked to do.
+single_level: Callable[[], AbstractContextManager[None]] = enable_single_level_autograd_function
+#: Within it, operators go to their implementations past autograd.
+below_autograd: Callable[[], AbstractContextManager[None]] = torch._C._AutoDispatchBelowAutograd
+
+
+class SingleLevelFunction(torch.autograd.Function):
+    """A Function whose ``apply`` knows nothing of torch.func, which saves 2 microseconds."""
+
+    apply = torch._C._FunctionBase.__dict__["apply"]
+
+
+def ordinary() -> bool:
+    """Tell whether operations simply run: no compiler, transform or mode looks on."""
+    return not (
+        is_dynamo_compiling()
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or (_function_modes() and not _only_device_contexts())
+        or _is_tracing()
+    )
+
+
+def _only_device_contexts() -> bool:
+    """Tell whether all function modes are those of ``torch.device(...)``, which set a default."""
+    modes = map(torch._C._get_function_stack_at, range(_function_modes()))
+    return all(type(mode) is DeviceContext for mode in modes)
+
+
+def differentiates_forward() -> bool:
+    """Tell whether forward-mode differentiation is active."""
+    return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Tell whether torch.func or forward-mode differentiation is at work."""
+    return bool(_functorch_active()) or differentiates_forward()
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor's address and strides say all about its values.
+
+    They don't for views that negate, for zeros that have no memory (autograd makes both), for
+    storage that was freed or shrunk, and for subclasses.
+    """
+    return (
+        type(tensor) in PLAIN
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        and not _functorch.is_legacy_batchedtensor(tensor)
+        and (
+            tensor.untyped_storage().nbytes()
+            >= (tensor.storage_offset() + _extent(tensor)) * tensor.itemsize
+        )
+    )
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Return how many elements of its storage a tensor spans."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def why_not_kernel(name: str, tensor: torch.Tensor, device: str) -> str | None:
+    """Tell why a fused kernel for a type of device can't take a tensor, or None."""
+    if type(tensor) not in _RECORDED:
+        return f"{name} is a {type(tensor).__name__}, a subclass of torch.Tensor"
+    if tensor.device.type != device:
+        return f"{name} is on {tensor.device}, not on a {device.upper()} device"
+    if tensor.layout is not torch.strided:
+        return f"{name} is a tensor of layout {tensor.layout}"
+    return None
+
+
+def why_generic() -> str | None:
+    """Tell what is active that only the generic implementation can follow, or None."""
+    if is_dynamo_compiling():
+        return None
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active, which the generic implementation follows"
+    if _is_tracing():
+        return "torch.jit.trace is active, which records the generic implementation"
+    return None
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor stands for many: ``torch.autograd.grad(is_grads_batched=True)``."""
+    return not is_dynamo_compiling() and bool(_functorch.is_legacy_batchedtensor(tensor))
+
+
+def value_access(tensor: torch.Tensor) -> str:
+    """Tell whether a tensor's values can be read: "host", "device" or "traced"."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return TRACED
+    tensor = _within_grad(tensor)
+    if tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+        return TRACED
+    if _functorch.is_functorch_wrapped_tensor(tensor):  # torch.func.vmap
+        return TRACED
+    return HOST if tensor.device.type == "cpu" else DEVICE
+
+
+def under_autocast(input: torch.Tensor) -> torch.Tensor:
+    """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
+    if input.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        return input.float()
+    return input
+
+
+def unsupported_layout(tensor: torch.Tensor) -> str | None:
+    """Tell what a tensor is that isn't dense; PyTorch has few operations for those."""
+    layout = tensor.layout
+    return None if layout is torch.strided else f"a tensor of layout {layout}"
+
+
+def on_host(tensor: torch.Tensor) -> np.ndarray:
+    """Return the values as a NumPy array: PyTorch can't compare its wide unsigned integers."""
+    # Within torch.func.grad and the like, what an operation returns has no values to read.
+    with torch._C._DisableFuncTorch():
+        values: np.ndarray = _within_grad(tensor).detach().cpu().numpy()
+    return values
+
+
+def arange(n: int, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Return 0 to n - 1, a fake tensor beside a fake tensor."""
+    if isinstance(like, FakeTensor):
+        with like.fake_mode:
+            return torch.arange(n, dtype=dtype, device=like.device)
+    return torch.arange(n, dtype=dtype, device=like.device)
+
+
+def _within_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that torch.func.grad and jvp have wrapped to track derivatives."""
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def current_stream(device: int) -> int:
+    """Return the handle of a CUDA device's current stream."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Return the reduction that PyTorch's deprecated arguments ask for, with its own warning."""
+    if size_average is None and reduce is None:
+        if reduction == "elementwise_mean":
+            _Reduction.get_enum(reduction)  # warns
+            return "mean"
+        return reduction
+    name: str = _Reduction.legacy_get_string(size_average, reduce)
+    return name

@@ -1,0 +1,106 @@
+"""A scorer for scikit-learn: the loss of an estimator's ``decision_function``.
+
+Importing this module imports scikit-learn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils.metadata_routing import UNUSED
+
+from mml_arrayapi.accumulator import LossAccumulator
+
+Array = Any
+
+
+class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """The negative multi-class hinge loss of an estimator, as ``scoring=`` takes it.
+
+    Parameters
+    ----------
+    p : float, default 1
+        The exponent, a finite real number >= 1.
+    margin : float, default 1.0
+        Any finite real number.
+    weight : array, shape (C,), real floating, optional
+        One factor per class, in the order of the estimator's ``classes_``.
+
+    Notes
+    -----
+    Greater is better, as for every scorer, so the score is minus the mean loss. Labels of any type
+    are taken for their position in ``classes_``: a fold that lacks a class is scored correctly. For
+    two classes, the ``decision_function`` of scikit-learn has one column; the first class then has
+    the score 0, and the loss is half of the ordinary hinge loss (the sum is divided by C = 2).
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn.model_selection import cross_val_score
+    >>> from sklearn.svm import LinearSVC
+    >>> from mml_arrayapi.sklearn import MultiMarginScorer
+    >>> X, y = load_iris(return_X_y=True)
+    >>> scores = cross_val_score(LinearSVC(), X, y, scoring=MultiMarginScorer())
+    >>> scores.shape, bool((scores <= 0).all())
+    ((5,), True)
+    """
+
+    # Metadata routing takes every parameter of score but X and y for metadata.
+    __metadata_request__score = {"estimator": UNUSED}  # noqa: RUF012 (scikit-learn reads it)
+
+    def __init__(self, *, p: float = 1, margin: float = 1.0, weight: Array | None = None) -> None:
+        self.p, self.margin, self.weight = p, margin, weight
+
+    def score(self, estimator: Any, X: Any, y: Any, sample_weight: Array | None = None) -> float:
+        """Return minus the mean loss of an estimator's scores; so does calling the scorer.
+
+        Parameters
+        ----------
+        estimator : estimator
+            A fitted classifier with ``decision_function`` and ``classes_``.
+        X : array-like, shape (N, features)
+            The samples.
+        y : array-like, shape (N,)
+            Their labels.
+        sample_weight : array-like, shape (N,), optional
+            A factor for each sample; the mean is divided by their sum. Under scikit-learn's
+            metadata routing, ask for it with ``set_score_request(sample_weight=True)``.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        ValueError
+            A label is none of ``classes_``, or there is not one score for each class.
+        """
+        scores = np.asarray(estimator.decision_function(X))
+        target = _encoded(np.asarray(y), estimator.classes_)
+        if scores.ndim == 1:
+            scores = np.stack([np.zeros_like(scores), scores], axis=1)
+        if scores.shape[1] != len(estimator.classes_):
+            raise ValueError(
+                f"decision_function must give one score for each of the {len(estimator.classes_)} "
+                f"classes, but gives {scores.shape[1]} (an SVC must have "
+                f"decision_function_shape='ovr')"
+            )
+        loss = LossAccumulator(p=self.p, margin=self.margin, weight=self.weight)
+        loss.update(scores, target, None if sample_weight is None else np.asarray(sample_weight))
+        return -loss.compute()
+
+    __call__ = score
+
+
+def _encoded(y: Array, classes: Array) -> Array:
+    """Return the positions of labels in ``classes``, which are sorted."""
+    place = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
+    strange = classes[place] != y
+    if strange.any():
+        raise ValueError(
+            f"y holds the label {y[strange][0]!r}, which is none of the estimator's classes: "
+            f"{', '.join(map(repr, classes.tolist()))}"
+        )
+    return place

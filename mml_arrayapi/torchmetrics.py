@@ -1,0 +1,136 @@
+"""A metric for torchmetrics: the loss of all samples, exact for any number of processes.
+
+Importing this module imports torchmetrics and PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import torch
+from torchmetrics import Metric
+
+from mml_arrayapi.accumulator import LossAccumulator
+
+Array = Any
+
+SIZE = 2048  # bytes of the state's JSON: two sums of at most 560 hexadecimal digits, ten counts
+
+
+class MultiMarginLoss(Metric):  # type: ignore[misc]  # its base is Any to the type checker
+    """The loss of a stream of batches as a ``torchmetrics.Metric``.
+
+    Parameters
+    ----------
+    p : float, default 1
+        The exponent, a finite real number >= 1.
+    margin : float, default 1.0
+        Any finite real number.
+    weight : array, shape (C,), real floating, optional
+        One factor per class.
+    ignore_index : int, optional
+        Samples with this target are left out.
+    reduction : {"mean", "sum"}
+        What :meth:`compute` returns.
+    **kwargs
+        Those of ``torchmetrics.Metric``, such as ``sync_on_compute``.
+
+    Notes
+    -----
+    The state is a :class:`mml_arrayapi.LossAccumulator`'s. Processes are synchronised by merging
+    their exact sums, so the result has the same bits for any number of processes and any cut into
+    batches.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mml_arrayapi.torchmetrics import MultiMarginLoss
+    >>> metric = MultiMarginLoss()
+    >>> metric.update(torch.tensor([[0.5, 0.0, -2.0]]), torch.tensor([0]))
+    >>> metric.update(torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), torch.tensor([0, 1]))
+    >>> metric.compute()
+    tensor(0.2778, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    totals: torch.Tensor
+
+    def __init__(
+        self,
+        p: float = 1,
+        margin: float = 1.0,
+        weight: Array | None = None,
+        ignore_index: int | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        # What the accumulator is, but for its sums; these are in the state.
+        self._empty = LossAccumulator(p=p, margin=margin, weight=weight, ignore_index=ignore_index)
+        self._empty.compute(reduction)  # raises for another reduction
+        self.reduction = reduction
+        self.add_state("totals", _to_tensor(self._empty), dist_reduce_fx=self._merged)
+
+    def update(
+        self, input: torch.Tensor, target: torch.Tensor, sample_weight: torch.Tensor | None = None
+    ) -> None:
+        r"""Add a batch.
+
+        Parameters
+        ----------
+        input : torch.Tensor, shape (\*batch, C), real floating
+            The scores.
+        target : torch.Tensor, shape (\*batch), any integer dtype
+            Each sample's class.
+        sample_weight : torch.Tensor, shape (\*batch), real, optional
+            A factor for each sample's loss, finite and not negative.
+        """
+        accumulator = self._from_tensor(self.totals)
+        accumulator.update(input.detach(), target, sample_weight)
+        self.totals = _to_tensor(accumulator).to(self.totals.device)
+
+    def compute(self) -> torch.Tensor:
+        """Return the loss of all samples so far, float64."""
+        loss = self._from_tensor(self.totals).compute(self.reduction)
+        return torch.tensor(loss, dtype=torch.float64, device=self.totals.device)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot values with matplotlib; see ``torchmetrics.Metric.plot``.
+
+        Parameters
+        ----------
+        val : tensor or sequence of tensors, optional
+            What :meth:`compute` or calling the metric returned; :meth:`compute` is called if left
+            out.
+        ax : matplotlib.axes.Axes, optional
+            Where to plot.
+
+        Returns
+        -------
+        figure, axes
+        """
+        return self._plot(val, ax)
+
+    def _merged(self, states: torch.Tensor) -> torch.Tensor:
+        """Merge the states of several processes, one per row."""
+        merged = self._from_tensor(states[0])
+        for state in states[1:]:
+            merged.merge(self._from_tensor(state))
+        return _to_tensor(merged).to(states.device)
+
+    def _from_tensor(self, totals: torch.Tensor) -> LossAccumulator:
+        text = bytes(totals.to("cpu", torch.uint8).tolist())
+        return LossAccumulator.from_state({**self._empty.state(), **json.loads(text)})
+
+
+def _to_tensor(accumulator: LossAccumulator) -> torch.Tensor:
+    """Return the sums of an accumulator as bytes of JSON, filled up with spaces."""
+    state = accumulator.state()
+    sums = {name: state[name] for name in ("sum", "sample_weights")}
+    text = json.dumps(sums).encode().ljust(SIZE)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).clone()

@@ -1,0 +1,238 @@
+"""What a task gets: chunks that travelled, masked ones, ignored samples, sums of large numbers."""
+
+import math
+import pickle
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+
+import mml_arrayapi as mml
+from mml_arrayapi.backends.dask import chunks
+from mml_arrayapi.validation import Options
+
+RNG = np.random.default_rng(0)
+N, C = 60, 33
+
+
+@pytest.fixture(autouse=True)
+def _synchronous():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def unaligned(array):
+    """The same values, one byte further on: what comes over TCP lies anywhere, and is read-only."""
+    memory = np.empty(array.nbytes + 1, np.uint8)[1:]
+    moved = memory.view(array.dtype).reshape(array.shape[::-1] if _is_f(array) else array.shape)
+    moved = moved.T if _is_f(array) else moved
+    moved[...] = array
+    moved.flags.writeable = False
+    assert not moved.flags.aligned
+    return moved
+
+
+def _is_f(array):
+    return array.flags.f_contiguous and not array.flags.c_contiguous
+
+
+LAYOUTS = {
+    "C": lambda x: x,
+    "Fortran": np.asfortranarray,
+    "every second row": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "every second class": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "part of the classes": lambda x: np.concatenate([x, x], axis=1)[:, : x.shape[1]],
+    "rows of Fortran": lambda x: np.asfortranarray(np.concatenate([x, x]))[: len(x)],
+    "backwards": lambda x: x[::-1, ::-1].copy()[::-1, ::-1],
+}
+
+
+def journey(array):
+    return {
+        "sent": pickle.loads(pickle.dumps(array, protocol=5)),
+        "sent unaligned": unaligned(pickle.loads(pickle.dumps(array, protocol=5))),
+    }
+
+
+def call(reduction="none", backend=None, **options):
+    made = Options(1.0, 1.0, reduction, None, 1, "raise")._replace(**options)
+    return chunks.Call(made, C, np.dtype("f4"), backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "f2"])
+def test_bits_and_kernel_do_not_depend_on_a_journey(layout, backend, dtype):
+    scores = LAYOUTS[layout](RNG.standard_normal((N, C)).astype(dtype))
+    target, weight = RNG.integers(0, C, N), RNG.random(C)
+    place = (slice(0, N), slice(0, C))
+    how = call(backend=backend)._replace(dtype=scores.dtype)
+    here = chunks.loss_and_grad_of_rows(scores, place, target, None, 1.0, weight, call=how)
+    kernel = chunks._run(scores, target, weight, how)[0].ran
+    for sent in journey(scores).values():
+        there = chunks.loss_and_grad_of_rows(
+            sent, place, unaligned(target), None, 1.0, unaligned(weight), call=how
+        )
+        for a, b in zip(here, there, strict=True):
+            assert a.tobytes() == b.tobytes()
+        assert chunks._run(sent, target, weight, how)[0].ran == kernel
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_parts_of_the_classes_do_not_depend_on_a_journey(layout, backend):
+    scores = LAYOUTS[layout](RNG.standard_normal((N, C)).astype(np.float32))
+    target = RNG.integers(0, 3 * C, N)
+    place = (slice(0, N), slice(C, 2 * C))
+    how = call(backend=backend)._replace(n_classes=3 * C)
+
+    def run(scores, target):
+        own = chunks.own_scores(scores, place, target, call=how)
+        part = chunks.part_of_rows(scores, place, target, [own, own * 0], call=how, slopes=True)
+        rows = chunks.rows_of_parts([part, part], target, None, call=how)
+        grad = chunks.grad_of_part(scores, place, target, [own], rows, None, 1.0, None, call=how)
+        return own, part.sums, part.slopes, rows.losses, grad
+
+    here = run(scores, target)
+    for sent in journey(scores).values():
+        for a, b in zip(here, run(sent, unaligned(target)), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_an_unaligned_chunk_keeps_the_kernel():
+    scores, target = RNG.standard_normal((N, C)).astype(np.float32), RNG.integers(0, C, N)
+    wanted = mml.explain(scores, target).kernel
+    for backend in (None, wanted):
+        rows, _ = chunks._run(unaligned(scores), target, None, call(backend=backend))
+        assert [report.kernel for report in rows.ran] == [wanted]
+
+
+def test_a_kernel_that_refuses_unaligned_arrays_gets_a_copy():
+    seen = []
+
+    def refuses(problem):
+        return None if problem.input.flags.aligned else "input is not aligned"
+
+    def loss(problem):
+        seen.append(problem.input)
+        return np.zeros(problem.target.shape, np.float32)
+
+    mml.register_kernel(mml.Kernel("choosy", "numpy", refuses, loss, loss, before="numpy-cpu"))
+    try:
+        scores, target = RNG.standard_normal((N, C)).astype(np.float32), RNG.integers(0, C, N)
+        moved = unaligned(scores)
+        rows, _ = chunks._run(moved, target, None, call(backend="choosy"))
+    finally:
+        mml.unregister_kernel("choosy")
+    assert seen[0].flags.aligned
+    assert seen[0].tobytes() == scores.tobytes()
+    assert rows.losses.shape == (N,)
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])
+@pytest.mark.parametrize("which", ["input", "target"])
+def test_masked_chunks_are_refused(backend, cut, which):
+    scores, target = RNG.standard_normal((N, C)), RNG.integers(0, C, N)
+    x, y = da.from_array(scores, chunks=cut), da.from_array(target, chunks=7)
+    plain = x if which == "input" else y
+    masked = plain.map_blocks(np.ma.asarray, dtype=plain.dtype, meta=plain._meta)
+    arrays = (masked, y) if which == "input" else (x, masked)
+    with pytest.raises(TypeError, match=f"{which} must .*masked array"):
+        mml.multi_margin_loss(*arrays, backend=backend).compute()
+
+
+@pytest.mark.parametrize("which", ["input", "target", "weight"])
+def test_arrays_that_say_they_are_masked_are_refused_at_once(which):
+    arrays = {
+        "input": RNG.standard_normal((N, C)),
+        "target": RNG.integers(0, C, N),
+        "weight": RNG.random(C),
+    }
+    arrays[which] = np.ma.asarray(arrays[which])
+    lazy = {name: da.from_array(array, chunks=-1) for name, array in arrays.items()}
+    with pytest.raises(TypeError, match=f"{which} must be .*masked"):
+        mml.multi_margin_loss(lazy["input"], lazy["target"], weight=lazy["weight"])
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("cut", [(7, C), (7, 5), (N, 5)], ids=["rows", "both", "classes"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("index", [3, -100, 300])
+def test_ignore_index(backend, cut, reduction, index):
+    scores = RNG.standard_normal((N, C)).astype(np.float32)
+    target = RNG.integers(0, C, N).astype(np.int16)
+    target[::4] = index
+    scores[::4] = np.nan
+    weight = RNG.random(C)
+    weight[3] = np.nan if index == 3 else 1
+    keep = target != index
+    losses = mml.multi_margin_loss(scores[keep], target[keep], weight=weight, reduction="none")
+    wanted = {"none": np.zeros(N), "sum": losses.sum(), "mean": losses.mean()}
+    wanted["none"][keep] = losses
+    scale = 1 / keep.sum() if reduction == "mean" else 1
+    gradient = np.zeros((N, C))
+    gradient[keep] = mml.multi_margin_loss_and_grad(
+        scores[keep], target[keep], weight=weight, reduction="sum"
+    )[1]
+    lazy, how = da.from_array(scores, chunks=cut), {"weight": weight, "ignore_index": index}
+    for labels in (target, da.from_array(target, chunks=9)):
+        with np.errstate(all="raise"):
+            loss, grad = dask.compute(
+                *mml.multi_margin_loss_and_grad(
+                    lazy, labels, reduction=reduction, backend=backend, **how
+                )
+            )
+            alone = mml.multi_margin_loss(lazy, labels, reduction=reduction, backend=backend, **how)
+            assert alone.compute().tobytes() == loss.tobytes()
+        np.testing.assert_allclose(loss, wanted[reduction], rtol=1e-5)
+        np.testing.assert_allclose(grad, gradient * scale, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])
+def test_all_samples_are_ignored(cut):
+    lazy = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
+    target = np.full(N, -100)
+    loss, grad = dask.compute(*mml.multi_margin_loss_and_grad(lazy, target, ignore_index=-100))
+    assert math.isnan(loss)
+    assert (grad == 0).all()
+    assert mml.multi_margin_loss(lazy, target, ignore_index=-100, reduction="sum").compute() == 0
+
+
+def test_a_target_out_of_range_is_found_beside_ignored_ones():
+    lazy = da.from_array(RNG.standard_normal((N, C)), chunks=(7, 5))
+    target = np.full(N, -100)
+    target[41] = C
+    with pytest.raises(mml.InvalidTargetError, match=r"target\[41\] is 33"):
+        mml.multi_margin_loss(lazy, target, ignore_index=-100).compute()
+
+
+def test_a_value_that_the_targets_cannot_hold_ignores_nothing():
+    lazy = da.from_array(RNG.standard_normal((N, C)), chunks=(7, C))
+    target = RNG.integers(0, C, N).astype(np.uint8)
+    for index in (256, -256 + int(target[0]), 2**70):
+        ours = mml.multi_margin_loss(lazy, target, ignore_index=index)
+        assert ours.compute() == mml.multi_margin_loss(lazy, target).compute()
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize(("dtype", "large"), [("f4", 3e37), ("f8", 1.6e307)])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("cut", [(2, 40), (2, 20), (3, 7)], ids=["rows", "halves", "both"])
+def test_large_scores_whose_mean_is_finite(backend, dtype, large, p, cut):
+    """Forty of them together are more than the dtype holds."""
+    large = large ** (1 / p)
+    scores = np.full((5, 40), large, dtype)
+    scores[:, 3] = 0
+    target = np.full(5, 3)
+    with np.errstate(all="raise"):
+        loss, grad = dask.compute(
+            *mml.multi_margin_loss_and_grad(
+                da.from_array(scores, chunks=cut), target, p=p, backend=backend
+            )
+        )
+    assert np.isclose(loss, float(scores[0, 0]) ** p * (39 / 40), rtol=1e-6)
+    wanted = float(scores[0, 0]) ** (p - 1) * p / 40 / 5
+    np.testing.assert_allclose(grad[:, 0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(grad[:, 3], -39 * wanted, rtol=1e-5)

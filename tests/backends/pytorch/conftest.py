@@ -1,0 +1,25 @@
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture
+def kernels_ran(monkeypatch):
+    """The names of the C++ functions that have computed something, in order."""
+    engine = pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
+    native, names = engine.native, []
+    if native is None:
+        pytest.skip(f"torch-cpu: {engine.cpu.reason()}")
+
+    def recorded(name):
+        def run(*arguments):
+            result = getattr(native, name)(*arguments)
+            if result is not None:
+                names.append(name)
+            return result
+
+        return run
+
+    functions = {name: recorded(name) for name in ("loss", "grad", "loss_and_grad")}
+    monkeypatch.setattr(engine, "native", SimpleNamespace(bits_size=native.bits_size, **functions))
+    return names

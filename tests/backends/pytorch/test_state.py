@@ -1,0 +1,271 @@
+"""The private names of PyTorch that are used: each is there, and means what it is taken for."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+state = pytest.importorskip("mml_arrayapi.backends.pytorch.state")
+func = torch.func
+fwAD = torch.autograd.forward_ad
+
+
+class Quiet(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class QuietDispatch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_going_on():
+    assert state.ordinary()
+    with torch.no_grad(), torch.inference_mode(), torch.autocast("cpu"):
+        assert state.ordinary()
+
+
+def test_device_contexts_are_harmless():
+    with torch.device("meta"), torch.device("cpu"):
+        assert torch._C._len_torch_function_stack() == 2
+        assert state.ordinary()
+    torch.set_default_device("cpu")
+    try:
+        assert state.ordinary()
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("mode", [Quiet, QuietDispatch, torch._subclasses.FakeTensorMode])
+def test_modes_are_seen(mode):
+    with mode():
+        assert not state.ordinary()
+    with torch.device("cpu"), mode():
+        assert not state.ordinary()
+    assert state.ordinary()
+
+
+def seen_within(transform, *arguments):
+    seen = []
+
+    def look(x):
+        seen.append((state.ordinary(), state.differentiates_forward(), state.why_generic()))
+        return x.sum()
+
+    transform(look, *arguments)
+    return seen
+
+
+def test_transforms_are_seen():
+    x = torch.ones(2, 3)
+    assert seen_within(lambda f: func.grad(f)(x)) == [(False, False, None)]
+    assert seen_within(lambda f: func.vmap(f)(x)) == [(False, False, None)]
+    ((plain, forward, why),) = seen_within(lambda f: func.jvp(f, (x,), (x,)))
+    assert not plain
+    assert forward
+    assert "forward-mode" in why
+    with fwAD.dual_level():
+        assert not state.ordinary()
+        assert state.differentiates_forward()
+    assert not state.differentiates_forward()
+
+
+def test_compilers_are_seen():
+    def look(x):
+        return x + 1 if state.ordinary() else x - 1
+
+    x = torch.zeros(3)
+    assert look(x)[0] == 1
+    torch.compiler.reset()
+    assert torch.compile(look, fullgraph=True, backend="eager")(x)[0] == -1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_the_tracer_is_seen():
+    seen = []
+
+    def look(x):
+        seen.append((state.ordinary(), state.why_generic()))
+        return x + 1
+
+    torch.jit.trace(look, torch.zeros(3), check_trace=False)
+    assert seen == [(False, "torch.jit.trace is active, which records the generic implementation")]
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+def shrunk():
+    x = torch.ones(4, 5)
+    view = x[1:]
+    x.untyped_storage().resize_(40)
+    return view
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(4, 5).as_subclass(Mine),
+        lambda: torch.ones(4, 5).to_sparse(),
+        lambda: torch._neg_view(torch.ones(4, 5)),
+        lambda: torch.ones(4, 5, dtype=torch.complex64).conj().imag,
+        lambda: torch._efficientzerotensor((4, 5)),
+        lambda: torch._efficientzerotensor((4, 5))[1:],
+        shrunk,
+        lambda: [1.0],
+        lambda: None,
+    ],
+    ids=["subclass", "sparse", "negated", "conjugate", "zeros", "part of zeros", "shrunk", "list", "None"],
+)  # fmt: skip
+def test_what_has_no_memory_to_read(make):
+    assert not state.readable(make())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: torch.nn.Parameter(x),
+        lambda x: x[1:, ::2],
+        lambda x: x.T,
+        lambda x: x[:0],
+        lambda x: x[:1].expand(7, 5),
+        lambda x: x[3, 4],
+        lambda x: x.resolve_neg(),
+    ],
+)
+def test_what_can_be_read(make):
+    assert state.readable(make(torch.ones(4, 5)))
+
+
+def test_gradients_that_are_mapped():
+    x = torch.ones(3, requires_grad=True)
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((state.is_mapped(grad), state.readable(grad)))
+            return grad
+
+    y = Look.apply(x)
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(3))
+    assert seen == [(True, False), (False, True)]
+
+
+def test_values_of_wrapped_tensors():
+    seen = []
+
+    def look(x):
+        seen.append((state.value_access(x), None if state.is_mapped(x) else state.value_access(x)))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    func.grad(look)(x)
+    func.grad(func.grad(look))
+    func.vmap(look)(x)
+    func.vmap(func.grad(look))(x)
+    assert [first for first, _ in seen] == ["host", "traced", "traced"]
+    assert state.value_access(x.to("meta")) == "traced"
+    with torch._subclasses.FakeTensorMode():
+        assert state.value_access(torch.ones(2)) == "traced"
+
+
+def test_values_within_grad():
+    values = []
+
+    def look(x):
+        values.append(state.on_host(x).tolist())
+        return (x * x).sum()
+
+    func.grad(lambda x: func.grad(look)(x).sum())(torch.ones(3))
+    assert values == [[1, 1, 1]]
+
+
+def test_counting_beside_a_fake_tensor():
+    mode = torch._subclasses.FakeTensorMode()
+    fake = mode.from_tensor(torch.ones(3))
+    assert type(state.arange(4, torch.int64, fake)) is type(fake)
+    assert state.arange(4, torch.int64, torch.ones(3)).tolist() == [0, 1, 2, 3]
+
+
+def test_kinds_of_tensors_are_named():
+    x = torch.ones(2)
+    assert state.why_not_kernel("input", x, "cpu") is None
+    assert state.why_not_kernel("input", x, "cuda") == "input is on cpu, not on a CUDA device"
+    fake = torch._subclasses.FakeTensorMode().from_tensor(x)
+    assert state.why_not_kernel("input", fake, "cpu") is None
+    mine = x.as_subclass(Mine)
+    assert state.why_not_kernel("w", mine, "cpu") == "w is a Mine, a subclass of torch.Tensor"
+    assert "layout torch.sparse_coo" in state.why_not_kernel("w", x.to_sparse(), "cpu")
+
+
+def test_a_single_level_function_and_operators_below_autograd():
+    # As the operators' Autograd kernels use them.
+    library = torch.library.Library("mml_arrayapi_test", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor")
+    twice = torch.ops.mml_arrayapi_test.twice.default
+    went = []
+
+    class Twice(state.SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, x):
+            with state.below_autograd():
+                return twice(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    def autograd(x):
+        went.append("autograd")
+        if torch.is_grad_enabled() and x.requires_grad:
+            with state.single_level():
+                return Twice.apply(x)
+        with state.below_autograd():
+            return twice(x)
+
+    library.impl("twice", lambda x: went.append("kernel") or x * 2, "CPU")
+    library.impl("twice", autograd, "Autograd")
+    try:
+        x = torch.ones(3, requires_grad=True)
+        assert torch.autograd.grad(twice(x).sum(), x)[0].tolist() == [2, 2, 2]
+        assert went == ["autograd", "kernel"]
+        went.clear()
+        assert func.grad(lambda x: twice(x).sum())(torch.ones(3)).tolist() == [2, 2, 2]
+        assert went.count("kernel") == 1
+    finally:
+        library._destroy()
+
+
+def test_the_deprecated_reductions():
+    for size_average, reduce, name in ((False, None, "sum"), (None, True, "mean"), (True, False, "none")):
+        with pytest.warns(UserWarning, match=f"reduction='{name}'"):
+            assert state.reduction_name(size_average, reduce, "mean") == name
+    with pytest.warns(UserWarning, match="elementwise_mean"):
+        assert state.reduction_name(None, None, "elementwise_mean") == "mean"
+    assert state.reduction_name(None, None, "sum") == "sum"
+
+
+def test_the_name_of_the_current_stream():
+    # A build without CUDA has no such function; the GPU's tests call it.
+    if torch.version.cuda is None:
+        assert not hasattr(torch._C, "_cuda_getCurrentRawStream")
+    else:
+        assert callable(torch._C._cuda_getCurrentRawStream)
+
+
+def test_private_names_stand_in_one_file():
+    root = Path(__file__).parents[3]
+    for path in [*root.glob("backends/pytorch/*.py"), root / "mml_arrayapi" / "pytorch.py"]:
+        if path.name != "state.py":
+            assert re.findall(r"\w\.(_(?!_)\w+)", path.read_text()) == [], path
