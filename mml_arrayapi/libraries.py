@@ -11,7 +11,7 @@ type does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,9 @@ class Library:
         targets raise when they are computed, if ``check_target`` says so.
     unusable : callable
         ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
+    kinds : mapping
+        The kinds of the common dtypes, ``"real floating"`` or ``"integral"``; ``isdtype()`` takes
+        microseconds to find them.
     device : callable
         ``device(array)``: the device to name when an array is made to be used with this one.
     compute : callable or None
@@ -65,11 +68,11 @@ class Library:
         ``take(x, index, axis)``: the elements of ``x`` at ``index``, which has length 1 along
         ``axis``. All indices are in range. The other axes of ``x`` are those of ``index``, or 1.
     put : callable
-        ``put(x, index, values, axis)``: ``x`` with ``values`` in those places. It may write into
-        ``x``.
+        ``put(x, index, values, axis)``: ``x`` with ``values`` (an array, or one float) in those
+        places. It may write into ``x``.
     relu : callable
-        ``relu(x, zero)``: the larger of ``x`` and ``zero`` (an array to broadcast), NaN where
-        ``x`` is NaN. Where it is differentiated, its slope at 0 is 0. It may write into ``x``.
+        ``relu(x)``: the larger of ``x`` and 0, NaN where ``x`` is NaN. Where it is differentiated,
+        its slope at 0 is 0. It may write into ``x``.
     runs : bool
         Whether a sum in the widest precision takes so long that short runs are added first.
     loss, loss_and_grad : callable, optional
@@ -87,8 +90,9 @@ class Library:
     place: Callable[[Array], Any]
     widest: Callable[[Array], tuple[Any, Any]]
     take: Callable[[Array, Array, int], Array]
-    put: Callable[[Array, Array, Array, int], Array]
-    relu: Callable[[Array, Array], Array]
+    put: Callable[[Array, Array, Array | float, int], Array]
+    relu: Callable[[Array], Array]
+    kinds: Mapping[Any, str]
     runs: bool = False
     settle: Callable[[Problem], Problem] | None = None
     unusable: Callable[[Array], str | None] = lambda _: None
@@ -116,11 +120,13 @@ def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
         found = xp.where(mask(x, index, axis), x, zero)
         return xp.sum(found, axis=axis, keepdims=True, dtype=x.dtype)
 
-    def put(x: Array, index: Array, values: Array, axis: int) -> Array:
+    def put(x: Array, index: Array, values: Array | float, axis: int) -> Array:
+        if isinstance(values, float):
+            values = xp.full_like(index, values, dtype=x.dtype)
         return xp.where(mask(x, index, axis), values, x)
 
-    def relu(x: Array, zero: Array) -> Array:
-        return xp.where(x <= zero, zero, x)  # maximum() and clip() have other slopes at 0
+    def relu(x: Array) -> Array:
+        return xp.where(x <= 0, xp.zeros_like(x), x)  # maximum() and clip() have other slopes at 0
 
     return Library(
         name,
@@ -132,7 +138,24 @@ def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
         take=take,
         put=put,
         relu=relu,
+        kinds=_kinds(xp),
     )
+
+
+def _kinds(xp: Namespace) -> dict[Any, str]:
+    names = dict.fromkeys(("float16", "bfloat16", "float32", "float64"), "real floating")
+    for bits in (8, 16, 32, 64):
+        names |= {f"int{bits}": "integral", f"uint{bits}": "integral"}
+    kinds = {}
+    for name, kind in names.items():
+        dtype = getattr(xp, name, None)
+        if isinstance(dtype, type):  # of NumPy and JAX: the dtype of arrays is another object
+            import numpy as np
+
+            dtype = np.dtype(dtype)
+        if isinstance(dtype, Hashable) and dtype is not None:
+            kinds[dtype] = kind
+    return kinds
 
 
 def _numpy() -> Library:
@@ -165,7 +188,7 @@ def _dask() -> Library:
     wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
     row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
-    return replace(row, widest=lambda _: wide, relu=xp.maximum)
+    return replace(row, widest=lambda _: wide, relu=lambda x: xp.maximum(x, 0))
 
 
 def _jax() -> Library:
@@ -231,7 +254,9 @@ def library_of(argument: str, array: Array) -> Library:
         load = LIBRARIES.get(module)
         if load is None:
             return _library_without_row(argument, array)
-        library = _by_module[module] = load()
+        library = load()
+        if module != "torch":  # within torch.export keeping it would be a side effect: it warns
+            _by_module[module] = library
     return library
 
 
@@ -241,13 +266,17 @@ def _library_without_row(argument: str, array: Array) -> Library:
 
     try:
         xp = array_namespace(array)
-    except TypeError:
+        name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
+    except Exception:  # noqa: BLE001 (an object's __array_namespace__ may do anything)
+        module = type(array).__module__
+        hint = "; call its to_numpy()" if hasattr(type(array), "to_numpy") else ""
+        if module.startswith("xarray."):
+            hint = "; pass its .data, or use xarray.apply_ufunc"
         raise TypeError(
             f"{argument} must be an array of a library that follows the Python array API standard "
             f"(NumPy, PyTorch, CuPy, Dask, JAX ...), but is of type "
-            f"{type(array).__module__}.{type(array).__qualname__}"
+            f"{module}.{type(array).__qualname__}{hint}"
         ) from None
-    name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
     if name in LIBRARIES:
         return LIBRARIES[name]()
     if name not in _by_namespace:
