@@ -254,7 +254,9 @@ def library_of(argument: str, array: Array) -> Library:
         load = LIBRARIES.get(module)
         if load is None:
             return _library_without_row(argument, array)
-        library = _by_module[module] = load()
+        library = load()
+        if module != "torch":  # within torch.export keeping it would be a side effect: it warns
+            _by_module[module] = library
     return library
 
 
@@ -266,11 +268,14 @@ def _library_without_row(argument: str, array: Array) -> Library:
         xp = array_namespace(array)
         name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
     except Exception:  # noqa: BLE001 (an object's __array_namespace__ may do anything)
+        module = type(array).__module__
+        hint = "; call its to_numpy()" if hasattr(type(array), "to_numpy") else ""
+        if module.startswith("xarray."):
+            hint = "; pass its .data, or use xarray.apply_ufunc"
         raise TypeError(
             f"{argument} must be an array of a library that follows the Python array API standard "
             f"(NumPy, PyTorch, CuPy, Dask, JAX ...), but is of type "
-            f"{type(array).__module__}.{type(array).__qualname__}"
-            f"{'; call its to_numpy()' if hasattr(type(array), 'to_numpy') else ''}"
+            f"{module}.{type(array).__qualname__}{hint}"
         ) from None
     if name in LIBRARIES:
         return LIBRARIES[name]()

@@ -1,6 +1,9 @@
 """Wheel, sdist and tree hold the same files; each can be used, from wherever it lies."""
 
+import itertools
+import re
 import subprocess
+import tomllib
 import zipfile
 from pathlib import Path
 from sysconfig import get_paths
@@ -11,7 +14,6 @@ import mml_arrayapi
 from tests.tree import ROOT, files, run_python, sources
 
 SITE = get_paths()["purelib"]  # where array-api-compat and NumPy are
-COMPILED = (".so", ".pyd")  # made when the wheel is built, where there is a compiler
 SOURCE = (".cpp", ".hpp", ".h")  # not needed once compiled
 
 LOSS = """
@@ -33,8 +35,7 @@ def alone(code, *path, **options):
 def test_the_wheel_holds_the_tree(dist):
     with zipfile.ZipFile(dist[1]) as wheel:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    compiled = {name for name in names if name.endswith(COMPILED)}
-    assert set(names) - compiled == {n for n in files().values() if not n.endswith(SOURCE)}
+    assert set(names) == {name for name in files().values() if not name.endswith(SOURCE)}
     assert "mml_arrayapi/py.typed" in names
     assert {name.partition("/")[0] for name in names} == {"mml_arrayapi"}
 
@@ -49,7 +50,7 @@ def test_the_sdist_holds_the_repository(sdist):
     inside = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     missing = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()} - inside
     assert not missing
-    assert not {name for name in inside if name.endswith((".pyc", *COMPILED))}
+    assert not {name for name in inside if name.endswith((".pyc", ".so", ".pyd"))}
 
 
 def test_the_sdist_can_be_tested(sdist, installed):
@@ -88,6 +89,105 @@ assert mml_arrayapi._checkout.Finder not in sys.meta_path
 {LOSS}"""
     out = alone(code, installed, cwd=tmp_path)
     assert Path(out) == installed / "mml_arrayapi" / "__init__.py"
+
+
+def test_an_installed_copy_writes_nothing_into_its_folder(installed, tmp_path):
+    """A site-packages folder may be read-only."""
+    before = {path: path.stat().st_mtime_ns for path in installed.rglob("*")}
+    code = f"""
+import mml_arrayapi
+from mml_arrayapi import cli
+assert cli.main(["backends"]) == 0
+{LOSS}"""
+    alone(code, installed, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    assert {path: path.stat().st_mtime_ns for path in installed.rglob("*")} == before
+
+
+WITHOUT_COMPILER = """
+import mml_arrayapi as mml
+kernel = {kernel!r}
+{arrays}
+for _ in range(3):  # the first call loads the kernels, later ones take them directly
+    print(float(mml.multi_margin_loss(x, y)))
+    print(float(mml.multi_margin_loss_and_grad(x, y)[0]))
+explanation = mml.explain(x, y)
+assert explanation.kernel != kernel, explanation
+listed = {{row.name: row for row in mml.list_backends()}}
+assert not listed[kernel].available
+assert dict(explanation.considered)[kernel] == listed[kernel].reason
+print(listed[kernel].reason)
+try:
+    mml.multi_margin_loss(x, y, backend=kernel)
+except ValueError as error:
+    print(error)
+try:
+    mml.multi_margin_loss(x, y, p=0.5)
+except ValueError as error:
+    print(error)
+"""
+ARRAYS = {
+    "numpy-cpu": "import numpy as np; x, y = np.asarray([[0.1, 0.2, 0.4, 0.8]]), np.asarray([3])",
+    "torch-cpu": "import torch; x, y = torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3])",
+}
+
+
+@pytest.mark.parametrize("kernel", ARRAYS)
+def test_without_compiled_kernels(kernel, installed, tmp_path):
+    """Where there was no compiler, every call runs, and what is missing is said in the same words."""
+    pytest.importorskip(kernel.partition("-")[0])
+    code = WITHOUT_COMPILER.format(kernel=kernel, arrays=ARRAYS[kernel])
+    *losses, reason, asked, wrong = alone(code, installed, cwd=tmp_path).splitlines()
+    assert [float(loss) for loss in losses] == pytest.approx([0.325] * 6)
+    assert "no compiled kernels" in reason
+    assert asked.startswith(f"backend: kernel {kernel!r} cannot run this call: {reason}; ")
+    assert wrong == "p must be a finite real number >= 1, but is 0.5"
+
+
+@pytest.mark.parametrize(
+    "flags", [("-OO",), ("-W", "error"), ("-P",), ("-I",), ("-X", "dev")], ids=" ".join
+)
+def test_under_the_flags_of_python(flags):
+    """Without docstrings and asserts, with warnings as errors, with the current folder not on the path."""
+    code = """
+import numpy
+from mml_arrayapi import cli, explain, multi_margin_loss
+x, y = numpy.asarray([[0.1, 0.2, 0.4, 0.8]]), numpy.asarray([3])
+assert_ = {True: None}
+assert_[abs(multi_margin_loss(x, y) - 0.325) < 1e-6]
+for words in (["--help"], ["demo", "--help"], ["evaluate", "--help"], ["conformance", "--help"]):
+    try:
+        cli.main(words)
+    except SystemExit as error:
+        assert_[error.code == 0]
+assert_[cli.main(["backends"]) == 0]
+assert_[cli.main(["conformance", "--xp", "numpy", "--dtype", "float32"]) == 0]
+"""
+    assert "generic" in run_python(code, flags=flags)
+
+
+def test_the_oldest_releases_stand_in_two_places_that_agree():
+    """What ``pyproject.toml`` accepts from is what ``constraints-floors.txt`` installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], *(extras[name] for name in extras if name != "docs")]
+    wanted = {}
+    for requirement in itertools.chain.from_iterable(groups):
+        found = re.match(r"([\w.-]+)(?:\[.*?\])?>=([\w.]+)", requirement)
+        assert found or requirement.startswith("mml_arrayapi["), requirement
+        if found:
+            name, version = found.groups()
+            assert wanted.setdefault(name, version) == version, f"{name} has two oldest releases"
+    pinned = constraints("constraints.txt")
+    untried = {name for name in wanted if name.startswith(("cuda-", "cupy-", "nvidia-"))}  # GPUs
+    floors = {name: version for name, version in wanted.items() if name not in {*pinned, *untried}}
+    assert {k: v for k, v in constraints("constraints-floors.txt").items() if k in wanted} == floors
+
+
+def constraints(name):
+    """The versions in a file of constraints."""
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    pairs = (line.split("#")[0].split("==") for line in lines)
+    return {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
 def test_no_module_reads_what_lies_beside_it_by_path():
