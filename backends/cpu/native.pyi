@@ -84,6 +84,9 @@ def grad(
 def bits_size(input: Array, options: Options, /) -> int:
     """How many bytes ``loss`` may keep so that ``grad`` need not read the scores; 0: none pay."""
 
+def row_bytes(input: Array, options: Options, /) -> int:
+    """How many bytes of ``bits`` a row takes."""
+
 def own_scores(
     input: Array, target: Array, options: Options, first: int, own: Array, /
 ) -> Array | None:
