@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,3 +100,5 @@ def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
 
 
 KERNEL = make_kernel("torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape))
+if native is None:  # refuses() says so, and nothing may be tried before it is asked
+    KERNEL = replace(KERNEL, direct={})

@@ -190,8 +190,9 @@ class Evaluation:
 
     def _bar_width(self) -> float:
         """Return the width of the bars, in units."""
-        left = sum(count for _, count in self.histogram) / OUTSIDE
         far = sorted((max(abs(bin_start(b)), abs(bin_start(b + 1))), n) for b, n in self.histogram)
+        far = [(reach, count) for reach, count in far if reach < math.inf]
+        left = sum(count for _, count in far) / OUTSIDE
         reach = 2.0**-900
         while far and left >= 0:
             reach, count = far.pop()

@@ -81,8 +81,8 @@ def open_array(file: File, role: str, rules: Rules) -> Array:
     if suffix not in FORMATS:
         known = ", ".join((*FORMATS, *plugins))
         raise InputError(
-            f"{file.plain_name}: the format is not known; accepted are {known} files and Zarr stores "
-            "(folders, and .zarr.zip)"
+            f"{file.plain_name}: the format is not known; accepted are {known} files and Zarr "
+            "stores (folders, and .zarr.zip)"
         )
     if not file.size():
         raise InputError(f"{file.plain_name}: the file is empty; write or copy it again")

@@ -20,7 +20,7 @@ ROWS = 2**18  # rows counted together: what is kept of each is about 100 bytes
 FEW_CLASSES = 32  # up to here the highest score is found class by class, for all rows at once
 STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
 WORST = 20  # samples that are kept as the worst, and as the first that are NaN
-SHOWN_SCORES = 5  # highest scores that are kept of each of the worst samples
+SHOWN_SCORES = 3  # highest scores that are kept of each of the worst samples
 PAIRS = 500_000  # different confusions that are kept
 KINDS = 6  # rows of counts: samples, right, inside the margin; losses NaN, infinite, -infinite
 
@@ -168,14 +168,21 @@ class MetricState:
                 keep = np.flatnonzero(~ignored)
                 self.ignored += len(target) - len(keep)
                 target = np.where(ignored, 0, target)
-        raise_invalid_target(target, scores.shape[1])
+        if len(target) and not (target.min() >= 0 and target.max() < scores.shape[1]):
+            raise_invalid_target(target, scores.shape[1])
         for start in range(0, len(target) if keep is None else len(keep), ROWS):
             rows: Any = slice(start, min(start + ROWS, len(target)))
             places = np.arange(rows.start, rows.stop) if keep is None else keep[rows]
             rows = rows if keep is None else places
             weight = None if weights is None else weights[rows]
             self.merge(
-                _count(scores[rows], target[rows].astype(np.int64), weight, loss, places + first)
+                _count(
+                    scores[rows],
+                    target[rows].astype(np.int64, copy=False),
+                    weight,
+                    loss,
+                    places + first,
+                )
             )
 
     def merge(self, other: MetricState) -> None:
@@ -307,17 +314,26 @@ def _count(
         with np.errstate(invalid="ignore", over="ignore"):
             values = losses.astype(np.float64) * weights
     finite = np.isfinite(values)
-    odd = (np.isnan(values), values == math.inf, values == -math.inf)
-    chosen: Any = (slice(None), lead > 0, inside, *odd)
-    made.counts = np.stack([np.bincount(groups[which], minlength=n) for which in chosen])
+    right = lead > 0
+    # One count of all combinations is quicker than one of each.
+    both = np.bincount(groups * 4 + right * 2 + inside, minlength=4 * n).reshape(n, 4)
+    made.counts = np.zeros((KINDS, n), np.int64)
+    made.counts[:3] = both.sum(axis=1), both[:, 2:].sum(axis=1), both[:, 1::2].sum(axis=1)
+    if not finite.all():
+        for row, odd in enumerate((np.isnan(values), values == math.inf, values == -math.inf), 3):
+            made.counts[row] = np.bincount(groups[odd], minlength=n)
     added = (values, groups) if finite.all() else (values[finite], groups[finite])
     made.sums = exact_sums(*added, n_groups=n)
     if weights is not None:
-        made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen[:3]]
+        every = np.ones(len(groups), bool)
+        chosen = (every, right, inside)
+        made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen]
     made.histogram = _bins(lead, loss.unit)
-    made.nan = places[np.flatnonzero(np.isnan(losses))[:WORST]].tolist()
-    wrong = np.flatnonzero(rival >= 0)
-    made.confusions = _frequencies(target[wrong] * scores.shape[1] + rival[wrong])
+    if made.counts[3].any():
+        made.nan = places[np.flatnonzero(np.isnan(losses))[:WORST]].tolist()
+    wrong = np.flatnonzero(lead <= 0)
+    rivals = _rivals(scores, target, wrong) if rival is None else rival[wrong]
+    made.confusions = _frequencies(target[wrong] * scores.shape[1] + rivals)
     made.worst = _worst(scores, target, losses, places)
     return made
 
@@ -348,26 +364,44 @@ def _frequencies(values: np.ndarray) -> Counter[int]:
     return Counter(dict(zip(kept.tolist(), counts.tolist(), strict=True)))
 
 
+def _rivals(scores: np.ndarray, target: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the class of the highest other score in some rows."""
+    import numpy as np
+
+    rivals = np.empty(len(rows), np.int64)
+    step = max(1, BLOCK // scores.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        others = scores[part]
+        others[np.arange(len(part)), target[part]] = -math.inf
+        rivals[start : start + step] = np.argmax(others, axis=1)
+    return rivals
+
+
 def _worst(
     scores: np.ndarray, target: np.ndarray, losses: np.ndarray, places: np.ndarray
 ) -> list[Sample]:
     import numpy as np
 
-    cost = np.where(np.isnan(losses), math.inf, -losses)
-    rows = np.arange(len(cost))
-    if len(cost) > WORST:
-        bound = np.partition(cost, WORST)[WORST]
-        below, equal = np.flatnonzero(cost < bound), np.flatnonzero(cost == bound)
-        rows = np.concatenate((below, equal[: WORST - len(below)]))
+    # The least of the 20 highest maxima of groups is a bound that costs one look at each loss.
+    group = max(1, len(losses) // (8 * WORST))
+    groups = losses[: len(losses) // group * group].reshape(-1, group)
+    highest = np.sort(
+        np.nan_to_num(groups.max(axis=1), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    )
+    bound = highest[-WORST] if len(highest) >= WORST else -math.inf
+    rows = np.flatnonzero(losses >= bound)
+    rows = rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
     made = []
     for row in rows.tolist():
-        if not math.isnan(losses[row]):
-            own = scores[row].astype(np.float64)
-            order = np.argsort(-own, kind="stable")[:SHOWN_SCORES].tolist()
-            highest = tuple((c, float(own[c])) for c in order)
-            c = int(target[row])
-            made.append(Sample(float(cost[row]), int(places[row]), c, float(own[c]), highest))
-    return sorted(made)
+        own, c = scores[row].astype(np.float64), int(target[row])
+        score, highest = float(own[c]), []
+        for _ in range(min(SHOWN_SCORES, len(own))):
+            best = int(np.argmax(own))
+            highest.append((best, float(own[best])))
+            own[best] = -math.inf
+        made.append(Sample(-float(losses[row]), int(places[row]), c, score, tuple(highest)))
+    return made
 
 
 def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
@@ -378,11 +412,33 @@ def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
     """
     import numpy as np
 
-    with np.errstate(over="ignore"):
-        scaled = lead[~np.isnan(lead)].astype(np.float64) / unit + 0.0  # no -0.0
-    bits = np.abs(scaled).view(np.int64)
-    shift = 52 - STEPS
-    return _frequencies(np.where(scaled < 0, ~((bits - 1) >> shift), bits >> shift))
+    kept: list[int] = []
+    if lead.dtype == np.float32 and math.frexp(unit)[0] == 0.5:  # dividing is exact
+        with np.errstate(over="ignore", under="ignore"):
+            found = _frequencies(_leading_bits(lead / np.float32(unit), np.int32, 23 - STEPS))
+        kept = [b for b in found if abs(b) <= 0xFF << STEPS]
+        if not any(0 < abs(b) <= 1 << STEPS for b in kept):  # none is below float32's normal range
+            starts = np.asarray([abs(b) << (23 - STEPS) for b in kept], np.int32).view(np.float32)
+            wide = starts.astype(np.float64).view(np.int64) >> (52 - STEPS)
+            return Counter(
+                {w if b >= 0 else -w: found[b] for b, w in zip(kept, wide.tolist(), strict=True)}
+            )
+    with np.errstate(over="ignore", under="ignore"):
+        found = _frequencies(_leading_bits(lead.astype(np.float64) / unit, np.int64, 52 - STEPS))
+    return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
+
+
+def _leading_bits(values: np.ndarray, bits: Any, shift: int) -> np.ndarray:
+    """Return floats' bits but the last ``shift``, rounded down, as integers of the same order."""
+    import numpy as np
+
+    told = values.view(bits)
+    sign = told >> (8 * told.itemsize - 1)
+    told = told & np.iinfo(bits).max
+    told ^= sign
+    told -= sign
+    told >>= shift
+    return told
 
 
 def bin_start(number: int) -> float:
@@ -396,11 +452,11 @@ def bin_start(number: int) -> float:
 
 def _look_at(
     scores: np.ndarray, target: np.ndarray, loss: Loss
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Return each sample's loss, lead, whether it is inside the margin, and its rival.
 
-    The lead is the target's score less the highest other one; the rival is the class of that where
-    it is not below, else -1.
+    The lead is the target's score less the highest other one; the rival is the class of that, None
+    where there are so many classes that it is better looked up for those that need it.
 
     The scores are walked in blocks, so that what is derived from them stays small. These are
     C-contiguous, whatever the file's order, so that a row is always summed in the same order.
@@ -409,12 +465,11 @@ def _look_at(
 
     n, n_classes = scores.shape
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    losses, lead = np.empty(n, dtype), np.empty(n, dtype)
-    inside, rival = np.empty(n, bool), np.full(n, -1)
+    losses, own, highest = (np.empty(n, dtype) for _ in range(3))
+    rival = np.empty(n, np.int8) if n_classes <= FEW_CLASSES else None
     step, small = max(1, BLOCK // n_classes), max(1, TILE // n_classes)
     options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
     with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
-        margin = dtype(loss.margin)
         for start in range(0, n, step):
             part = slice(start, start + step)
             block, own_class = np.ascontiguousarray(scores[part], dtype=dtype), target[part]
@@ -422,33 +477,37 @@ def _look_at(
             for low in range(0, len(block), small):
                 tile = slice(low, low + small)
                 rows = slice(start + low, min(start + low + small, start + len(block)))
-                own, highest, rival[rows] = _highest_other(block[tile], own_class[tile])
-                lead[rows] = own - highest
-                # In the loss's own order of operations; a sample with a NaN counts as inside.
-                inside[rows] = ~((highest - own) + margin <= 0)
-    return losses, lead, inside, rival
+                own[rows], highest[rows], others = _others(block[tile], own_class[tile])
+                if rival is not None:
+                    rival[rows] = _first_equal(others, highest[rows])
+        # In the loss's own order of operations; a sample with a NaN counts as inside.
+        inside = ~((highest - own) + dtype(loss.margin) <= 0)
+        return losses, own - highest, inside, rival
 
 
-def _highest_other(
-    tile: np.ndarray, target: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the target's score, the highest other one, and its class where it is not below."""
+def _others(tile: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the target's score, the highest other one, and the others: of few classes by class."""
     import numpy as np
 
-    rows = np.arange(len(tile))
-    own = tile[rows, target]
-    if tile.shape[1] <= FEW_CLASSES:
-        others = tile.T.copy()
-        others[target, rows] = -math.inf
-        highest, others = others.max(axis=0), others.T
-    else:
-        others = tile.copy()
-        others[rows, target] = -math.inf
-        highest = others.max(axis=1)
-    rival = np.full(len(tile), -1)
-    wrong = np.flatnonzero((highest >= own) & (highest > -math.inf))
-    rival[wrong] = np.argmax(others[wrong], axis=1)
-    return own, highest, rival
+    n, n_classes = tile.shape
+    few = n_classes <= FEW_CLASSES
+    others = (tile.T if few else tile).copy()
+    flat = others.reshape(-1)
+    rows = np.arange(n)
+    places = target * n + rows if few else rows * n_classes + target
+    own = flat[places]
+    flat[places] = -math.inf
+    return own, others.max(axis=0 if few else 1), others
+
+
+def _first_equal(others: np.ndarray, highest: np.ndarray) -> np.ndarray:
+    """Return the first class that has the highest score; -1 where that is NaN."""
+    import numpy as np
+
+    found = np.full(len(highest), -1, np.int8)
+    for c in range(len(others) - 1, -1, -1):
+        np.copyto(found, c, where=others[c] == highest)
+    return found
 
 
 def count_batch(

@@ -232,7 +232,8 @@ def test_archives_are_read_once(arrays, files, wanted, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["zarr", "parquet", "hdf5"])
 def test_labels_in_one_chunk_are_decoded_once(arrays, files, wanted, monkeypatch, kind):
-    from mml_arrayapi.evaluation import formats, parquet as tables
+    from mml_arrayapi.evaluation import formats
+    from mml_arrayapi.evaluation import parquet as tables
 
     owner, name = formats._Attributed, "__getitem__"
     if kind == "zarr":
@@ -293,6 +294,9 @@ def served(files):
     server.server_close()
 
 
+# Arrow leaves it to the collector to close copies of files.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_http(arrays, files, wanted, served):
     pytest.importorskip("aiohttp")
     np.savez("both.npz", logits=arrays[0], labels=arrays[1])
