@@ -17,6 +17,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -43,7 +44,7 @@ SHAPES = [
     (8, 1_000_000, "float32"),
     (1, 10_000_000, "float32"),
 ]
-DRY_SHAPES = [(64, 100, "float32"), (8, 2000, "bfloat16"), (300, 10, "float32")]
+DRY_SHAPES = [(64, 100, "float32"), (8, 2000, "float32"), (300, 10, "float32")]
 PASSES = ("forward", "forward + backward")
 TURNS = 9
 BATCH = 0.01  # seconds
@@ -94,16 +95,25 @@ Clock = DeviceClock | HostClock
 
 
 def compare(clock: Clock, contenders: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Time the contenders in turn; returns each one's seconds per call, one number per turn."""
+    """Time the contenders in turn; returns each one's seconds per call, one number per turn.
+
+    A rival that fails is left out.
+    """
     counts = {}
     for name, run in contenders.items():
-        for _ in range(3):  # the first compiles
-            run()
+        try:
+            for _ in range(3):  # the first compiles
+                run()
+        except Exception as error:
+            if name == "ours":
+                raise
+            print(f"{name} fails: {type(error).__name__}: {error}"[:300])
+            continue
         counts[name] = max(2, min(500, round(BATCH / clock.batch(run, 2))))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in counts}
     for _ in range(TURNS):
-        for name, run in contenders.items():
-            times[name].append(clock.batch(run, counts[name]))
+        for name, count in counts.items():
+            times[name].append(clock.batch(contenders[name], count))
     return times
 
 
@@ -252,7 +262,7 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
     for line in lines:
         wanted = WANTED.get((tuple(line["shape"]), line["p"], line["what"]), ())
         for name, least in wanted if "CuPy" not in line["dtype"] else ():
-            got = line["ratios"][name]
+            got = line["ratios"].get(name, math.nan)
             said = "yes" if got >= least else "NO"
             found.append(
                 f"- {line['shape'][0]} x {line['shape'][1]} p = {line['p']} {line['what']}: "
