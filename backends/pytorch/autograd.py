@@ -17,6 +17,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
+from mml_arrayapi import formula
 from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.backends.pytorch.state import (
     below_autograd,
