@@ -216,7 +216,10 @@ def reversed_inputs_are_accepted(ctx: Context) -> None:
     x, y, w, up = ctx.array(rows), ctx.integers(target), ctx.array(weight), ctx.array(upstream)
     rows, target = [row[::-1] for row in rows[::-1]], target[::-1]
     wanted = reference(rows, target, p=2, weight=weight[::-1])
-    x = ctx.note(x[::-1, ::-1], f"{ctx.source(x)}[::-1, ::-1]")
+    try:
+        x = ctx.note(x[::-1, ::-1], f"{ctx.source(x)}[::-1, ::-1]")
+    except (ValueError, IndexError) as error:
+        raise NotRun(f"arrays of {ctx.library} can't be sliced backwards: {error}") from None
     y, w, up = (ctx.note(a[::-1], f"{ctx.source(a)}[::-1]") for a in (y, w, up))
     ctx.agrees(x, y, wanted, p=2, weight=w)
     wanted = reference(rows, target).scaled(upstream[::-1])

@@ -22,6 +22,8 @@ _DESCRIPTION = """\
 Check that the loss keeps its contract with the arrays of a library.
 
 The exit code is 0 where nothing failed, 1 where something did, 2 for bad input."""
+_EXAMPLE = """\
+example: mml-arrayapi conformance --xp array_api_strict --dtype float32 --report report.html"""
 
 
 def add_parser(commands: Any) -> None:
@@ -37,6 +39,7 @@ def add_parser(commands: Any) -> None:
             "conformance",
             help="check the contract with the arrays of any library",
             description=_DESCRIPTION,
+            epilog=_EXAMPLE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )

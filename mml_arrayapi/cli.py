@@ -7,8 +7,10 @@ function of the parsed arguments that returns the exit code.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from mml_arrayapi import demo
@@ -18,6 +20,37 @@ from mml_arrayapi.evaluation import command as evaluation
 from mml_arrayapi.registry import list_backends
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the whole command line.
+
+    Returns
+    -------
+    argparse.ArgumentParser
+    """
+    whole = argparse.ArgumentParser(
+        prog="mml-arrayapi",
+        description="The multi-class hinge loss (multi_margin_loss) for every array library.",
+        epilog="mml-arrayapi COMMAND --help shows the options of a command, and an example.",
+    )
+    whole.add_argument("--version", action="version", version=__version__)
+    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in (demo, evaluation, conformance):
+        command.add_parser(commands)
+    listing = commands.add_parser(
+        "backends",
+        help="list the kernels, available or not, and why",
+        description="List the kernels: the library whose arrays each takes, whether it can run "
+        "here, and why not.",
+        epilog="example: mml-arrayapi backends",
+    )
+    listing.set_defaults(run=_backends)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions; it has argcomplete
+        import argcomplete
+
+        argcomplete.autocomplete(whole)
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,17 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where something that was checked failed, 2 for bad input, 130 for
         Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
-        prog="mml-arrayapi",
-        description="The multi-class hinge loss (multi_margin_loss) for every array library.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, evaluation, conformance):
-        command.add_parser(commands)
-    listing = commands.add_parser("backends", help="list the kernels there are, and why not others")
-    listing.set_defaults(run=_backends)
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
@@ -53,10 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _backends(_: Any) -> int:
-    rows = [("kernel", "arrays of", "available", "")]
-    rows += [(b.name, b.library, "yes" if b.available else "no", b.reason) for b in list_backends()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
+    rows = [(b.name, b.library, "yes" if b.available else "no", b.reason) for b in list_backends()]
+    headings = ("kernel", "arrays of", "available", "")
+    if sys.stdout.isatty() and find_spec("rich") is not None:
+        _print_table(headings, rows)
+        return 0
+    widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(3)]
+    for row in (headings, *rows):
         start = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
         print(f"{start}  {row[3]}".rstrip())
     return 0
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print the table in colours, folded to the terminal's width."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*headings, box=None, pad_edge=False)
+    for name, library, available, reason in rows:
+        colour = "green" if available == "yes" else "red"
+        table.add_row(Text(name, "bold"), library, Text(available, colour), Text(reason))
+    Console().print(table)

@@ -164,9 +164,7 @@ def _dask() -> Library:
 
     wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
-    row = replace(
-        row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute
-    )
+    row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
     return replace(row, widest=lambda _: wide, relu=xp.maximum)
 
 

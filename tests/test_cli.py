@@ -64,7 +64,7 @@ def test_demo(monkeypatch, tmp_path, capsys):
 
 
 def test_demo_says_when_libraries_disagree(capsys):
-    one = demo.Result("generic", 1.0, 2.0, 0.5, 0.1, None)
+    one = demo.Result("generic", None, 1.0, 2.0, 0.5, 0.1, None)
     demo._print_agreement({"NumPy": one, "JAX": one._replace(test_loss=2.5)})
     assert capsys.readouterr().out == (
         "The libraries disagree: training and test loss are 1.00000 2.00000 or 1.00000 2.50000.\n"

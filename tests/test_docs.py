@@ -4,16 +4,22 @@ import doctest
 import importlib
 import inspect
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 
 import mml_arrayapi
-from mml_arrayapi import registry
+from mml_arrayapi import cli, registry
 from tests.tree import ROOT, sources
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NAMES = {page: page.relative_to(ROOT).as_posix() for page in PAGES}
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+IMPORT = re.compile(r"^(?:>>> )? *(?:import|from) (\w+)", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +39,78 @@ def test_docstrings(name):
     assert doctest.testmod(module, optionflags=FLAGS).failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def blocks(page, *languages):
+    """The fenced blocks of a page that are in one of the languages."""
+    found = BLOCK.findall(page.read_text("utf-8"))
+    return [code for language, code in found if language in languages]
+
+
+def libraries_or_skip(code):
+    for name in IMPORT.findall(code):
+        pytest.importorskip(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
 def test_pages(page):
-    text = page.read_text()
+    text = page.read_text("utf-8")
+    for link in LINK.findall(text):
+        assert (page.parent / link).exists(), f"{NAMES[page]} links to {link}"
+    if page.name != "gpu-chunks.md":  # which says that it is not run
+        assert not blocks(page, "py", "pycon", "python3"), "only blocks of python are run"
+    libraries_or_skip("\n".join(blocks(page, "python")))
     examples = doctest.testfile(
         str(page), module_relative=False, optionflags=FLAGS, encoding="utf-8"
     )
     assert examples.failed == 0
-    for link in LINK.findall(text):
-        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def programs():
+    """The pages with Python that is no doctest."""
+    return [page for page in PAGES if any(">>>" not in code for code in blocks(page, "python"))]
+
+
+@pytest.mark.parametrize("page", programs(), ids=NAMES.get)
+def test_programs(page, monkeypatch, tmp_path):
+    """They run from top to bottom, as one program per page."""
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(code for code in blocks(page, "python") if ">>>" not in code)
+    libraries_or_skip(code)
+    program = tmp_path / "program.py"
+    program.write_text(code, "utf-8")
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__"]
+    if "init_process_group" in code:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def shell_commands():
+    """Every command line of the pages, without the prompt and with lines that go on joined."""
+    for page in PAGES:
+        for code in blocks(page, "bash", "console"):
+            for line in code.replace("\\\n", " ").splitlines():
+                yield pytest.param(line.removeprefix("$ "), id=f"{NAMES[page]}: {line}"[:90])
+
+
+@pytest.mark.parametrize("line", list(shell_commands()))
+def test_commands_exist_with_their_options(line):
+    """Their words are understood. What they do has tests of its own."""
+    commands = [shlex.split(part, comments=True) for part in line.split("&&")]
+    for command in filter(None, commands):
+        words = [word for word in command if "=" not in word or word.startswith("-")]
+        name = words[0].rpartition("/")[2]
+        if name == "mml-arrayapi":
+            assert cli.parser().parse_args(words[1:])
+        elif name == "python" and words[1].startswith("benchmarks/"):
+            assert (ROOT / words[1]).is_file()
+        elif name not in KNOWN:
+            pytest.fail(f"{line!r}: is {name} a command?")
+
+
+KNOWN = {
+    ".ci", "git", "nox", "pip", "pre-commit", "pytest", "python3.11", "ruff", "run", "sphinx-build",
+    "torchrun", "types",
+}  # fmt: skip
 
 
 def test_every_public_function_has_an_example():

@@ -69,4 +69,6 @@ def _given(problem: Problem, loss: Any) -> Any:
 if cpu.native is not None:
     cpu.native.accept(PLAIN, None, np.empty, (np.float64, np.float32, np.float16))
 
-KERNEL = Kernel("numpy-cpu", "numpy", refuses, loss, loss_and_grad)
+KERNEL = Kernel(
+    "numpy-cpu", "numpy", refuses, loss, loss_and_grad, supports=frozenset({"ignore_index"})
+)

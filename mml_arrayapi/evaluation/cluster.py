@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -46,7 +47,9 @@ class Work(NamedTuple):
     largest: int
 
 
-def run(work: Work, scheduler: Any, workers: int | None, timeout: float) -> Iterator[tuple[int, Any]]:
+def run(
+    work: Work, scheduler: Any, workers: int | None, timeout: float
+) -> Iterator[tuple[int, Any]]:
     """Count every batch, and yield each one's number and result as they come.
 
     Parameters
@@ -78,7 +81,9 @@ def run(work: Work, scheduler: Any, workers: int | None, timeout: float) -> Iter
         return
     with ExitStack() as stack:
         client = _client(stack, work, scheduler, workers)
-        yield from _on_cluster(client, work, timeout, _wait_for(client, scheduler, workers, timeout))
+        yield from _on_cluster(
+            client, work, timeout, _wait_for(client, scheduler, workers, timeout)
+        )
 
 
 def _affordable(largest: int, base: int) -> int:
@@ -91,13 +96,19 @@ def _allowed_cpus() -> int:
     try:
         from dask.system import CPU_COUNT  # what control groups allow
     except ImportError:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
     return int(CPU_COUNT)
 
 
 def _allowed_memory() -> int:
-    """Return how many bytes this process may take: those of the machine, or of its control group."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    """Return how many bytes this process may take: of the machine or its control group."""
+    found = (
+        [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    )
     groups = {"/sys/fs/cgroup", "/sys/fs/cgroup/memory"}
     try:
         with open("/proc/self/cgroup", encoding="utf-8") as file:
@@ -138,7 +149,7 @@ def _on_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
 
 def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
     """Compute batches of Dask arrays as one graph, so that whatever they share is computed once."""
-    import dask
+    import dask.threaded
 
     finished: SimpleQueue[Any] = SimpleQueue()
     stop = Event()
@@ -148,19 +159,21 @@ def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
             raise InterruptedError
         finished.put((number, result))
 
-    tasks = _delayed(work)
-    graph = [dask.delayed(deliver, pure=False)(number, task) for number, task in tasks.items()]
+    graph, keys = _graph(work)
+    for number, key in keys.items():
+        graph[f"deliver-{key}"] = (partial(deliver, number), key)
 
     def compute() -> None:
         try:
-            dask.compute(*graph, scheduler="threads", num_workers=threads)
-        except BaseException as error:
+            wanted = [f"deliver-{key}" for key in keys.values()]
+            dask.threaded.get(graph, wanted, num_workers=threads)
+        except BaseException as error:  # noqa: BLE001  (raised where it is waited for)
             finished.put((None, error))
 
     worker = Thread(target=compute, name="evaluate", daemon=True)
     worker.start()
     try:
-        for _ in tasks:
+        for _ in keys:
             number, result = finished.get()
             if number is None:
                 raise result
@@ -170,29 +183,62 @@ def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
         worker.join()
 
 
-def _delayed(work: Work) -> dict[int, Any]:
-    """Return a lazy result per batch, with Dask's arrays in place of slices of them."""
-    import dask
+def _graph(work: Work) -> tuple[dict[Any, Any], dict[int, str]]:
+    """Return Dask's graph of all batches, and each one's key.
 
-    def plain(part: Any) -> Any:
-        lazy = hasattr(part.shard.source, "dask")
-        return part.shard.source if lazy else dask.delayed(part, traverse=False)
+    It is made by hand: arrays that become arguments of delayed functions are optimised one by one,
+    and what they share is then computed for each.
+    """
+    from dask.highlevelgraph import HighLevelGraph
 
-    made = {}
-    count = dask.delayed(_count_parts, pure=False)
+    graphs, graph, keys = [], {}, {}
     for number, batch in work.batches.items():
-        others = [[plain(part) for part in parts] for parts in batch[3:]]
-        key = _key(batch)
-        made[number] = count(
-            work.count, batch[:2], plain(batch.scores), others, work.options, dask_key_name=key
+        lazy = [part.shard.source for part in _parts(batch) if _is_lazy(part)]
+        graphs += [array.__dask_graph__() for array in lazy]
+        bare = Batch(
+            *batch[:2],
+            *(tuple(None if _is_lazy(part) else part for part in parts) for parts in batch[2:]),
         )
-    return made
+        count = partial(_count_blocks, work.count, bare, work.options)
+        keys[number] = _key(batch)
+        graph[keys[number]] = (count, [array.__dask_keys__() for array in lazy])
+    return {**HighLevelGraph.merge(*graphs), **graph}, keys
 
 
-def _count_parts(
-    count: Callable[..., Any], rows: Any, scores: Any, others: Any, options: Any
-) -> Any:
-    return count(Batch(*rows, scores, *(tuple(parts) for parts in others)), *options)
+def _parts(batch: Batch) -> list[Any]:
+    return [part for parts in batch[2:] for part in parts]
+
+
+def _is_lazy(part: Any) -> bool:
+    return hasattr(part.shard.source, "dask")
+
+
+def _count_blocks(count: Callable[..., Any], batch: Batch, options: Any, arrays: list[Any]) -> Any:
+    """Count a batch with the blocks of arrays in place of those that were lazy."""
+    left = iter(arrays)
+    parts = (tuple(_joined(next(left)) if p is None else p for p in one) for one in batch[2:])
+    scores, targets, weights = parts
+    return count(Batch(*batch[:2], scores, targets, weights), *options)
+
+
+def _joined(blocks: Any) -> Any:
+    """Join nested lists of blocks; a block of a subclass stays one, to be refused."""
+    import numpy as np
+
+    flat, depth = blocks, 0
+    while isinstance(flat, list):
+        flat, depth = flat[0], depth + 1
+    if type(flat) is not np.ndarray:
+        return flat
+    return flat if flat.ndim == 0 or _single(blocks) else np.block(blocks)
+
+
+def _single(blocks: Any) -> bool:
+    while isinstance(blocks, list):
+        if len(blocks) != 1:
+            return False
+        (blocks,) = blocks
+    return True
 
 
 def _key(batch: Batch) -> str:
@@ -235,7 +281,7 @@ def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
     except RuntimeError as error:
         raise WorkerError(
             f"the worker processes do not start ({one_line(error)}); a program that uses them must "
-            "call evaluate() below `if __name__ == \"__main__\":`, since each of them imports it"
+            'call evaluate() below `if __name__ == "__main__":`, since each of them imports it'
         ) from error
 
 
@@ -269,8 +315,10 @@ def _on_cluster(client: Any, work: Work, timeout: float, name: str) -> Iterator[
             watch(number, client.submit(work.count, batch, *work.options, **options))
 
     if work.lazy:
-        tasks = _delayed(work)
-        for number, future in zip(tasks, client.compute(list(tasks.values())), strict=True):
+        graph, keys = _graph(work)
+        for number, future in zip(
+            keys, client.get(graph, list(keys.values()), sync=False), strict=True
+        ):
             watch(number, future)
     else:
         submit(left)

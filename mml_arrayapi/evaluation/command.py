@@ -76,7 +76,15 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_command)
 
 
-OPTIONS = ("p", "margin", "sample_weight", "ignore_index", "reduction", "axis", "backend")
+OPTIONS: tuple[str, ...] = (
+    "p",
+    "margin",
+    "sample_weight",
+    "ignore_index",
+    "reduction",
+    "axis",
+    "backend",
+)
 OPTIONS += ("class_names", "unwritten_chunks", "scheduler", "workers", "chunk_size", "timeout")
 
 

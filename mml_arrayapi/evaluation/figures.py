@@ -289,9 +289,6 @@ def figures_of(
         total.merge(_sum(state, c))
     (samples, weight), (_, correct), (_, inside) = (state.total(kind) for kind in range(3))
     mean = _over(total, weight, weighted=bool(state.weights))
-    pairs = None if state.confusions is None else state.confusions.items()
-    if pairs is not None:
-        pairs = sorted(pairs, key=lambda item: (-item[1], item[0]))[:SHOWN_CONFUSIONS]
     return Evaluation(
         loss=total.over(1) if reduction == "sum" else mean,
         reduction=reduction,
@@ -307,15 +304,20 @@ def figures_of(
         undefined=samples - sum(state.histogram.values()),
         ignored=state.ignored,
         nan=int(state.counts[3].sum()),
-        confusions=None
-        if pairs is None
-        else tuple((*divmod(pair, state.n_classes), count) for pair, count in pairs),
+        confusions=_confusions(state),
         nan_samples=tuple(data.place(i)[:2] for i in state.nan),
         nan_by_file=tuple((printable(name), count) for name, count in nan_by_file.items()),
         worst=tuple(_worst(sample, data) for sample in state.worst),
         pairing=data.pairing(),
         class_names=None if class_names is None else tuple(class_names),
     )
+
+
+def _confusions(state: MetricState) -> tuple[tuple[int, int, int], ...] | None:
+    if state.confusions is None:
+        return None
+    pairs = sorted(state.confusions.items(), key=lambda item: (-item[1], item[0]))
+    return tuple((*divmod(pair, state.n_classes), n) for pair, n in pairs[:SHOWN_CONFUSIONS])
 
 
 def _worst(sample: Any, data: Dataset) -> WorstSample:
@@ -361,6 +363,7 @@ def percent(share: float) -> str:
 
 
 def pair(line: dict[str, Any]) -> list[str]:
+    """Return the files, columns and rows of one line of the pairing, as text."""
     made = []
     for told in (line["scores"], *line.get("targets", []), *line.get("sample weights", [])):
         columns = ", ".join(told.get("columns", []))

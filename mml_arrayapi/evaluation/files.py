@@ -7,7 +7,8 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from mml_arrayapi.evaluation.errors import InputError, one_line, require
@@ -30,6 +31,8 @@ class File:
         Which of several arrays or columns is meant: what followed a ``#``.
     name : str
         As it was given, for messages.
+    store : bool
+        Whether it is a folder that holds a Zarr store.
     root : str
         The folder in which a pattern found it (hive partitions are named below), or nothing.
     """
@@ -38,6 +41,7 @@ class File:
     path: str
     item: str
     name: str
+    store: bool = False
     root: str = ""
 
     @property
@@ -47,14 +51,15 @@ class File:
         place = self.path if fs is None else fs.unstrip_protocol(self.path)
         return f"{place}#{self.item}" if self.item else place
 
+    @property
+    def plain_name(self) -> str:
+        """The name without ``#item``."""
+        return self.name.removesuffix(f"#{self.item}") if self.item else self.name
+
     def exists(self, below: str = "") -> bool:
         """Whether there is something at this path, or below it."""
         there = os.path.exists if self.filesystem is None else self.filesystem.exists
         return bool(there(self.path + below))
-
-    def is_zarr(self) -> bool:
-        """Whether this is a folder that holds a Zarr store."""
-        return any(self.exists(f"/{marker}") for marker in ZARR_MARKERS)
 
     def open(self) -> Any:
         """Open the file for reading bytes."""
@@ -148,14 +153,27 @@ def _file(path: str, item: str, name: str) -> File:
         fs, inner = core.url_to_fs(path)
     except (ImportError, ValueError) as error:  # no package for it; no such protocol
         raise InputError(f"{name}: {one_line(error)}") from error
-    local = getattr(fs, "protocol", "") in ("file", ("file", "local"))
-    return File(None if local else fs, inner, item, name)
+    if getattr(fs, "protocol", "") in ("file", ("file", "local")):
+        return File(None, inner, item, name)
+    if "http" in fs.protocol and not _has_ranges(fs, inner):
+        fs = core.filesystem("simplecache", fs=fs)  # a copy on this machine
+    return File(fs, inner, item, name)
+
+
+def _has_ranges(fs: Any, url: str) -> bool:
+    """Whether a web server gives out parts of files."""
+    try:
+        return len(fs.cat_file(url, start=0, end=1)) == 1
+    except (OSError, ValueError):
+        return not fs.exists(url)
 
 
 def _expand(file: File) -> list[File]:
     fs, path = file.filesystem, file.path
-    if file.is_zarr() or file.exists():
-        if file.is_zarr() or not (os.path.isdir(path) if fs is None else fs.isdir(path)):
+    if _is_store(file):
+        return [replace(file, store=True)]
+    if file.exists():
+        if not (os.path.isdir(path) if fs is None else fs.isdir(path)):
             return [file]
         found = _glob(fs, f"{glob.escape(path)}/**/*.parquet")
         # What begins with _ or . is a writer's own (Spark, Hive, Delta).
@@ -168,7 +186,15 @@ def _expand(file: File) -> list[File]:
     if not found:
         raise InputError(f"{file.name}: {why}; check the path")
     found.sort(key=natural)
-    return [File(fs, one, file.item, _shown(file, one), root) for one in found]
+    made = [File(fs, one, file.item, _shown(file, one), root=root) for one in found]
+    return [replace(one, store=_is_store(one)) for one in made]
+
+
+def _is_store(file: File) -> bool:
+    # Looking costs requests: not where the name says that it is a file.
+    if file.filesystem is not None and not re.search(r"(\.zarr|/[^./]*)/?$", file.path):
+        return False
+    return any(file.exists(f"/{marker}") for marker in ZARR_MARKERS)
 
 
 def _glob(fs: Any, pattern: str) -> list[str]:
@@ -196,11 +222,17 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def cores(names: Sequence[str]) -> list[str]:
     """Return where names differ: without the beginning and the end that all share."""
-    head = re.sub(r"[0-9]+$", "", os.path.commonprefix(list(names)))
+    head = re.sub(r"[0-9]+$", "", _common_start(names))
     rests = [name[len(head) :] for name in names]
-    tail = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]
+    tail = _common_start([rest[::-1] for rest in rests])[::-1]
     tail = re.sub(r"^[0-9]+", "", tail)
     return [rest[: len(rest) - len(tail)] for rest in rests]
+
+
+def _common_start(names: Sequence[str]) -> str:
+    first, last = min(names), max(names)
+    same = (a == b for a, b in zip(first, last, strict=False))
+    return first[: sum(1 for _ in takewhile(bool, same))]
 
 
 def numbered(names: Sequence[str]) -> bool:

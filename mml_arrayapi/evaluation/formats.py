@@ -14,7 +14,8 @@ import math
 import struct
 import zipfile
 from base64 import b64decode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import PurePosixPath
@@ -73,18 +74,18 @@ def open_array(file: File, role: str, rules: Rules) -> Array:
     name = file.path if file.filesystem is None else file.path.partition("?")[0]
     suffix = PurePosixPath(name).suffix.lower()
     plugins = {f".{found.name.lstrip('.')}": found for found in entry_points(group=ENTRY_POINTS)}
-    if file.is_zarr() or suffix == ".zip":
+    if file.store or suffix == ".zip":
         return _open_zarr(file, role, rules)
     if suffix in plugins:
         return plugins[suffix].load()(file, role, rules)
     if suffix not in FORMATS:
         known = ", ".join((*FORMATS, *plugins))
         raise InputError(
-            f"{file.name}: the format is not known; accepted are {known} files and Zarr stores "
+            f"{file.plain_name}: the format is not known; accepted are {known} files and Zarr stores "
             "(folders, and .zarr.zip)"
         )
     if not file.size():
-        raise InputError(f"{file.name}: the file is empty; write or copy it again")
+        raise InputError(f"{file.plain_name}: the file is empty; write or copy it again")
     return FORMATS[suffix](file, role, rules)
 
 
@@ -94,7 +95,10 @@ def adopt(array: Array, role: str, rules: Rules) -> Array:
     file = File(None, role, "", role)
     if library == "zarr":
         return _zarr_array(file, array, role, rules)
-    return _hdf5_array(file, array, role, rules) if library == "h5py" else array
+    if library == "h5py":
+        _check_written(file, array, role, rules)
+        return _Attributed(file, role, array, rules, None)
+    return array
 
 
 def choose_item(file: File, role: str, items: Sequence[str]) -> str:
@@ -103,7 +107,7 @@ def choose_item(file: File, role: str, items: Sequence[str]) -> str:
         return file.item
     if not file.item and len(items) == 1:
         return items[0]
-    plain = file.name.removesuffix(f"#{file.item}")
+    plain = file.plain_name
     missing = f"has no array {file.item!r}" if file.item else f"holds {len(items)} arrays"
     raise InputError(
         f"{plain}: {missing}; name the one with the {role}, as in {plain}#NAME, where NAME is one "
@@ -190,7 +194,7 @@ def _check_end(file: File, end: int, what: str) -> None:
         raise ValueError(f"{what} takes {end:,} bytes, but the file has only {size:,}")
     if size > end:
         raise InputError(
-            f"{file.name}: {size - end:,} bytes follow {what}, which would be left out (several "
+            f"{file.plain_name}: {size - end:,} bytes follow {what}, which would be left out (several "
             "arrays saved into one file?); save each array in a file of its own"
         )
 
@@ -215,7 +219,7 @@ class _NpzMember:
                 whole = npy.read_array(member, allow_pickle=False)
                 if member.read(1):  # the checksum is compared at the end
                     raise InputError(
-                        f"{self._file.name}: bytes follow the array; save it again"
+                        f"{self._file.plain_name}: bytes follow the array; save it again"
                     )
         return whole[where]
 
@@ -242,7 +246,9 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
     told = header[choose_item(file, role, list(header))]
     if told["dtype"] not in _SAFETENSORS:
         raise InputError(f"{file.name}: has dtype {told['dtype']}, which is not read; convert it")
-    made = RawArray(file, start + told["data_offsets"][0], told["shape"], _SAFETENSORS[told["dtype"]])
+    made = RawArray(
+        file, start + told["data_offsets"][0], told["shape"], _SAFETENSORS[told["dtype"]]
+    )
     if made.end != start + told["data_offsets"][1]:
         raise ValueError("its shape does not fit the bytes that it has")
     return made
@@ -340,8 +346,8 @@ def _zarr_array(file: File, opened: Array, role: str, rules: Rules) -> Array:
 
 def _unwritten(name: str, role: str, what: str) -> InputError:
     return InputError(
-        f"{name}: {what} were never written, and would be read as {role} of the store's fill value; "
-        "write them, or accept it by --unwritten-chunks fill"
+        f"{name}: {what} were never written, and would be read as {role} of the store's fill "
+        "value; write them, or accept it by --unwritten-chunks fill"
     )
 
 
@@ -380,23 +386,44 @@ class _WrittenZarr:
         return part
 
 
-def _open_hdf5(file: File, role: str, rules: Rules) -> Array:
+class _Hdf5Dataset:
+    """A dataset whose file is opened for each read: what is open is not read anew if it changes."""
+
+    def __init__(self, file: File, item: str, source: Array) -> None:
+        self._file, self._item = file, item
+        self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
+        self.attrs = dict(source.attrs)
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        with _hdf5_file(self._file) as opened:
+            return opened[self._item][where]
+
+
+@contextmanager
+def _hdf5_file(file: File) -> Iterator[Any]:
     h5py = require("h5py", file.name)
-    opened = h5py.File(file.path if file.filesystem is None else file.open(), "r")
+    with ExitStack() as stack:
+        place = file.path if file.filesystem is None else stack.enter_context(file.open())
+        yield stack.enter_context(h5py.File(place, "r"))
+
+
+def _open_hdf5(file: File, role: str, rules: Rules) -> Array:
     found: list[str] = []
-    opened.visititems(lambda name, one: found.append(name) if hasattr(one, "dtype") else None)
-    item = file.item.strip("/")
-    return _hdf5_array(file, opened[choose_item(replace(file, item=item), role, found)], role, rules)
+    with _hdf5_file(file) as opened:
+        opened.visititems(lambda name, one: found.append(name) if hasattr(one, "dtype") else None)
+        item = choose_item(replace(file, item=file.item.strip("/")), role, found)
+        _check_written(file, opened[item], role, rules)
+        return _Attributed(file, role, _Hdf5Dataset(file, item, opened[item]), rules, None)
 
 
-def _hdf5_array(file: File, source: Array, role: str, rules: Rules) -> Array:
-    if rules.refuse_unwritten(role) and source.size:
-        chunks = [math.ceil(n / c) for n, c in zip(source.shape, source.chunks or (), strict=False)]
-        wanted = math.prod(chunks) if source.chunks else 1
-        got = source.id.get_num_chunks() if source.chunks else bool(source.id.get_storage_size())
-        if got < wanted:
-            raise _unwritten(file.name, role, f"{wanted - got:,} of its {wanted:,} chunks")
-    return _Attributed(file, role, source, rules, None)
+def _check_written(file: File, source: Array, role: str, rules: Rules) -> None:
+    if not rules.refuse_unwritten(role) or not source.size:
+        return
+    chunks = [math.ceil(n / c) for n, c in zip(source.shape, source.chunks or (), strict=False)]
+    wanted = math.prod(chunks) if source.chunks else 1
+    got = source.id.get_num_chunks() if source.chunks else bool(source.id.get_storage_size())
+    if got < wanted:
+        raise _unwritten(file.name, role, f"{wanted - got:,} of its {wanted:,} chunks")
 
 
 def _open_parquet(file: File, role: str, rules: Rules) -> Array:  # noqa: ARG001

@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from threading import Lock
 from typing import Any, NamedTuple
@@ -78,17 +79,15 @@ class Shard:
             part = np.asarray(part)
             if part.dtype.name == "bfloat16":
                 part = part.astype(np.float32)
-            if part.shape != self.shape[:axis] + (stop - start,) + self.shape[axis + 1 :]:
-                raise ValueError(f"they have shape {part.shape}")
-        except (InputError, MemoryError, TypeError):
-            self.check_version()
-            raise
+            if part.shape != (*self.shape[:axis], stop - start, *self.shape[axis + 1 :]):
+                raise ValueError(f"they have shape {part.shape}")  # noqa: TRY301
         except Exception as error:
+            self._check_version_after(error)
             raise InputError(
                 f"{self.name}: rows {start} to {stop - 1} cannot be read ({one_line(error)}); "
                 "write or copy it again"
             ) from error
-        if not self._is_store():
+        if not (self.version and self.source.store):  # stores are looked at once, at the end
             self.check_version()
         return part
 
@@ -100,6 +99,13 @@ class Shard:
                 "nothing writes to it (workers must see the same file, not a copy)"
             )
 
+    def _check_version_after(self, error: Exception) -> None:
+        """Raise what explains an error: that the file has changed; or the error, if it is plain."""
+        with suppress(OSError):  # it isn't there any more
+            self.check_version()
+        if isinstance(error, (InputError, MemoryError, TypeError)):
+            raise error
+
     def starts(self, axis: int) -> list[int]:
         """Return where the rows' chunks begin, and the number of rows; nothing without chunks."""
         n = self.shape[axis]
@@ -109,9 +115,6 @@ class Shard:
         if isinstance(sizes, int):
             return [*range(0, n, sizes), n]
         return list(accumulate(sizes, initial=0))
-
-    def _is_store(self) -> bool:  # of many files: looked at once, at the end
-        return isinstance(self.source, File) and self.source.is_zarr()
 
     def _read_file(self, where: tuple[slice, ...]) -> Array:
         """Read rows; a chunk that they are only a part of is kept for the batches after."""
@@ -127,8 +130,8 @@ class Shard:
         for low, high in pairwise(starts[first:]):
             if low >= stop:
                 break
-            block = (*where[:-1], slice(low, high))
-            kept = _blocks.get((self.source, self.role, self.version, low), lambda b=block: array[b])
+            key = (self.source, self.role, self.version, low)
+            kept = _blocks.get(key, partial(array.__getitem__, (*where[:-1], slice(low, high))))
             parts.append(kept[(*where[:-1], slice(max(start - low, 0), stop - low))])
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
@@ -172,7 +175,12 @@ class _Blocks:
 
 
 _blocks = _Blocks()
-forget_blocks = _blocks.clear
+
+
+def forget() -> None:
+    """Forget decoded chunks and open files."""
+    _blocks.clear()
+    _open.cache_clear()
 
 
 @lru_cache(maxsize=64)
@@ -182,8 +190,7 @@ def _open(file: File, role: str, rules: Rules, version: str) -> Array:  # noqa: 
 
 def file_version(file: File) -> str:
     """Return what changes when the file does, or the array within the store that is meant."""
-    below = file.item if file.is_zarr() and file.item and file.exists(f"/{file.item}") else ""
-    return file.version(below)
+    return file.version(file.item if file.store and file.exists(f"/{file.item}") else "")
 
 
 class ShardSlice(NamedTuple):
@@ -206,7 +213,7 @@ class Batch(NamedTuple):
 
     start: int
     stop: int
-    scores: ShardSlice
+    scores: tuple[ShardSlice]
     targets: tuple[ShardSlice, ...]
     weights: tuple[ShardSlice, ...]
 
@@ -265,7 +272,12 @@ class Dataset(NamedTuple):
     def largest_batch(self) -> int:
         """Return the bytes of the scores of the largest batch."""
         rows = max((batch.stop - batch.start for batch in self.batches), default=0)
-        return rows * self.samples_per_row * self.n_classes * int(self.shards[SCORES][0].dtype.itemsize)
+        return (
+            rows
+            * self.samples_per_row
+            * self.n_classes
+            * int(self.shards[SCORES][0].dtype.itemsize)
+        )
 
     def place(self, sample: int) -> tuple[str, int, tuple[int, ...]]:
         """Return a sample's file, its row there, and its position in the whole."""
@@ -346,6 +358,7 @@ def open_dataset(
     """
     given = {SCORES: logits, TARGETS: targets, WEIGHTS: sample_weight}
     found = {role: _shards(one, role, rules) for role, one in given.items() if one is not None}
+    found = _optimised(found)
     scores = found[SCORES] = _of_known_width(found[SCORES])
     first = scores[0]
     ndim = len(first.shape)
@@ -374,6 +387,22 @@ def open_dataset(
     per_row = max(1, data.n_classes * data.samples_per_row)
     step = max(1, BATCH // per_row) if chunk_size is None else chunk_size
     return data._replace(batches=list(_batches(data, step)))
+
+
+def _optimised(found: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
+    """Let Dask optimise its arrays, all together, so that what they share stays shared."""
+    lazy = [s for shards in found.values() for s in shards if hasattr(s.source, "dask")]
+    if not lazy:
+        return found
+    import dask
+
+    # Fusion of single tasks would repeat a chunk's producer for each of its consumers.
+    with dask.config.set({"optimization.fuse.active": False}):
+        made = iter(dask.optimize(*(shard.source for shard in lazy)))
+    return {
+        role: [replace(s, source=next(made)) if hasattr(s.source, "dask") else s for s in shards]
+        for role, shards in found.items()
+    }
 
 
 def read_array(path: str) -> Array:
@@ -484,7 +513,7 @@ def _batches(data: Dataset, step: int) -> Iterator[Batch]:
                 tuple(_spans(data.shards.get(role, []), base + start, base + stop))
                 for role in (TARGETS, WEIGHTS)
             )
-            rows = _slice(shard, data.rows_axis, start, stop)
+            rows = (_slice(shard, data.rows_axis, start, stop),)
             yield Batch(base + start, base + stop, rows, *others)
         base += n
 
@@ -538,7 +567,9 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
     refuse_subclass(role, given)
     array = adopt(given, role, rules)
     if any(n != n for n in given.shape):
-        raise InputError(f"{role}: the sizes of the chunks are unknown; compute_chunk_sizes() first")
+        raise InputError(
+            f"{role}: the sizes of the chunks are unknown; compute_chunk_sizes() first"
+        )
     return [_shard(Shard(role, role, array, "", rules, (), None, None), array)]
 
 

@@ -245,4 +245,6 @@ def _part(path: str) -> str:
 def cannot_write(path: str, error: Exception) -> InputError:
     """Return the error that says so."""
     why = getattr(error, "strerror", None) or one_line(error)
-    return InputError(f"{path}: cannot be written ({why}); free some space, or choose another place")
+    return InputError(
+        f"{path}: cannot be written ({why}); free some space, or choose another place"
+    )

@@ -104,8 +104,18 @@ class MetricState:
         How many samples were left out.
     """
 
-    __slots__ = ("classes", "confusions", "counts", "histogram", "ignored", "n_classes", "nan")
-    __slots__ += ("sums", "weights", "worst")
+    __slots__ = (
+        "classes",
+        "confusions",
+        "counts",
+        "histogram",
+        "ignored",
+        "n_classes",
+        "nan",
+        "sums",
+        "weights",
+        "worst",
+    )
 
     def __init__(self, n_classes: int, *, weighted: bool = False, dense: bool = False) -> None:
         import numpy as np
@@ -164,13 +174,18 @@ class MetricState:
             places = np.arange(rows.start, rows.stop) if keep is None else keep[rows]
             rows = rows if keep is None else places
             weight = None if weights is None else weights[rows]
-            self.merge(_count(scores[rows], target[rows].astype(np.int64), weight, loss, places + first))
+            self.merge(
+                _count(scores[rows], target[rows].astype(np.int64), weight, loss, places + first)
+            )
 
     def merge(self, other: MetricState) -> None:
         """Add what another state holds."""
         where = self._places(other.classes)
         self.counts[:, where] += other.counts
-        for mine, theirs in ((self.sums, other.sums), *zip(self.weights, other.weights, strict=True)):
+        for mine, theirs in (
+            (self.sums, other.sums),
+            *zip(self.weights, other.weights, strict=True),
+        ):
             for i, value in zip(where.tolist(), theirs, strict=True):
                 mine[i] += value
         self.histogram.update(other.histogram)
@@ -190,7 +205,11 @@ class MetricState:
 
         if len(classes) == len(self.classes) and (classes == self.classes).all():
             return np.arange(len(classes))
-        union = np.union1d(self.classes, classes) if len(self.classes) < self.n_classes else self.classes
+        union = (
+            np.union1d(self.classes, classes)
+            if len(self.classes) < self.n_classes
+            else self.classes
+        )
         if len(union) > len(self.classes):
             old = np.searchsorted(union, self.classes)
             counts = np.zeros((KINDS, len(union)), dtype=np.int64)
@@ -213,7 +232,9 @@ class MetricState:
             "sums": [[_hex(sums[i]) for i in kept] for sums in (self.sums, *self.weights)],
             "histogram": _pairs(self.histogram),
             "confusions": None if self.confusions is None else _pairs(self.confusions),
-            "worst": [[*map(_exact, s[:-1]), [[c, _exact(v)] for c, v in s[-1]]] for s in self.worst],
+            "worst": [
+                [*map(_exact, s[:-1]), [[c, _exact(v)] for c, v in s[-1]]] for s in self.worst
+            ],
             "nan": self.nan,
             "ignored": self.ignored,
         }
@@ -286,11 +307,11 @@ def _count(
         with np.errstate(invalid="ignore", over="ignore"):
             values = losses.astype(np.float64) * weights
     finite = np.isfinite(values)
-    chosen = (slice(None), lead > 0, inside, np.isnan(values), values == math.inf)
-    chosen = (*chosen, values == -math.inf)
+    odd = (np.isnan(values), values == math.inf, values == -math.inf)
+    chosen: Any = (slice(None), lead > 0, inside, *odd)
     made.counts = np.stack([np.bincount(groups[which], minlength=n) for which in chosen])
-    whole = finite.all()
-    made.sums = exact_sums(*((values, groups) if whole else (values[finite], groups[finite])), n)
+    added = (values, groups) if finite.all() else (values[finite], groups[finite])
+    made.sums = exact_sums(*added, n_groups=n)
     if weights is not None:
         made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen[:3]]
     made.histogram = _bins(lead, loss.unit)
@@ -376,8 +397,10 @@ def bin_start(number: int) -> float:
 def _look_at(
     scores: np.ndarray, target: np.ndarray, loss: Loss
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return each sample's loss, lead (target's score less the highest other), inside the margin,
-    and, where another class has the highest score, that class (else -1).
+    """Return each sample's loss, lead, whether it is inside the margin, and its rival.
+
+    The lead is the target's score less the highest other one; the rival is the class of that where
+    it is not below, else -1.
 
     The scores are walked in blocks, so that what is derived from them stays small. These are
     C-contiguous, whatever the file's order, so that a row is always summed in the same order.
@@ -458,7 +481,7 @@ def count_batch(
         refuse_subclass(role, array)
         return np.asarray(array)
 
-    scores = read(batch.scores, "scores", 0 if axis else 1)
+    scores = read(batch.scores[0], "scores", 0 if axis else 1)
     target = np.concatenate([read(part, "targets", 0) for part in batch.targets])
     weights = None
     if batch.weights:

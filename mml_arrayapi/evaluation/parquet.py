@@ -52,7 +52,7 @@ class ParquetColumns:
         groups = [group.num_rows for group in self._fragment.row_groups]
         self._starts = tuple(accumulate(groups, initial=0))
         names = self._schema.names
-        plain = file.name.removesuffix(f"#{file.item}")
+        plain = file.plain_name
         if file.item:
             self.columns = _named(file.item, names, plain)
         else:
@@ -166,7 +166,7 @@ class _Kind:
 
 
 def _matrix(lists: Any, where: str) -> Array:
-    """Lists of equal lengths as rows."""
+    """Make rows of lists of equal lengths."""
     import pyarrow.compute as pc
 
     lengths = sorted(pc.unique(pc.list_value_length(lists)).to_pylist())
@@ -183,7 +183,7 @@ def _matrix(lists: Any, where: str) -> Array:
 
 
 def _vectors(column: Any, where: str) -> Array:
-    """Spark's vectors, dense (type 1) or sparse (type 0), as rows."""
+    """Make rows of Spark's vectors, dense (type 1) or sparse (type 0)."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -230,9 +230,7 @@ def _named(item: str, names: Sequence[str], file: str) -> list[str]:
     for given in next(csv.reader([item])):
         matching = [n for n in names if n == given] or [n for n in names if fnmatchcase(n, given)]
         if not matching:
-            raise InputError(
-                f"{file}: has no column {given!r}; its columns are {', '.join(names)}"
-            )
+            raise InputError(f"{file}: has no column {given!r}; its columns are {', '.join(names)}")
         if len(matching) > 1 and matching != sorted(matching, key=natural):
             raise InputError(
                 f"{file}: the columns that match {given!r} are not in the order of their names: "
@@ -255,9 +253,7 @@ def _guess(role: str, schema: Any, file: str) -> list[str]:
     plain = [name for name, kind in told.items() if not kind.nested]
     floats = [name for name in plain if told[name].floats]
     integers = [
-        name
-        for name in plain
-        if told[name].categories or kinds.is_integer(schema.field(name).type)
+        name for name in plain if told[name].categories or kinds.is_integer(schema.field(name).type)
     ]
     if role == "scores":
         exact = [name for name in lists if name.lower() in ("logits", "scores")]

@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def bar() -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar on the standard error stream, or in a notebook; in a pipe or without rich, nothing.
+    """Show a bar in a terminal or a notebook; in a pipe, or without rich, nothing.
 
     Yields
     ------

@@ -41,7 +41,9 @@ def read_figures(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             told = json.load(file)
         if told["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {told['schema']}, not {SCHEMA}")
+            raise ValueError(  # noqa: TRY301
+                f"its schema is {told['schema']}, not {SCHEMA}"
+            )
         for figures in (told, *told["classes"].values()):
             for name in ("loss", *SHARES):
                 figures[name] = float(figures[name])
@@ -96,7 +98,9 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
     data = []
     for c, f in classes:
         row = [figures.name(c), f.count, *map(_number, (f.loss, f.accuracy, f.inside_margin))]
-        data.append([*row, _number(old[str(c)]["loss"]) if str(c) in old else None][: 6 if old else 5])
+        data.append(
+            [*row, _number(old[str(c)]["loss"]) if str(c) in old else None][: 6 if old else 5]
+        )
     if len(data) > ROWS:  # those without a number first, then those of highest loss
         data.sort(key=lambda row: math.inf if isinstance(row[2], str) else row[2], reverse=True)
     histogram, beyond = _histogram(figures)
@@ -135,7 +139,11 @@ def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
     told = [
         ("loss", f"{figures.loss:.6g}", f"loss ({figures.reduction})"),
         ("accuracy", percent(figures.accuracy), "accuracy: target has the highest score"),
-        ("inside_margin", percent(figures.inside_margin), "inside the margin: another class within"),
+        (
+            "inside_margin",
+            percent(figures.inside_margin),
+            "inside the margin: another class within",
+        ),
     ]
     cards: list[Any] = []
     for key, value, label in told:
@@ -145,8 +153,10 @@ def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
         old, new = before[key], getattr(figures, key)
         change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
         better = (new > old) == (key == "accuracy")
-        style = "" if not new != old else "better" if better else "worse"
-        cards.append((value, label, percent(old) if key in SHARES else f"{old:.6g}", (change, style)))
+        style = ("better" if better else "worse") if new > old or new < old else ""
+        cards.append(
+            (value, label, percent(old) if key in SHARES else f"{old:.6g}", (change, style))
+        )
     samples = f"samples in {len(figures.classes):,} classes"
     old = "" if before is None else f"{before['samples']:,}"
     cards.append((f"{figures.samples:,}", samples, old, ("", "")))
@@ -184,13 +194,18 @@ def _histogram(figures: Evaluation) -> tuple[Any, str]:
         for place, name in ((0.0, "0"), (figures.margin, "margin")):
             if starts[0] <= place * scale <= starts[-1] + width * scale:
                 axes.axvline(place * scale, color=page.INK, linewidth=0.8, linestyle="--")
-                axes.text(place * scale, 1.01, name, transform=axes.get_xaxis_transform(), ha="center")
+                axes.text(
+                    place * scale, 1.01, name, transform=axes.get_xaxis_transform(), ha="center"
+                )
         axes.set_ylabel("samples")
-        axes.set_xlabel("score of the target less the highest other" + ("" if scale == 1 else f" × {scale:g}"))
+        axes.set_xlabel(
+            "score of the target less the highest other" + ("" if scale == 1 else f" x {scale:g}")
+        )
 
     far = [bar for bar in bars if bar not in shown]
     told = [
-        f"{count:,} more from {start:.4g} to {stop:.4g}" for start, stop, count in (far[:3] + far[3:][-3:])
+        f"{count:,} more from {start:.4g} to {stop:.4g}"
+        for start, stop, count in (far[:3] + far[3:][-3:])
     ]
     note = f"Beyond the plot: {'; '.join(told)}." if told else ""
     if figures.undefined:
@@ -201,14 +216,18 @@ def _histogram(figures: Evaluation) -> tuple[Any, str]:
 def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
     finite = [(c, f) for c, f in classes if math.isfinite(f.loss)]
     left = len(classes) - len(finite)
-    note = f"{left:,} classes without a finite mean loss are not drawn; the table shows them." if left else ""
+    note = (
+        f"{left:,} classes without a finite mean loss are not drawn; the table shows them."
+        if left
+        else ""
+    )
     if not finite:
         return "", note or "There are no samples."
     top = max(abs(f.loss) for _, f in finite)
     scale = 1.0 if top < 1e290 else 2.0 ** -math.frexp(top)[1]
 
     def draw(axes: Any) -> None:
-        axes.set_ylabel("mean loss" + ("" if scale == 1 else f" × {scale:g}"))
+        axes.set_ylabel("mean loss" + ("" if scale == 1 else f" x {scale:g}"))
         if len(finite) <= COLUMNS:
             axes.bar(range(len(finite)), [f.loss * scale for _, f in finite], color=page.OTHER)
             names = [figures.name(c)[:16] for c, _ in finite]

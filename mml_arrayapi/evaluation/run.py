@@ -72,9 +72,9 @@ def evaluate(
         What it means that a chunk of a Zarr store or HDF5 file was never written: an error, or that
         all its values are the store's fill value. If left out, an error, except in the scores.
     scheduler : str, Client or Cluster, default "threads"
-        ``"threads"``; ``"processes"`` (a ``LocalCluster`` of Dask); the address of a Dask scheduler,
-        or one of Dask's clients or clusters, whose workers must see the same files under the same
-        paths.
+        ``"threads"``; ``"processes"`` (a ``LocalCluster`` of Dask); the address of a Dask
+        scheduler, or one of Dask's clients or clusters, whose workers must see the same files under
+        the same paths.
     workers : int, optional
         The number of threads or processes, as many as the CPUs and the memory allowed to this
         process suffice for if left out; of a cluster, how many workers to wait for.
@@ -146,10 +146,11 @@ def evaluate(
         total.merge(state)
         done += batch.stop - batch.start
         if count := int(state.counts[3].sum()):
-            nan[batch.scores.shard.name] = nan.get(batch.scores.shard.name, 0) + count
+            name = batch.scores[0].shard.name
+            nan[name] = nan.get(name, 0) + count
 
     with ExitStack() as stack:
-        stack.callback(inputs.forget_blocks)
+        stack.callback(inputs.forget)
         finished: dict[int, MetricState] = {}
         if checkpoint is not None:
             journal = Journal(os.fspath(checkpoint), _about(data, loss, kernel, rules))
@@ -230,11 +231,13 @@ def _class_names(given: Any, n_classes: int) -> Sequence[str] | None:
                 text = file.read()
             names = json.loads(text) if where.endswith(".json") else text.splitlines()
         except (OSError, ValueError) as error:
-            raise InputError(f"{where}: the names of the classes cannot be read ({error})") from error
+            raise InputError(
+                f"{where}: the names of the classes cannot be read ({error})"
+            ) from error
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: must be a list of names, one per class")
     if len(names) != n_classes:
         raise InputError(
-            f"{where}: has {len(names):,} names of classes, but the scores have {n_classes:,} classes"
+            f"{where}: has {len(names):,} names, but the scores have {n_classes:,} classes"
         )
     return names

@@ -208,7 +208,9 @@ def test_kill_9_of_the_client(folder, client, wanted, tmp_path):
 def test_a_scheduler_that_goes_away_and_the_run_after(folder, wanted, tmp_path):
     with local_cluster(1) as lost:
         keywords = {"progress": at(5, lost.close), "checkpoint": tmp_path, "timeout": 10}
-        with pytest.raises(mml.WorkerError, match="the connection to the scheduler tcp.* is lost; run"):
+        with pytest.raises(
+            mml.WorkerError, match=r"the connection to the scheduler tcp.* is lost; run"
+        ):
             run(folder, lost.scheduler_address, **keywords)
     assert run(folder, "threads", checkpoint=tmp_path) == wanted
 

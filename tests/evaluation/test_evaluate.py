@@ -68,9 +68,7 @@ def test_the_figures(arrays):
     scores, target = arrays
     weight = np.linspace(0.5, 2, C)
     figures = mml.evaluate(scores, target, p=2, margin=0.5, weight=weight, reduction="sum")
-    losses = sample_losses(
-        scores, target, p=2, margin=0.5, weight=weight, check_target="raise"
-    )
+    losses = sample_losses(scores, target, p=2, margin=0.5, weight=weight, check_target="raise")
     assert figures.loss == math.fsum(losses)
     order = np.argsort(scores, axis=1)
     assert figures.accuracy == np.mean(order[:, -1] == target)

@@ -29,7 +29,9 @@ def test_numbers_in_names_are_numbers(arrays, files, wanted):
     ):
         figures = mml.evaluate(logits, targets, chunk_size=50)
         assert figures == wanted
-    assert [line["scores"]["name"] for line in figures.pairing] == [f"part-{i}.npy" for i in range(12)]
+    assert [line["scores"]["name"] for line in figures.pairing] == [
+        f"part-{i}.npy" for i in range(12)
+    ]
     assert figures.pairing[11]["targets"][0]["name"] == "label-11.npy"
 
 
@@ -43,9 +45,10 @@ def test_an_order_in_doubt_is_refused(arrays, files, fails, names):
     assert "the order of its 3 files is in doubt" in fails("part-*.npy", "y.npy")
     parts("label", arrays[1], 3, names)
     if names[0] == "jan":  # files of the same names belong together, in whatever order
-        assert mml.evaluate("part-*.npy", "label-*.npy").accuracy == mml.evaluate(
-            "x.npy", "y.npy"
-        ).accuracy
+        assert (
+            mml.evaluate("part-*.npy", "label-*.npy").accuracy
+            == mml.evaluate("x.npy", "y.npy").accuracy
+        )
 
 
 def test_a_list_is_an_order(arrays, files, wanted):
@@ -110,7 +113,9 @@ class Meters(np.ndarray):
     pass
 
 
-@pytest.mark.parametrize("make", [np.ma.masked_array, lambda a: a.view(Meters)], ids=["mask", "unit"])
+@pytest.mark.parametrize(
+    "make", [np.ma.masked_array, lambda a: a.view(Meters)], ids=["mask", "unit"]
+)
 def test_subclasses_of_arrays_are_refused(arrays, make):
     scores, target = arrays
     with pytest.raises(TypeError, match="targets must be plain arrays, but are of type M"):
@@ -142,8 +147,13 @@ def rewrite_at(call, act):
 
 
 CHANGES = {
-    "in place": lambda: np.lib.format.open_memmap("x.npy", mode="r+").__setitem__(slice(600, 700), 9),
-    "replaced": lambda: (np.save("z.npy", np.zeros((N, C), np.float32)), os.replace("z.npy", "x.npy")),
+    "in place": lambda: np.lib.format.open_memmap("x.npy", mode="r+").__setitem__(
+        slice(600, 700), 9
+    ),
+    "replaced": lambda: (
+        np.save("z.npy", np.zeros((N, C), np.float32)),
+        os.replace("z.npy", "x.npy"),
+    ),
     "times kept": lambda: (
         (status := os.stat("x.npy")),
         np.save("x.npy", np.zeros((N, C), np.float32)),
@@ -158,7 +168,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_in_mid_run(files, change):
     with pytest.raises(mml.InputError, match=r"[xy]\.npy: .*(has changed|cannot be (read|found))"):
-        mml.evaluate("x.npy", "y.npy", chunk_size=10, workers=1, progress=rewrite_at(3, CHANGES[change]))
+        mml.evaluate(
+            "x.npy", "y.npy", chunk_size=10, workers=1, progress=rewrite_at(3, CHANGES[change])
+        )
 
 
 def test_a_file_that_changes_after_it_was_read(arrays, files):
@@ -233,7 +245,11 @@ def test_fill_values_of_floats_are_missing(arrays, files, path, write):
     scores[7, 0] = 1e20
     write(path, scores, attributes={"_FillValue": np.float32(1e20).item()})
     assert mml.evaluate(path, "y.npy").nan_samples == ((path, 7),)
-    write("n" + path, arrays[0], attributes={"_FillValue": "AAAAAAAA+H8=" if write is zarr_file else np.nan})
+    write(
+        "n" + path,
+        arrays[0],
+        attributes={"_FillValue": "AAAAAAAA+H8=" if write is zarr_file else np.nan},
+    )
     assert mml.evaluate("n" + path, "y.npy") == mml.evaluate(*arrays)
 
 
@@ -272,7 +288,9 @@ def test_chunks_that_were_never_written(arrays, files, fails, layout, what):
     pair = ("x.npy", path) if what == "labels" else (path, "y.npy")
     plain = (arrays[0], filled) if what == "labels" else (filled, arrays[1])
     if what == "labels":
-        assert "never written, and would be read as targets of the store's fill value" in fails(*pair)
+        assert "never written, and would be read as targets of the store's fill value" in fails(
+            *pair
+        )
     else:
         assert mml.evaluate(*pair) == mml.evaluate(*plain)
     assert "were never written" in fails(*pair, "--unwritten-chunks", "error")
@@ -317,8 +335,12 @@ def test_parts_with_columns_in_another_order(arrays, files, wanted):
 def test_parts_whose_columns_differ(arrays, files, fails):
     scores, target = arrays
     os.mkdir("folder")
-    parquet("folder/0.parquet", **by_class(scores[:300], [f"c{i}" for i in range(C)]), y=target[:300])
-    parquet("folder/1.parquet", **by_class(scores[300:], [f"d{i}" for i in range(C)]), y=target[300:])
+    parquet(
+        "folder/0.parquet", **by_class(scores[:300], [f"c{i}" for i in range(C)]), y=target[:300]
+    )
+    parquet(
+        "folder/1.parquet", **by_class(scores[300:], [f"d{i}" for i in range(C)]), y=target[300:]
+    )
     line = fails("folder", "folder")
     assert "1.parquet: its columns are d0, d1" in line
     assert "name them, in the order of the classes" in line
@@ -362,7 +384,13 @@ def test_scores_in_doubt_are_not_guessed(arrays, files, fails, columns):
 
 def test_the_only_ones_are_guessed_and_told(arrays, files, wanted):
     scores, target = arrays
-    parquet("p.parquet", logits=list(scores), embedding=list(scores[:, :3]), label=target, p=scores[:, 0])
+    parquet(
+        "p.parquet",
+        logits=list(scores),
+        embedding=list(scores[:, :3]),
+        label=target,
+        p=scores[:, 0],
+    )
     figures = mml.evaluate("p.parquet", "p.parquet")
     assert figures == wanted
     assert "p.parquet [logits] rows 0 to 699 with p.parquet [label]" in str(figures)
@@ -386,7 +414,9 @@ def test_checksums_of_pages_are_verified(arrays, files, fails):
     pq = pytest.importorskip("pyarrow.parquet")
     pa = pytest.importorskip("pyarrow")
     table = pa.table(by_class(arrays[0], [f"c{i}" for i in range(C)]))
-    pq.write_table(table, "p.parquet", compression="none", use_dictionary=False, write_page_checksum=True)
+    pq.write_table(
+        table, "p.parquet", compression="none", use_dictionary=False, write_page_checksum=True
+    )
     with open("p.parquet", "r+b") as file:
         file.seek(1000)
         file.write(b"\x01")
