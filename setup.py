@@ -7,6 +7,7 @@ a shared template, and processors without AVX2 would meet its instructions.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
 import sys
@@ -17,8 +18,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "backends/cpu"
-SOURCES = ("dlpack.h", "margin_loss.cpp", "margin_loss.h", "module.cpp")
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SOURCES = (
+    "dlpack.h",
+    "margin_loss.cpp",
+    "margin_loss.h",
+    "module.cpp",
+    "pool.cpp",
+    "pool.h",
+)
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no stable ABI
 
 
@@ -62,15 +70,13 @@ class BuildKernels(build_ext):
         if self.compiler.compiler_type == "msvc":
             print("MSVC has no vector extensions: mml_arrayapi is installed without CPU kernels.")
             self.extensions = []
+        self.parallel = self.parallel or len(self.extensions) or None
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:  # noqa: D102
-        before = self.build_temp
-        self.build_temp = f"{before}/{ext.name}"
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = before
+        command = copy.copy(self)  # extensions are built side by side
+        command.build_temp = f"{self.build_temp}/{ext.name}"
+        build_ext.build_extension(command, ext)
 
 
 # A library that runs under several versions of Python says so in the wheel's name.

@@ -36,6 +36,11 @@ def place(array: jax.Array) -> frozenset[Any] | None:
     return frozenset(array.devices())
 
 
+def unusable(array: Any) -> str | None:
+    """Tell what an object of JAX is that is no array, or None."""
+    return None if isinstance(array, jax.Array) else f"of type jax {type(array).__name__}"
+
+
 def widest(_: jax.Array) -> tuple[Any, Any]:
     """Return the widest integer and real dtype: 32 bits wide by JAX's default."""
     x64 = jax.config.jax_enable_x64
@@ -121,6 +126,7 @@ KERNEL = Kernel(
 ROW: dict[str, Any] = {
     "loss": loss,
     "on_host": on_host,
+    "unusable": unusable,
     "place": place,
     "widest": widest,
     "take": take,

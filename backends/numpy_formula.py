@@ -37,7 +37,19 @@ def relu(x: np.ndarray, zero: np.ndarray) -> np.ndarray:  # noqa: ARG001
     return np.maximum(x, 0, out=x)
 
 
-ROW = {
+def unusable(array: np.ndarray) -> str | None:
+    """Tell what an array is whose meaning would be lost, or None."""
+    if isinstance(array, np.ma.MaskedArray):
+        return "a masked array, whose mask would be lost; call its filled() or compressed()"
+    if isinstance(array, np.matrix):
+        return "a numpy.matrix; call numpy.asarray() on it"
+    if not isinstance(array, (np.ndarray, np.generic)):  # noqa: UP038 (half the time)
+        return f"of type numpy.{type(array).__name__}"
+    return None
+
+
+ROW: dict[str, Any] = {
+    "unusable": unusable,
     "widest": lambda _: (np.int64, np.float64),
     "take": take,
     "put": put,

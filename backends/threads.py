@@ -7,12 +7,15 @@ for instance, can't wait for each other.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -46,13 +49,20 @@ def number_of_threads(library_setting: int | None = None) -> int:
     Returns
     -------
     int
-        The environment variable ``MML_ARRAYAPI_NUM_THREADS`` if it is set; else the number of CPUs
-        that this process may run on, and no more than the library's setting.
+        The environment variable ``MML_ARRAYAPI_NUM_THREADS`` if it is set. Else the number of CPUs
+        that this process may run on, no more than its control group's quota of CPU time, and no
+        more than the library's setting or, where there is none, ``OMP_NUM_THREADS``.
 
     Raises
     ------
     ValueError
-        The environment variable is no positive integer.
+        ``MML_ARRAYAPI_NUM_THREADS`` is no positive integer.
+
+    Examples
+    --------
+    >>> from mml_arrayapi.backends.threads import number_of_threads
+    >>> number_of_threads(1)
+    1
     """
     text = os.environ.get(ENVIRONMENT)
     if text:
@@ -60,7 +70,71 @@ def number_of_threads(library_setting: int | None = None) -> int:
             raise ValueError(f"{ENVIRONMENT} must be a positive integer, but is {text!r}")
         return int(text)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cpus if library_setting is None else min(cpus, library_setting)
+    limits = (cpus, cpu_quota(), library_setting or _openmp_setting())
+    return max(1, min(limit for limit in limits if limit is not None))
+
+
+def _openmp_setting() -> int | None:
+    """Return the first number of ``OMP_NUM_THREADS``; anything else counts for nothing."""
+    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(text) if text.isdecimal() and int(text) else None
+
+
+@cache
+def cpu_quota(root: str = "/") -> int | None:
+    """Tell how many CPUs' time Linux gives to this process's control group.
+
+    Parameters
+    ----------
+    root : str, optional
+        Where the file system begins; another directory for a test.
+
+    Returns
+    -------
+    int or None
+        The whole CPUs of the smallest quota among the group and those it is in, at least 1; None
+        without a quota. Read once.
+    """
+    quotas = []
+    for folder, inner in _control_groups(Path(root)):
+        while True:
+            quotas += _quota_in(folder / inner)
+            if not inner.parts:
+                break
+            inner = inner.parent if inner.parent != inner else Path()
+    return max(1, math.floor(min(quotas))) if quotas else None
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield where control groups are mounted, and this process's path there, versions 2 and 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, UnicodeError):
+        return
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        # Seen from inside a container, the path may lead out of what is mounted.
+        inner = Path(*(part for part in path.split("/") if part not in ("", "..")))
+        if number == "0" and not controllers:
+            yield root / "sys/fs/cgroup", inner
+        elif "cpu" in controllers.split(","):
+            yield root / "sys/fs/cgroup/cpu", inner
+
+
+def _quota_in(folder: Path) -> list[float]:
+    """Read a group's quota, in CPUs."""
+    for name, period_name in (("cpu.max", None), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            words = (folder / name).read_text().split()
+            if period_name:
+                words += (folder / period_name).read_text().split()
+            quota, period = (int(word) for word in words)
+        except (OSError, ValueError):  # no such file; "max": no quota
+            continue
+        if quota > 0 and period > 0:  # version 1 says -1 for none
+            return [quota / period]
+    return []
 
 
 def run(task: Callable[[int], Result], count: int, threads: int) -> list[Result]:

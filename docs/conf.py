@@ -11,7 +11,9 @@ SOURCE = PROJECT["urls"]["Source"]
 project = "mml_arrayapi"
 author = "The mml_arrayapi developers"
 copyright = f"2026, {author}"
-release = re.search(r'__version__ = "(.+)"', (ROOT / "mml_arrayapi" / "_version.py").read_text("utf-8"))[1]
+release = re.search(
+    r'__version__ = "(.+)"', (ROOT / "mml_arrayapi" / "_version.py").read_text("utf-8")
+)[1]
 
 extensions = [
     "myst_parser",
@@ -35,7 +37,6 @@ html_show_sourcelink = False
 html_sidebars = {page: [] for page in ("index", "api", "pytorch", "changelog")}
 html_theme_options = {
     "icon_links": [{"name": "Source", "url": SOURCE, "icon": "fa-brands fa-github"}],
-    "header_links_before_dropdown": 7,
     "navigation_with_keys": False,
     "show_prev_next": False,
 }

@@ -11,7 +11,7 @@ type does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,9 @@ class Library:
         targets raise when they are computed, if ``check_target`` says so.
     unusable : callable
         ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
+    kinds : mapping
+        The kinds of the common dtypes, ``"real floating"`` or ``"integral"``; ``isdtype()`` takes
+        microseconds to find them.
     device : callable
         ``device(array)``: the device to name when an array is made to be used with this one.
     compute : callable or None
@@ -89,6 +92,7 @@ class Library:
     take: Callable[[Array, Array, int], Array]
     put: Callable[[Array, Array, Array, int], Array]
     relu: Callable[[Array, Array], Array]
+    kinds: Mapping[Any, str]
     runs: bool = False
     settle: Callable[[Problem], Problem] | None = None
     unusable: Callable[[Array], str | None] = lambda _: None
@@ -132,7 +136,24 @@ def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
         take=take,
         put=put,
         relu=relu,
+        kinds=_kinds(xp),
     )
+
+
+def _kinds(xp: Namespace) -> dict[Any, str]:
+    names = dict.fromkeys(("float16", "bfloat16", "float32", "float64"), "real floating")
+    for bits in (8, 16, 32, 64):
+        names |= {f"int{bits}": "integral", f"uint{bits}": "integral"}
+    kinds = {}
+    for name, kind in names.items():
+        dtype = getattr(xp, name, None)
+        if isinstance(dtype, type):  # of NumPy and JAX: the dtype of arrays is another object
+            import numpy as np
+
+            dtype = np.dtype(dtype)
+        if isinstance(dtype, Hashable) and dtype is not None:
+            kinds[dtype] = kind
+    return kinds
 
 
 def _numpy() -> Library:
@@ -231,7 +252,9 @@ def library_of(argument: str, array: Array) -> Library:
         load = LIBRARIES.get(module)
         if load is None:
             return _library_without_row(argument, array)
-        library = _by_module[module] = load()
+        library = load()
+        if module != "torch":  # within torch.export keeping it would be a side effect: it warns
+            _by_module[module] = library
     return library
 
 
@@ -241,15 +264,17 @@ def _library_without_row(argument: str, array: Array) -> Library:
 
     try:
         xp = array_namespace(array)
-    except TypeError:
+        name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
+    except Exception:  # noqa: BLE001 (an object's __array_namespace__ may do anything)
         module = type(array).__module__
-        hint = "; pass its .data, or use xarray.apply_ufunc" if module.startswith("xarray.") else ""
+        hint = "; call its to_numpy()" if hasattr(type(array), "to_numpy") else ""
+        if module.startswith("xarray."):
+            hint = "; pass its .data, or use xarray.apply_ufunc"
         raise TypeError(
             f"{argument} must be an array of a library that follows the Python array API standard "
             f"(NumPy, PyTorch, CuPy, Dask, JAX ...), but is of type "
             f"{module}.{type(array).__qualname__}{hint}"
         ) from None
-    name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
     if name in LIBRARIES:
         return LIBRARIES[name]()
     if name not in _by_namespace:

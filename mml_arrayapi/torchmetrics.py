@@ -6,7 +6,7 @@ Importing this module imports torchmetrics and PyTorch.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchmetrics import Metric
@@ -66,7 +66,7 @@ class MultiMarginLoss(Metric):  # type: ignore[misc]  # its base is Any to the t
         margin: float = 1.0,
         weight: Array | None = None,
         ignore_index: int | None = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum"] = "mean",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

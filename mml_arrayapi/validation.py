@@ -19,6 +19,8 @@ Array = Any
 
 REDUCTIONS = ("none", "mean", "sum")
 CHECKS = ("auto", "raise", "nan")
+REAL, INTEGER = "real floating", "integral"  # as isdtype() has them
+SHOWN = 80  # characters of a value in a message
 
 
 class InvalidTargetError(IndexError, ValueError):
@@ -41,7 +43,7 @@ class InvalidTargetError(IndexError, ValueError):
     ...     multi_margin_loss(np.zeros((2, 3)), np.asarray([0, 3]))
     ... except InvalidTargetError as error:
     ...     print(error)
-    target[1] is 3, but input has 3 classes: accepted are 0 to 2
+    target[1] is 3, but input has 3 classes: accepted are 0 to 2 (labels that begin at 1 must be reduced by 1)
     """
 
     def __init__(self, position: tuple[int, ...], value: int, n_classes: int) -> None:
@@ -49,9 +51,10 @@ class InvalidTargetError(IndexError, ValueError):
         self.value = value
         self.n_classes = n_classes
         place = f"target[{', '.join(map(str, position))}]" if position else "target"
+        hint = " (labels that begin at 1 must be reduced by 1)" if value == n_classes else ""
         super().__init__(
             f"{place} is {value}, but input has {n_classes} "
-            f"{'class' if n_classes == 1 else 'classes'}: accepted are 0 to {n_classes - 1}"
+            f"{'class' if n_classes == 1 else 'classes'}: accepted are 0 to {n_classes - 1}{hint}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,7 +118,10 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
     if ignore_index is None:
         return None
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
-        raise TypeError(f"ignore_index must be None or an integer, but is {_a(ignore_index)}")
+        raise TypeError(
+            f"ignore_index must be None or an integer, but is {_a(ignore_index)}"
+            f"{_static('ignore_index', ignore_index)}"
+        )
     return int(ignore_index)
 
 
@@ -138,8 +144,10 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     TypeError, ValueError
         With the argument's name, what was given, and what is accepted.
     """
-    if weight is not None and len(_shape("weight", weight)) != 1:
-        raise ValueError(f"weight must have shape (C,), but has shape {_shape('weight', weight)}")
+    if weight is not None:
+        weight_shape = _shape("weight", weight)
+        if len(weight_shape) != 1:
+            raise ValueError(f"weight must have shape (C,), but has shape {weight_shape}")
     shape, axis, n_classes = _classes(input, options.axis)
     batch = shape[:axis] + shape[axis + 1 :]
     given = _shape("target", target)
@@ -147,16 +155,20 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "
             f"{given} (input has shape {shape}, the classes are at axis {axis})"
+            f"{_hint(given, batch, shape)}"
         )
-    if weight is not None and not _same_shape(weight.shape, (n_classes,)):
+    if weight is not None and not _same_shape(weight_shape, (n_classes,)):
         raise ValueError(
             f"weight must have one element per class, shape ({n_classes},), but has shape "
-            f"{_shape('weight', weight)}"
+            f"{weight_shape}"
         )
-    library, xp = _check_types(input, target, weight)
+    library = _check_types(input, target, weight)
+    xp = library.namespace
+    input, target = _native(input), _native(target)
+    weight = None if weight is None else _native(weight)
     if library.cast is not None:
         input = library.cast(input)
-    if input.ndim == 0:
+    if len(shape) != input.ndim:
         input = xp.reshape(input, (1,))
     if len(given) != len(batch):
         target = library_of("target", target).namespace.reshape(target, batch)
@@ -227,9 +239,10 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
             f"grad_output must have the loss's shape, {wanted}, but has shape {shape} "
             f"(reduction is {problem.reduction!r})"
         )
-    library = _usable("grad_output", grad_output)
-    _check_real("grad_output", library.namespace, grad_output)
+    library = library_of("grad_output", grad_output)
+    _check_dtype("grad_output", library, grad_output, REAL)
     _check_together("grad_output", grad_output, library, problem.input, problem.library)
+    grad_output = _native(grad_output)
     if problem.reduction == "none" and shape != problem.target.shape:
         return problem.xp.reshape(grad_output, problem.target.shape)
     return grad_output
@@ -280,13 +293,17 @@ def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None
         With the first offending position.
     """
     xp = library_of("target", target).namespace
-    signed = xp.astype(target, widest(xp, target)[0], copy=False)
-    bad = (signed < 0) | (signed >= n_classes)
-    held = xp.iinfo(target.dtype)
-    if ignore_index is not None and held.min <= ignore_index <= held.max:
-        bad = bad & (target != ignore_index)
-    if not bool(xp.any(bad)):
+    if 0 in target.shape:
         return
+    accepted = target
+    if ignore_index is not None:
+        info = xp.iinfo(target.dtype)
+        if info.min <= ignore_index <= info.max:
+            accepted = xp.where(target == ignore_index, xp.zeros_like(target), target)
+    if int(xp.min(accepted)) >= 0 and int(xp.max(accepted)) < n_classes:
+        return
+    signed = xp.astype(accepted, widest(xp, target)[0], copy=False)
+    bad = (signed < 0) | (signed >= n_classes)
     flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
     value = int(xp.reshape(target, (-1,))[flat])
     position: list[int] = []
@@ -318,38 +335,41 @@ def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
     return shape, axis, n_classes
 
 
-def _check_types(input: Array, target: Array, weight: Array | None) -> tuple[Library, Any]:
-    """Check dtypes, then libraries and devices; return the library and namespace of input."""
-    library = _usable("input", input)
-    _check_real("input", library.namespace, input)
-    target_library = _usable("target", target)
-    kinds = target_library.namespace
-    if not kinds.isdtype(target.dtype, "integral"):
-        raise TypeError(f"target must have an integer dtype, but has dtype {target.dtype}")
+def _check_types(input: Array, target: Array, weight: Array | None) -> Library:
+    """Check dtypes, then libraries and devices; return the library of input."""
+    library, target_library = library_of("input", input), library_of("target", target)
+    _check_dtype("input", library, input, REAL)
+    _check_dtype("target", target_library, target, INTEGER)
     if weight is not None:
-        _check_real("weight", _usable("weight", weight).namespace, weight)
+        weight_library = library_of("weight", weight)
+        _check_dtype("weight", weight_library, weight, REAL)
     _check_together("target", target, target_library, input, library.name)
     if weight is not None:
-        _check_together("weight", weight, library_of("weight", weight), input, library.name)
-    return library, library.namespace
-
-
-def _usable(argument: str, array: Array) -> Library:
-    """Return an array's library, if it can compute with arrays like this one."""
-    library = library_of(argument, array)
-    if (form := library.unusable(array)) is not None:
-        raise TypeError(f"{argument} must be a dense array, but is {form}")
+        _check_together("weight", weight, weight_library, input, library.name)
     return library
 
 
-def _check_real(argument: str, xp: Any, array: Array) -> None:
+def _check_dtype(argument: str, library: Library, array: Array, kind: str) -> None:
+    """Check that a dtype is of a kind; real ones must have 16, 32 or 64 bits."""
+    xp = library.namespace
+    dtype = getattr(array, "dtype", None)
+    try:
+        good = library.kinds.get(dtype) == kind or (
+            xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
+        )
+    except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
+        good = False
+    if not good:
+        wanted = "a real floating dtype (float16, bfloat16, float32 or float64)"
+        if kind == INTEGER:
+            wanted = "an integer dtype"
+        raise TypeError(f"{argument} must have {wanted}, but has dtype {dtype}")
+
+
+def _native(array: Array) -> Array:
+    """Return an array in the machine's byte order; NumPy also has the other."""
     dtype = array.dtype
-    if xp.isdtype(dtype, "real floating") and xp.finfo(dtype).bits in (16, 32, 64):
-        return
-    raise TypeError(
-        f"{argument} must have a real floating dtype (float16, bfloat16, float32 or float64), "
-        f"but has dtype {dtype}"
-    )
+    return array if getattr(dtype, "isnative", True) else array.astype(dtype.newbyteorder("="))
 
 
 def _check_together(
@@ -361,7 +381,7 @@ def _check_together(
             return
         raise TypeError(
             f"{argument} must come from the same library as input, but {argument} is of "
-            f"{library.name} and input is of {input_library}"
+            f"{library.name} and input is of {input_library}{_conversion(argument, library, input)}"
         )
     ours, theirs = library.place(array), library.place(input)
     if ours is not None and theirs is not None and ours != theirs:
@@ -387,11 +407,32 @@ def _resolve(check_target: str, library: Library, target: Array) -> str:
     return "raise"
 
 
-def _shape(argument: str, array: Array) -> tuple[int, ...]:
+def _conversion(argument: str, library: Library, input: Array) -> str:
+    """Say how an array of NumPy, whose arrays every library takes, is converted."""
+    if library.name != "numpy":
+        return ""
+    name = library_of("input", input).namespace.__name__.removeprefix("array_api_compat.")
+    return f"; convert it by {name}.asarray({argument})"
+
+
+def _shape(argument: str, array: Array) -> tuple[Any, ...]:
+    """Return an array's shape; raise for what is no array, or none that can be computed with."""
     try:
-        return tuple(array.shape)
-    except (AttributeError, TypeError):
+        shape = tuple(array.shape)
+    except Exception:  # noqa: BLE001 (each library has its own for arrays that have no shape)
         raise TypeError(f"{argument} must be an array, but is {_a(array)}") from None
+    if (form := library_of(argument, array).unusable(array)) is not None:
+        raise TypeError(f"{argument} must be a dense array, but is {form}")
+    return shape
+
+
+def _hint(given: tuple[Any, ...], batch: tuple[Any, ...], shape: tuple[Any, ...]) -> str:
+    """Say what to do about targets of a common wrong shape."""
+    if given == shape and batch:
+        return "; of one-hot targets take the argmax over the classes' axis"
+    if tuple(n for n in given if n != 1) == tuple(n for n in batch if n != 1):
+        return f"; call target.reshape({batch})"
+    return ""
 
 
 def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -403,7 +444,7 @@ def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 def _real_number(argument: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{argument} must be a real number, but is {_a(value)}")
+        raise TypeError(f"{argument} must be a real number, but is {_a(value)}{_static(argument, value)}")
     try:
         return float(value)
     except OverflowError:
@@ -412,8 +453,21 @@ def _real_number(argument: str, value: float) -> float:
         ) from None
 
 
+def _static(argument: str, value: object) -> str:
+    """Say how a number that JAX traces, or holds in an array, can be given as one."""
+    if not type(value).__module__.startswith("jax"):
+        return ""
+    return f"; under jax.jit name it in static_argnames=({argument!r},), else call float()"
+
+
 def _a(value: object) -> str:
-    return f"{value!r} of type {type(value).__name__}"
+    """Show a value and its type, shortened, whatever it is."""
+    try:
+        shown = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 (an object need not have a repr() that works)
+        shown = "an object"
+    shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 3]}..."
+    return f"{shown} of type {type(value).__name__}"
 
 
 def _listed(names: tuple[str, ...]) -> str:

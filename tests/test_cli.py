@@ -1,5 +1,8 @@
 """The command line: dispatch, ``backends`` and ``demo``. ``evaluate`` and ``conformance`` have theirs."""
 
+import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -36,6 +39,46 @@ def test_as_a_module():
     assert lines[-1].split()[:3] == ["generic", "*", "yes"]
 
 
+@pytest.mark.parametrize("command", ["demo", "evaluate", "conformance", "backends"])
+def test_help_has_an_example_that_is_understood(command, capsys):
+    with pytest.raises(SystemExit) as info:
+        cli.main([command, "--help"])
+    assert info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    example = re.search(rf"[Ee]xamples?: mml-arrayapi ({command}[^;]*)", text)[1]
+    assert cli.parser().parse_args(shlex.split(example))
+
+
+def test_backends_on_a_terminal(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert cli.main(["backends"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b[" in out
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert ["generic", "*", "yes"] in [line.split()[:3] for line in lines]
+
+
+def test_completion(tmp_path):
+    pytest.importorskip("argcomplete")
+    line = "mml-arrayapi con"
+    completions = tmp_path / "completions"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(completions),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    code = "from mml_arrayapi import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, check=False)
+    assert done.returncode == 0
+    assert completions.read_text().split() == ["conformance"]
+
+
 def test_interrupted(monkeypatch, capsys):
     def run(_):
         raise KeyboardInterrupt
@@ -53,6 +96,10 @@ def test_demo(monkeypatch, tmp_path, capsys):
     rows = [line for line in out.splitlines() if "%" in line and "│" in line]
     assert len(rows) >= 1
     assert len({tuple(row.split("│")[3:6]) for row in rows}) == 1, "the libraries disagree"
+    for row in rows:
+        _, _, kernel, *_, faster, _ = (cell.strip() for cell in row.split("│"))
+        assert (faster == "") == (kernel == "generic")
+        assert faster == "" or float(faster.removesuffix(" x")) > 0
     assert f"All {len(rows)} libraries agree to the printed digits." in out
     assert "mml-arrayapi evaluate" in out
     logits = np.load(tmp_path / "new" / "folder" / "logits.npy")

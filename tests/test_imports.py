@@ -29,8 +29,6 @@ LAYERS = {
     "mml_arrayapi.pytorch": PUBLIC,
     "mml_arrayapi.sklearn": PUBLIC,
     "mml_arrayapi.torchmetrics": PUBLIC,
-    "mml_arrayapi.sklearn": PUBLIC,
-    "mml_arrayapi.torchmetrics": PUBLIC,
     "mml_arrayapi.conformance": CONFORMANCE,
     "mml_arrayapi.conformance.": CONFORMANCE,
     "mml_arrayapi.demo": COMMANDS,

@@ -1,6 +1,9 @@
 """Wheel, sdist and tree hold the same files; each can be used, from wherever it lies."""
 
+import itertools
+import re
 import subprocess
+import tomllib
 import zipfile
 from pathlib import Path
 from sysconfig import get_paths
@@ -88,6 +91,65 @@ assert mml_arrayapi._checkout.Finder not in sys.meta_path
 {LOSS}"""
     out = alone(code, installed, cwd=tmp_path)
     assert Path(out) == installed / "mml_arrayapi" / "__init__.py"
+
+
+def test_an_installed_copy_writes_nothing_into_its_folder(installed, tmp_path):
+    """A site-packages folder may be read-only."""
+    before = {path: path.stat().st_mtime_ns for path in installed.rglob("*")}
+    code = f"""
+import mml_arrayapi
+from mml_arrayapi import cli
+assert cli.main(["backends"]) == 0
+{LOSS}"""
+    alone(code, installed, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    assert {path: path.stat().st_mtime_ns for path in installed.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "flags", [("-OO",), ("-W", "error"), ("-P",), ("-I",), ("-X", "dev")], ids=" ".join
+)
+def test_under_the_flags_of_python(flags):
+    """Without docstrings and asserts, with warnings as errors, with the current folder not on the path."""
+    code = """
+import numpy
+from mml_arrayapi import cli, explain, multi_margin_loss
+x, y = numpy.asarray([[0.1, 0.2, 0.4, 0.8]]), numpy.asarray([3])
+assert_ = {True: None}
+assert_[abs(multi_margin_loss(x, y) - 0.325) < 1e-6]
+for words in (["--help"], ["demo", "--help"], ["evaluate", "--help"], ["conformance", "--help"]):
+    try:
+        cli.main(words)
+    except SystemExit as error:
+        assert_[error.code == 0]
+assert_[cli.main(["backends"]) == 0]
+assert_[cli.main(["conformance", "--xp", "numpy", "--dtype", "float32"]) == 0]
+"""
+    assert "generic" in run_python(code, flags=flags)
+
+
+def test_the_oldest_releases_stand_in_two_places_that_agree():
+    """What ``pyproject.toml`` accepts from is what ``constraints-floors.txt`` installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], *(extras[name] for name in extras if name != "docs")]
+    wanted = {}
+    for requirement in itertools.chain.from_iterable(groups):
+        found = re.match(r"([\w.-]+)(?:\[.*?\])?>=([\w.]+)", requirement)
+        assert found or requirement.startswith("mml_arrayapi["), requirement
+        if found:
+            name, version = found.groups()
+            assert wanted.setdefault(name, version) == version, f"{name} has two oldest releases"
+    pinned = constraints("constraints.txt")
+    untried = {name for name in wanted if name.startswith(("cuda-", "cupy-", "nvidia-"))}  # GPUs
+    floors = {name: version for name, version in wanted.items() if name not in {*pinned, *untried}}
+    assert {k: v for k, v in constraints("constraints-floors.txt").items() if k in wanted} == floors
+
+
+def constraints(name):
+    """The versions in a file of constraints."""
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    pairs = (line.split("#")[0].split("==") for line in lines)
+    return {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
 def test_no_module_reads_what_lies_beside_it_by_path():

@@ -13,11 +13,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mml_arrayapi.backends import threads
+
 ENVIRONMENT = "MML_ARRAYAPI_CPU_KERNELS"
 BUILDS = ("baseline", "x86_64_v3")
 
 _HERE = Path(__file__).parent
-_SOURCES = ("dlpack.h", "margin_loss.cpp", "margin_loss.h", "module.cpp")
+_SOURCES = (
+    "dlpack.h",
+    "margin_loss.cpp",
+    "margin_loss.h",
+    "module.cpp",
+    "pool.cpp",
+    "pool.h",
+)
 
 
 def _load() -> tuple[Any, str | None]:
@@ -67,6 +76,8 @@ def _stale(module: Any) -> str | None:
 
 
 native, _reason = _load()
+if native is not None:
+    native.set_limit(threads.number_of_threads)
 
 
 def reason() -> str | None:

@@ -114,14 +114,15 @@ template <class E> INLINE auto widen(const char *p) {  // one element
     }
 }
 // A float64 rounded once: a float32 on the way has its last bit set where it isn't exact.
-template <class E> void store_rounded(char *p, double x) {
+template <class E> NOINLINE uint16_t round_to_16_bits(double x) {
+    float f = float(x);
+    auto bits = read<uint32_t>(&f);
+    if (double(f) != x && x == x) bits = (bits - (std::fabs(double(f)) > std::fabs(x))) | 1;
+    return round_to<4>(Vec<float, 4>{} + read<float>(&bits), E{})[0];
+}
+template <class E> INLINE void store_rounded(char *p, double x) {
     if constexpr (std::is_floating_point<E>::value) write(p, E(x));
-    else {
-        float f = float(x);
-        auto bits = read<uint32_t>(&f);
-        if (double(f) != x && x == x) bits = (bits - (std::fabs(double(f)) > std::fabs(x))) | 1;
-        write(p, uint16_t(round_to<4>(Vec<float, 4>{} + read<float>(&bits), E{})[0]));
-    }
+    else write(p, round_to_16_bits<E>(x));
 }
 
 // Call f with a value of the element type, or of the integer type.
@@ -274,7 +275,7 @@ template <class T> struct Group {
     const char *row[GROUP];
     int32_t y[GROUP];  // the target's place among the call's classes; OUTSIDE or IGNORED
     T own[GROUP];      // its score; NaN where the row has no value
-    T weight[GROUP];
+    double weight[GROUP];
 };
 
 // What a call's targets are compared with.
@@ -306,16 +307,27 @@ template <class F> INLINE void each(const Walk &walk, int64_t start, int64_t cou
         for (int64_t k = 0; k < count; k++) f(k, walk.at(start + k));
     }
 }
-template <class F> INLINE void each_target(const Call &c, int64_t start, int64_t count, F f) {
+// Look up the targets' places of rows in a row.
+NOINLINE void look_up_targets(const Call &c, int64_t start, int64_t count, int32_t *y) {
     const Classes classes(c);
     with_integer(c.y.type, [&](auto zero) {
-        each(c.y, start, count, [&](int64_t k, const char *p) { f(k, classes.place(read<decltype(zero)>(p))); });
+        each(c.y, start, count, [&](int64_t k, const char *p) { y[k] = classes.place(read<decltype(zero)>(p)); });
     });
 }
-
-template <class E, class T> void look_up(const Call &c, int64_t start, int64_t count, Group<T> &g) {
+// The weights of targets, in the computing precision of the call; 1 where there is none.
+NOINLINE void look_up_weights(const Call &c, const int32_t *y, int64_t count, double *weight) {
+    const bool narrow = c.x.type != Type::f64;
+    const int64_t step = c.weight.ndim ? c.weight.stride[0] : 0;
+    with_float(c.weight.type, [&](auto e) {
+        for (int64_t k = 0; k < count; k++) {
+            double w = y[k] < 0 ? 1 : double(widen<decltype(e)>(c.weight.data + y[k] * step));
+            weight[k] = narrow ? double(float(w)) : w;
+        }
+    });
+}
+template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, int64_t count, Group<T> &g) {
     g.count = int(count);
-    each_target(c, start, count, [&](int64_t t, int32_t y) { g.y[t] = y; });
+    look_up_targets(c, start, count, g.y);
     each(c.x, start, count, [&](int64_t t, const char *p) { g.row[t] = p; });
     if (c.part) {
         each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
@@ -324,15 +336,7 @@ template <class E, class T> void look_up(const Call &c, int64_t start, int64_t c
         for (int t = 0; t < count; t++)
             g.own[t] = g.y[t] >= 0 ? T(widen<E>(g.row[t] + g.y[t] * step)) : T(NOT_A_NUMBER);
     }
-    if (!c.weight.data) return;
-    with_float(c.weight.type, [&](auto e) {
-        using Given = decltype(e);
-        using Narrow = One::Computing<E>;
-        const char *weights = c.weight.data;
-        const int64_t step = c.weight.ndim ? c.weight.stride[0] : 0;
-        for (int t = 0; t < count; t++)
-            g.weight[t] = g.y[t] >= 0 ? T(Narrow(widen<Given>(weights + g.y[t] * step))) : T(1);
-    });
+    if (c.weight.data) look_up_weights(c, g.y, count, g.weight);
 }
 
 // A row's sums of terms and of slopes, in units of 1, or of LARGE where they overflowed.
@@ -498,12 +502,12 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
 
     // What a row adds to the results, beside its gradient. Returns its loss times C.
-    INLINE double account(int64_t i, Sums s, T weight, Result &result) const {
-        double loss = s.terms * double(weight);
+    INLINE double account(int64_t i, Sums s, double weight, Result &result) const {
+        double loss = s.terms * weight;
         if (loss - loss == 0) result.sum += loss * (c.shrink * s.unit);
-        else result.sum += s.terms * (c.shrink * s.unit) * double(weight);
+        else result.sum += s.terms * (c.shrink * s.unit) * weight;
         result.count++;
-        if (c.losses.data) store_rounded<E>(c.losses.at(i), s.terms / double(n) * double(weight) * s.unit);
+        if (c.losses.data) store_rounded<E>(c.losses.at(i), s.terms / double(n) * weight * s.unit);
         if (c.sums.data) {
             write(c.sums.at(i), s.terms * s.unit);
             write(c.slopes.at(i), s.terms != s.terms ? s.terms : s.slopes * power.factor * s.unit);
@@ -531,7 +535,7 @@ template <class E, class P, bool UNIT> struct Kernel {
                     if (BITS) std::memset(c.bits + (start + t) * bytes, 0, size_t(bytes));
                     continue;
                 }
-                F own = L::all(g.own[t]), weight = L::all(g.weight[t]);
+                F own = L::all(g.own[t]), weight = L::all(T(g.weight[t]));
                 F h = hinge(g.row[t], last, 0, place(g.y[t], last), own);
                 if (BITS) keep(c.bits + (start + t) * bytes, bytes - 1, h);
                 F term = L::only(power.term(h), rest);
@@ -583,7 +587,7 @@ template <class E, class P, bool UNIT> struct Kernel {
                 continue;
             }
             char *to = c.grad.at(i);
-            double scale = scale_of(i, double(g.weight[t]));
+            double scale = scale_of(i, g.weight[t]);
             F own = L::all(g.own[t]), scales = rounded_for_one(L::all(T(scale)));
             F h = hinge(g.row[t], last, 0, place(g.y[t], last), own), e = power.slope(h);
             put(to, last, slope_times(h, e, scales));
@@ -595,7 +599,7 @@ template <class E, class P, bool UNIT> struct Kernel {
                 term += power.term(h);
                 slope += sum_of_slopes(e);
             }
-            s += term * L::all(g.weight[t]);
+            s += term * L::all(T(g.weight[t]));
             if (g.y[t] >= 0) store_rounded<E>(to + g.y[t] * c.grad.step, double(T(-(slope * scale))));
             bad |= g.y[t] < 0;
             count++;
@@ -625,7 +629,7 @@ template <class E, class P, bool UNIT> struct Kernel {
                 continue;
             }
             result.bad |= g.y[t] < 0;
-            double scale = scale_of(i, double(g.weight[t]));
+            double scale = scale_of(i, g.weight[t]);
             char *to = c.grad.data ? c.grad.at(i) : nullptr;
             Sums s = gradient(g.row[t], g.y[t], g.own[t], to, scale);
             if (no_value(g.own[t])) s.terms = NOT_A_NUMBER;
@@ -660,7 +664,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     template <class Work> static void in_groups(const Call &c, int64_t start, int64_t stop, Work work) {
         Kernel kernel(c);
         Group<T> group;
-        for (T &weight : group.weight) weight = 1;
+        for (double &weight : group.weight) weight = 1;
         // Few rows at a time where they are long: what a look at the target has fetched is in reach.
         int64_t size = NEAR / (c.classes * int64_t(sizeof(E)));
         size = size > GROUP ? GROUP : size < 1 ? 1 : size;
@@ -671,8 +675,9 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     static void loss_block(const Call &c, int64_t start, int64_t stop, Result &result) {
         in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
-            if (c.bits) k.template losses<true>(first, g, result);
-            else k.template losses<false>(first, g, result);
+            if constexpr (std::is_same<P, One>::value)
+                if (c.bits) return k.template losses<true>(first, g, result);
+            k.template losses<false>(first, g, result);
         });
     }
     static void part_block(const Call &c, int64_t start, int64_t stop, Result &result) {
@@ -689,22 +694,28 @@ template <class E, class P, bool UNIT> struct Kernel {
     // The gradient of p = 1 from the bits that loss_block kept.
     static void bits_block(const Call &c, int64_t start, int64_t stop, Result &result) {
         Kernel k(c);
-        each_target(c, start, stop - start, [&](int64_t t, int32_t y) {
-            int64_t i = start + t;
-            result.bad |= y == OUTSIDE;
-            const uint8_t *bits = c.bits + i * k.bytes;
-            char *to = c.grad.at(i);
-            // The target's own bit is set only where the row's loss is NaN.
-            bool lost = y < 0 || bits_hold(bits, y < k.whole ? y / W : (k.n - 1) / W,
-                                           int(y < k.whole ? y % W : y - k.last));
-            if (lost) return k.fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
-            T weight = 1;
-            if (c.weight.data) weight = T(load_float(c.weight.at(y), c.weight.type));
-            double scale = k.scale_of(i, double(weight));
-            k.finish(to, y, 0, {0, double(k.from_bits(bits, to, T(scale))), 1}, scale);
-        });
+        int32_t y[GROUP];
+        double weight[GROUP];
+        for (double &w : weight) w = 1;
+        for (int64_t first = start; first < stop; first += GROUP) {
+            int64_t count = first + GROUP < stop ? GROUP : stop - first;
+            look_up_targets(c, first, count, y);
+            if (c.weight.data) look_up_weights(c, y, count, weight);
+            for (int64_t t = 0; t < count; t++) {
+                result.bad |= y[t] == OUTSIDE;
+                k.row_of_bits(first + t, y[t], weight[t]);
+            }
+        }
     }
-    static INLINE bool bits_hold(const uint8_t *bits, int64_t byte, int bit) { return bits[byte] >> bit & 1; }
+    INLINE void row_of_bits(int64_t i, int32_t y, double weight) const {
+        const uint8_t *bits = c.bits + i * bytes;
+        char *to = c.grad.at(i);
+        // The target's own bit is set only where the row's loss is NaN.
+        int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
+        if (y < 0 || (bits[byte] >> bit & 1)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
+        double scale = scale_of(i, weight);
+        finish(to, y, 0, {0, double(from_bits(bits, to, T(scale))), 1}, scale);
+    }
     INLINE int64_t from_bits(const uint8_t *bits, char *to, T scale_) const {
         F scale = rounded(L::all(scale_));
         int64_t count = 0;
@@ -727,7 +738,9 @@ template <class P, class F> Block with_kernel(const Call &c, F f) {
         // Whole vectors can be loaded.
         int64_t size = sizeof(E);
         bool unit = c.x.step == size && (!c.grad.data || c.grad.step == size) && c.classes >= Lanes<typename P::template Computing<E>>::W;
-        return unit ? f(static_cast<Kernel<E, P, true> *>(nullptr)) : f(static_cast<Kernel<E, P, false> *>(nullptr));
+        // Beside std::pow, loading vectors would save nothing.
+        constexpr bool can = !std::is_same<P, Other>::value;
+        return unit ? f(static_cast<Kernel<E, P, can> *>(nullptr)) : f(static_cast<Kernel<E, P, false> *>(nullptr));
     });
 }
 template <class F> Block choose(const Call &c, F f) {
@@ -750,10 +763,15 @@ double load_float(const char *p, Type type) {
 void store_float(char *p, Type type, double value) {
     with_float(type, [&](auto e) { store_rounded<decltype(e)>(p, value); });
 }
-int64_t count_not_ignored(const Call &call) {
-    int64_t count = 0;
-    each_target(call, 0, call.rows, [&](int64_t, int32_t y) { count += y != IGNORED; });
-    return count;
+int64_t count_not_ignored(const Call &c) {
+    int64_t total = 0;
+    int32_t y[GROUP];
+    for (int64_t first = 0; first < c.rows; first += GROUP) {
+        int64_t count = first + GROUP < c.rows ? GROUP : c.rows - first;
+        look_up_targets(c, first, count, y);
+        for (int64_t t = 0; t < count; t++) total += y[t] != IGNORED;
+    }
+    return total;
 }
 int64_t row_bytes(Type type, int64_t classes) {
     int lanes = WIDTH / (type == Type::f64 ? 8 : 4);
@@ -773,10 +791,11 @@ Block bits_block(const Call &c) {
 }
 bool walks_tiles(const Call &) { return false; }
 void own_scores(const Call &c) {
-    each_target(c, 0, c.rows, [&](int64_t i, int32_t y) {
-        double own = y < 0 ? 0 : load_float(c.x.at(i) + y * c.x.step, c.x.type);
-        store_float(c.own.at(i), c.own.type, own);
-    });
+    int32_t y;
+    for (int64_t i = 0; i < c.rows; i++) {
+        look_up_targets(c, i, 1, &y);
+        store_float(c.own.at(i), c.own.type, y < 0 ? 0 : load_float(c.x.at(i) + y * c.x.step, c.x.type));
+    }
 }
 
 }  // namespace mml

@@ -132,6 +132,12 @@ def part_grad(
     ``-slopes * scale``.
     """
 
+def set_limit(limit: Callable[[int | None], int], /) -> None:
+    """Name the function that a large call asks for its number of threads.
+
+    It gets the library's setting, or None; what it raises the call raises.
+    """
+
 def best_build() -> str:
     """The best build for this processor."""
 

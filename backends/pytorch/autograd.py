@@ -10,7 +10,7 @@ that negate) is looked at again before an engine reads its memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
@@ -166,7 +166,7 @@ def _implement(engine: Engine) -> None:
     """Register what the operators run on a type of device."""
 
     def loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
-        *options, keep_mask = options  # type: ignore[assignment]
+        options, keep_mask = options[:-1], options[-1]
         made = engine.loss(input, target, weight, options, keep_mask)
         if made is None:
             made = _formula_loss(input, target, weight, options), None
@@ -227,7 +227,7 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
 
 @torch.library.register_fake(_loss, lib=_library)
 def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    *options, keep_mask = options  # type: ignore[assignment]
+    options, keep_mask = options[:-1], options[-1]
     loss = input.new_empty(target.shape if options[2] == "none" else ())
     if not keep_mask:
         return loss, _no_mask(input)
@@ -252,7 +252,7 @@ def _fake_loss_and_grad(
 
 
 def _autograd_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
-    *options, keep_mask = options  # type: ignore[assignment]
+    options, keep_mask = options[:-1], options[-1]
     if _formula_must_follow(weight):
         return _formula_loss(input, target, weight, options), _no_mask(input)
     if is_grad_enabled() and input.requires_grad:
@@ -317,7 +317,7 @@ class _Loss(state.SingleLevelFunction):
             if made is None:
                 return None
         else:
-            with below_autograd():
+            with torch.enable_grad(), below_autograd():  # outer levels of torch.func go on deriving
                 made = _loss(input, target, weight, *options, keep_mask)
         loss, mask = made
         ctx.save_for_backward(input, target, weight, mask)
@@ -382,43 +382,88 @@ class _Gradient(state.SingleLevelFunction):
     ) -> Tensor:
         ctx.save_for_backward(grad_output, input, target, weight)
         ctx.options = options
-        with below_autograd():
+        with torch.enable_grad(), below_autograd():
             return _gradient(grad_output, input, target, weight, mask, *options)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
-        grad_output, input, target, weight = ctx.saved_tensors
-        create_graph = is_grad_enabled()
-        with torch.enable_grad():
-            grad = _formula_loss_and_grad(input, target, weight, grad_output, ctx.options)[1]
-            wanted = [t for t in (grad_output, input) if t.requires_grad]
-            if not grad.requires_grad:  # p = 1, for the scores alone: steps have no slope
-                return (None,) * 6
-            found = iter(
-                torch.autograd.grad(
-                    grad, wanted, tangent, create_graph=create_graph, allow_unused=True
-                )
-            )
-        grads = (next(found) if t.requires_grad else None for t in (grad_output, input))
-        return *grads, None, None, None, None
+        saved, options = ctx.saved_tensors, ctx.options
+        of_upstream, of_input, *_ = ctx.needs_input_grad
+        return (
+            _for_upstream(tangent, *saved, options) if of_upstream else None,
+            _for_input(tangent, *saved, options) if of_input and options[0] != 1 else None,
+            *(None,) * 4,
+        )
+
+
+def _for_upstream(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Return the gradient of ``sum(tangent * gradient)`` for ``grad_output``."""
+    unit = _gradient(torch.ones_like(grad_output), input, target, weight, None, *options)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    products = tangent.to(wide) * unit.to(wide)
+    total = products.sum(options[4]) if options[2] == "none" else products.sum()
+    return total.to(grad_output.dtype)
+
+
+def _for_input(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Return the gradient of ``sum(tangent * gradient)`` for ``input``: the Hessian times tangent.
+
+    With ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0`` it is
+    ``c_j * (tangent_j - tangent_y)``, and for the target minus the sum of the others.
+    """
+    p, margin, reduction, ignore_index, axis, _ = options
+    wide = torch.promote_types(input.dtype, torch.float32)
+    x, v = (t.movedim(axis, -1).to(wide) for t in (input, tangent))
+    n_classes = x.shape[-1]
+    y = target.to(torch.int64).unsqueeze(-1)  # what is too large turns negative
+    in_range = (y >= 0) & (y < n_classes)
+    ignores = ignore_index is not None and (ignore_index >= 0 or target.dtype.is_signed)
+    kept = y != ignore_index if ignores else y == y
+    y = torch.where(in_range, y, 0)
+    z = (x - x.gather(-1, y)) + margin
+    own = torch.arange(n_classes, device=x.device) == y
+    active = (z > 0) & ~own
+    curvature = torch.where(active, p * (p - 1) * torch.where(active, z, 1) ** (p - 2), 0)
+    scale = grad_output.to(wide) / n_classes
+    if reduction == "none":
+        scale = scale.unsqueeze(-1)
+    elif reduction == "mean":
+        scale = scale / kept.sum()
+    if weight is not None:
+        scale = scale * weight.to(wide)[y]
+    others = curvature * (v - v.gather(-1, y)) * scale
+    result = torch.where(own, -others.sum(-1, keepdim=True), others)
+    has_value = in_range & ~z.isnan().any(-1, keepdim=True)
+    result = torch.where(kept, torch.where(has_value, result, torch.nan), 0)
+    return result.to(input.dtype).movedim(-1, axis)
 
 
 # --------------------------------------------------------------------------------------------------
 # torch.func.vmap: the mapped axis becomes the first of the batch's, each sample's loss is computed,
-# and the reduction is done here. A mapped weight is left to the formula.
+# and the reduction is done here. Where the weight is mapped, the calls are made one after another.
 
 
-@torch.library.register_vmap(_loss, lib=_library)
 def _map_loss(
     info: Any, in_dims: Any, input: Any, target: Any, weight: Any, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-    *options, _ = options  # type: ignore[assignment]
-    if _formula_must_map(in_dims[1], target, in_dims[2], options):
-
-        def one(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-            return _formula_loss(input, target, weight, options)
-
-        losses = torch.vmap(one, in_dims[:3], randomness=info.randomness)(input, target, weight)
+    options = options[:-1]
+    if _one_by_one(target, in_dims[2], options):
+        calls = _split(info, in_dims, (input, target, weight))
+        losses = torch.stack([_loss(*call, *options, False)[0] for call in calls])
         return (losses, _no_mask(input)), (0, None)
     x, y = _first(info, in_dims[0], input), _first(info, in_dims[1], target)
     if x.itemsize == 2 and options[2] != "none":
@@ -431,7 +476,6 @@ def _map_loss(
     return (losses.to(input.dtype), _no_mask(input)), (0, None)
 
 
-@torch.library.register_vmap(_gradient, lib=_library)
 def _map_gradient(
     info: Any,
     in_dims: Any,
@@ -442,13 +486,9 @@ def _map_gradient(
     mask: Any,  # noqa: ARG001
     *options: Any,
 ) -> tuple[Tensor, int]:
-    if _formula_must_map(in_dims[2], target, in_dims[3], options):
-
-        def one(upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-            return _formula_loss_and_grad(input, target, weight, upstream, options)[1]
-
-        mapped = torch.vmap(one, in_dims[:4], randomness=info.randomness)
-        return mapped(grad_output, input, target, weight), 0
+    if _one_by_one(target, in_dims[3], options):
+        calls = _split(info, in_dims, (grad_output, input, target, weight))
+        return torch.stack([_gradient(*call, None, *options) for call in calls]), 0
     x, y = _first(info, in_dims[1], input), _first(info, in_dims[2], target)
     upstream = _first(info, in_dims[0], grad_output)
     if options[2] != "none":
@@ -459,7 +499,6 @@ def _map_gradient(
     return _gradient(upstream, x, y, weight, None, *_per_sample(options)), 0
 
 
-@torch.library.register_vmap(_loss_and_grad, lib=_library)
 def _map_loss_and_grad(
     info: Any, in_dims: Any, input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -473,12 +512,27 @@ def _map_loss_and_grad(
     return (losses, grad), (0, 0)
 
 
-def _formula_must_map(
-    target_dim: int | None, target: Tensor, weight_dim: int | None, options: Options
-) -> bool:
+for _operator, _rule in (
+    (_loss, _map_loss),
+    (_gradient, _map_gradient),
+    (_loss_and_grad, _map_loss_and_grad),
+):
+    torch.library.register_vmap(_operator, _rule, lib=_library)
+
+
+def _one_by_one(target: Tensor, weight_dim: int | None, options: Options) -> bool:
     """Tell whether a weight is mapped, or labels can't be compared with ``ignore_index``."""
-    wide = target_dim is not None and not target.dtype.is_signed and target.itemsize > 1
+    wide = not target.dtype.is_signed and target.itemsize > 1
     return weight_dim is not None or (wide and options[3] is not None)
+
+
+def _split(info: Any, in_dims: Any, tensors: Any) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield the arguments of each of the mapped calls."""
+    for i in range(info.batch_size):
+        yield tuple(
+            tensor if tensor is None or dim is None else tensor.select(dim, i)
+            for dim, tensor in zip(in_dims, tensors, strict=False)
+        )
 
 
 def _first(info: Any, dim: int | None, tensor: Tensor) -> Tensor:

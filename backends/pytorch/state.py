@@ -17,7 +17,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.nn import _reduction as _Reduction
 from torch.utils._device import DeviceContext
 
@@ -34,12 +33,17 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _is_tracing = torch._C._is_tracing
 
-#: A Function whose ``apply`` knows nothing of torch.func, which saves 2 microseconds. Within an
-#: operator's Autograd kernel it derives one level of torch.func, in :func:`single_level`.
-SingleLevelFunction: Any = _SingleLevelFunction
+#: Within it, a :class:`SingleLevelFunction` derives one level of torch.func, as an operator's
+#: Autograd kernel is asked to do.
 single_level: Callable[[], AbstractContextManager[None]] = enable_single_level_autograd_function
 #: Within it, operators go to their implementations past autograd.
 below_autograd: Callable[[], AbstractContextManager[None]] = torch._C._AutoDispatchBelowAutograd
+
+
+class SingleLevelFunction(torch.autograd.Function):
+    """A Function whose ``apply`` knows nothing of torch.func, which saves 2 microseconds."""
+
+    apply = torch._C._FunctionBase.__dict__["apply"]
 
 
 def ordinary() -> bool:
@@ -122,7 +126,7 @@ def why_generic() -> str | None:
 
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor stands for many: ``torch.autograd.grad(is_grads_batched=True)``."""
-    return bool(_functorch.is_legacy_batchedtensor(tensor))
+    return not is_dynamo_compiling() and bool(_functorch.is_legacy_batchedtensor(tensor))
 
 
 def value_access(tensor: torch.Tensor) -> str:

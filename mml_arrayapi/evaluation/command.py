@@ -27,7 +27,8 @@ def add_parser(commands: Any) -> None:
         help="loss and accuracy of scores in files",
         description="Evaluate scores (logits) in files: loss, accuracy, share of samples inside "
         "the margin, in all and by class of the target.",
-        epilog="accuracy: the share of samples whose target has the highest score of all; a tie is "
+        epilog="example: mml-arrayapi evaluate logits.npy labels.npy --report report.html; "
+        "accuracy: the share of samples whose target has the highest score of all; a tie is "
         "no success. inside the margin: the share of samples with another class within the margin "
         "of the target's score, or above it. Exit codes: 0; 1 if workers fail; 2 for bad input, or "
         "if a file cannot be written; 130 for Ctrl-C.",

@@ -148,6 +148,7 @@ def cases(scalar: int) -> Iterator[Case]:
         yield Case(0, 5, reduction)
         yield Case(0, 100, reduction)
         yield Case(0, wide, reduction)
+    yield Case(300, 10, skip=1, grid=1)  # a warp's tiles come in by elements and leave by vectors
     for classes in (7, 40, wide):
         yield from _faults(scalar, classes)
         yield Case(5, classes, margin=-0.5)
@@ -176,6 +177,17 @@ def cases(scalar: int) -> Iterator[Case]:
         yield Case(2, classes, "none", special=((1, -1, np.inf), (1, 1, np.inf)), seed=4)
 
 
+def tile_cases(scalar: int, classes: int) -> Iterator[Case]:
+    """Return cases with one small number of classes."""
+    for i, reduction in enumerate(("none", "mean", "sum")):
+        yield Case(300, classes, reduction, "wide", grid=2, seed=i)
+        yield Case(33, classes, reduction, skip=1, pad=i, upstream="wide", seed=i)
+        yield Case(97, classes, reduction, target="uint16", bad=((40, 60000),), seed=i)
+        yield Case(40, classes, reduction, special=((3, -1, np.nan), (4, 0, np.inf)), seed=i)
+    yield Case(0, classes)
+    yield from _faults(scalar, classes)
+
+
 def _faults(scalar: int, classes: int) -> Iterator[Case]:
     """Ignored rows, sums that leave the computing precision, rows that are NaN by a weight."""
     for reduction in ("none", "mean", "sum"):
@@ -194,7 +206,13 @@ def _faults(scalar: int, classes: int) -> Iterator[Case]:
         for value in (np.nan, np.inf, 0.0):
             yield Case(3, classes, reduction, "wide", weights=((1, value),))
         yield Case(
-            3, classes, reduction, "own", weights=((1, 0.0),), special=((1, 1, np.inf),), seed=2
+            3,
+            classes,
+            reduction,
+            "own",
+            weights=((1, 0.0),),
+            special=((1, classes - 1, np.inf),),
+            seed=2,
         )
     if scalar != 64:
         for margin in (1e39, -1e39, 1e300, -1e300):

@@ -27,7 +27,7 @@ MUTANTS = [
     ),
     (
         "block sum without its second barrier",
-        "    __syncthreads();  // before scratch is used again\n",
+        "    __syncthreads();  // before shared is used again\n",
         "",
     ),
     (
@@ -42,32 +42,76 @@ MUTANTS = [
     ),
     (
         "tile overwritten while it is stored",
-        "here * classes, tile);\n            __syncwarp();\n        }\n    }",
-        "here * classes, tile);\n        }\n    }",
+        "here * classes, tile, classes);\n            __syncwarp();\n        }\n    }",
+        "here * classes, tile, classes);\n        }\n    }",
     ),
-    ("dropped tail", "return (u32)a.classes - s.body * V;", "return s.head;"),
+    ("dropped tail", "r.edges = classes - r.body * V +", "r.edges = r.head +"),
+    ("dropped tail of a tile's load", "i < n; i += 32)\n", "i < n - n % PIECE; i += 32)\n"),
     ("dropped tail of a tile's store", "i < n; i += 32) to[i]", "i < n - n % V; i += 32) to[i]"),
-    (
-        "dropped last vector",
-        "s.body = ((u32)a.classes - s.head) / V;",
-        "s.body = ((u32)a.classes - s.head - 1) / V;",
-    ),
     ("mask off by one bit", "% UNIT_VECTORS) * V + e) & 1", "% UNIT_VECTORS) * V + e + 1) & 1"),
     (
         "mask off by one unit",
-        "any ? mask[(i64)(unit + u) * lanes",
-        "any ? mask[(i64)(unit) * lanes",
+        "bits[u] = mask[start / UNIT_VECTORS + u * lanes];",
+        "bits[u] = mask[start / UNIT_VECTORS];",
     ),
-    ("edge's mask off by one bit", "byte >> (turn % UNIT) & 1", "byte >> (turn % UNIT + 1) & 1"),
-    ("target's class not left out", "if (k == own) {", "if (k == own && y < 0) {"),
-    ("target's class not left out of the edges", "if ((int)j == y) z = -1;", ""),
+    ("edge's mask off by one bit", "edge_bits >> edge & 1", "edge_bits >> (edge + 1) & 1"),
+    ("edges' bits of one lane alone", "bits = lane_sum(bits, lanes < 32 ? lanes : 32);", ""),
+    (
+        "target's vector not left out",
+        "if (k >= end || k == r.own) continue;\n                Real z",
+        "if (k >= end) continue;\n                Real z",
+    ),
+    ("target's vector not among the edges", "r.body * V + (r.own < r.body ? V : 0)", "r.body * V"),
+    ("target's class not left out of the edges", "if ((int)j == r.y) z = -1;", ""),
+    ("target's class not left out of a tile", "if (j == y) z = -1;", ""),
     ("active at the kink", "return !(z <= 0);", "return !(z < 0);"),
     ("NaN dropped", "return !(z <= 0);", "return z > 0;"),
-    ("margin lost", "(z[e] - pivot) + margin", "z[e] + (margin - pivot)"),
+    ("margin lost", "(z[e] - r.pivot) + a.margin", "z[e] + (a.margin - r.pivot)"),
     ("narrowed before the check", "y < 0 || y >= a.classes", "(int)y < 0 || (int)y >= a.classes"),
-    ("grid too small not strided", "first += stride, row += stride", "first += a.rows"),
-    ("bad target not reported", "if (a.flag) atomicMin(a.flag, row);", ""),
+    (
+        "range looked at before the ignored",
+        "if (a.ignoring && y ==",
+        "if (a.ignoring && y >= 0 && y < a.classes && y ==",
+    ),
+    ("grid too small not strided", "first += stride, part += stride", "first += parts"),
+    ("bad target not reported", "if (r.y == BAD && a.flag) atomicMin(a.flag, r.row);", ""),
     ("weight forgotten", "Real scale = load_weight(a, y) *", "Real scale ="),
+    ("ignored rows counted", "kept += class_of(a, load_target(a, row)) != IGNORED;", "kept += 1;"),
+    (
+        "ignored row's gradient left as it was",
+        "else if (r.y == IGNORED) fill_row(a, r, to_scalar(0));",
+        "",
+    ),
+    (
+        "gradient left where the weight is NaN",
+        "const bool no_value = loss != loss;\n    if (OP == LOSS_GRAD) {",
+        "const bool no_value = sums.loss != sums.loss;\n    if (OP == LOSS_GRAD) {",
+    ),
+    (
+        "a tile's gradient left where the weight is NaN",
+        "const bool no_value = loss != loss;\n    if (OP == LOSS_MASK)",
+        "const bool no_value = total != total;\n    if (OP == LOSS_MASK)",
+    ),
+    ("an overflowing sum kept", "if (infinite) sums.loss = again.loss;", ""),
+    ("a tile's overflowing sum kept", "if (infinite && y >= 0) {", "if (infinite && y < 0) {"),
+    ("sums made again without the edges", "edges && edge < r.edges", "!edges && edge < r.edges"),
+    ("sums made again with the target's class", "if ((int)j != r.y) add_score", "add_score"),
+    (
+        "every part of a row begins at its begin",
+        "segment * (u32)a.span : 0;\n        u32 end",
+        "0 * segment : 0;\n        u32 end",
+    ),
+    ("every part of a row has the edges", "y >= 0 && segment == 0;", "y >= 0;"),
+    (
+        "half of a row's parts",
+        "for (i64 i = r.lane; i < a.splits; i += 32)",
+        "for (i64 i = r.lane; i < a.splits - 1; i += 32)",
+    ),
+    (
+        "a part's mask from the row's begin",
+        "segment * (u32)a.span : 0;\n        const u32 most",
+        "0 * segment : 0;\n        const u32 most",
+    ),
 ]
 
 
@@ -84,6 +128,85 @@ def test_equals_float64_reference_under_sanitizers(builds, variant):
     done = _sanitized(builds(variant), variant)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) > 120
+
+
+TILES = [(32, 1, n) for n in (1, 2, 8, 10, 16, 24, 31)]
+TILES += [(17, 1, 10), (16, 2, 8), (17, 1, 31), (64, 1, 10), (64, 2, 16), (64, 0, 5), (64, 1, 24)]
+
+
+@pytest.mark.parametrize(("scalar", "power", "classes"), TILES)
+def test_tiles_whose_number_of_classes_the_compiler_knows(tmp_path, scalar, power, classes):
+    flags = ("-DLAYOUT=1", f"-DCLASSES={classes}")
+    library = emulator.build(tmp_path, scalar, power, cuda_plan.source(), flags)
+    machine = emulator.Machine(library)
+    for i, case in enumerate(emulator.tile_cases(scalar, classes)):
+        emulator.check(machine, scalar, POWERS[power][0], case, bool(i % 2))
+
+
+@pytest.fixture(scope="module")
+def tile_places(tmp_path_factory):
+    """Per size of a number: the functions of the source that lay out a tile in shared memory."""
+    exported = """
+        extern "C" unsigned place_of(unsigned i, unsigned classes) { return place(i, classes); }
+        extern "C" int width_of(int classes) { return at_once(classes); }
+    """
+    folder = tmp_path_factory.mktemp("places")
+
+    def places(scalar, text=None):
+        text = (text or cuda_plan.source()) + exported
+        library = emulator.build(folder / str(hash(text)), scalar, 1, text, ("-DLAYOUT=1",))
+        return emulator.Machine(library).library
+
+    return places
+
+
+def conflicts(words):
+    """Return how often a bank is asked twice at once, over the parts in which a warp is served.
+
+    ``words`` are the addresses of each lane's access, in words of 4 bytes.
+    """
+    lanes = 32 * 4 // (4 * len(words[0]))  # 128 bytes at a time
+    worst = 1
+    for first in range(0, 32, lanes):
+        asked = {word for lane in words[first : first + lanes] for word in lane}
+        banks = [word % 32 for word in asked]
+        worst = max(worst, *(banks.count(bank) for bank in banks))
+    return worst
+
+
+def tile_conflicts(library, size, classes):
+    """The worst access to a tile: rows by threads, and 16 bytes by lanes."""
+    piece, width = 16 // size, library.width_of(classes)
+
+    def access(i, n):
+        first = library.place_of(i, classes)
+        assert [library.place_of(i + e, classes) for e in range(n)] == [*range(first, first + n)]
+        return [first * size // 4 + w for w in range(n * size // 4)]
+
+    rows = [
+        [access(lane * classes + j, width) for lane in range(32)] for j in range(0, classes, width)
+    ]
+    pieces = [
+        [access((first + lane) * piece, piece) for lane in range(32)]
+        for first in range(0, 32 * classes // piece - 31, 32)
+    ]
+    return max(map(conflicts, rows + pieces))
+
+
+@pytest.mark.parametrize("scalar", [32, 64])
+def test_tiles_have_no_bank_conflicts(tile_places, scalar):
+    library, size = tile_places(scalar), cuda_plan.ITEMSIZE[scalar]
+    for classes in range(1, 32):
+        places = {library.place_of(i, classes) for i in range(32 * classes)}
+        assert places == set(range(32 * classes)), f"{classes} classes: places are taken twice"
+        assert tile_conflicts(library, size, classes) == 1, f"{classes} classes"
+
+
+def test_the_simulation_sees_bank_conflicts(tile_places):
+    library = tile_places(32, _mutate("/ PIECE >> 3 & swap", "/ PIECE >> 3 & 0"))
+    assert tile_conflicts(library, 4, 8) == 2
+    assert tile_conflicts(library, 4, 16) == 4
+    assert tile_conflicts(library, 4, 10) == 1
 
 
 def test_sanitizer_sees_an_overrun(tmp_path):

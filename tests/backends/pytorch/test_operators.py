@@ -1,0 +1,350 @@
+"""The operators: opcheck, compilers' graphs, export, transforms. The kernels run in all of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mml_arrayapi import explain, multi_margin_loss, multi_margin_loss_and_grad
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
+pytestmark = pytest.mark.usefixtures("fresh_compiler", "kernels_ran")
+func = torch.func
+P = pytest.mark.parametrize("p", [1, 2, 1.5])
+REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+OWN_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*torch.jit:FutureWarning",
+)
+
+
+@pytest.fixture
+def batch():
+    draw = torch.Generator().manual_seed(20261125)
+    scores = torch.randn(6, 5, generator=draw)
+    return scores, torch.randint(5, (6,), generator=draw), torch.rand(5, generator=draw)
+
+
+def generic(scores, target, **options):
+    return multi_margin_loss_and_grad(scores, target, backend="generic", **options)
+
+
+@OWN_WARNINGS
+@REDUCTIONS
+@pytest.mark.parametrize("ignore_index", [None, 3])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_opcheck(batch, p, reduction, ignore_index):
+    scores, target, weight = batch
+    operators = torch.ops.mml_arrayapi
+    options = (p, 0.5, reduction, ignore_index, 1, "nan")
+    for x in (scores, scores.clone().requires_grad_(), scores.t().contiguous().t()):
+        for w in (None, weight):
+            loss = operators.multi_margin_loss.default
+            torch.library.opcheck(loss, (x, target, w, *options, False))
+            torch.library.opcheck(loss, (x, target, w, *options, p == 1))
+            value, mask = loss(x, target, w, *options, p == 1)
+            upstream = torch.ones_like(value).detach()
+            mask = mask.detach() if p == 1 else None
+            torch.library.opcheck(
+                operators.multi_margin_loss_backward.default,
+                (upstream, x.detach(), target, w, mask, *options),
+            )
+            torch.library.opcheck(
+                operators.multi_margin_loss_and_grad.default, (x.detach(), target, w, None, *options)
+            )
+
+
+@OWN_WARNINGS
+def test_opcheck_of_a_mask_that_is_written():
+    # From 2**20 scores on. Its shape must be what the fake implementation says.
+    x, target = torch.randn(1100, 1001), torch.arange(1100) % 1001
+    options = (1.0, 1.0, "mean", None, 1, "nan")
+    loss = torch.ops.mml_arrayapi.multi_margin_loss.default
+    torch.library.opcheck(loss, (x, target, None, *options, True), test_utils=("test_schema", "test_faketensor"))
+    _, mask = loss(x, target, None, *options, True)
+    assert mask[-1] == 1
+    from mml_arrayapi.backends.pytorch import cpu
+
+    assert cpu.native.bits_size(x, options) == len(mask) - 1
+
+
+def compiled_graphs(function):
+    """The function compiled by AOTAutograd alone, and the graphs that it comes to."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module.code)
+        return make_boxed_func(module.forward)
+
+    compiler = aot_autograd(fw_compiler=backend, bw_compiler=backend)
+    return torch.compile(function, fullgraph=True, backend=compiler), graphs
+
+
+@OWN_WARNINGS
+@P
+def test_the_graphs_hold_the_operators(batch, kernels_ran, p):
+    scores, target, weight = batch
+    step, graphs = compiled_graphs(lambda x, y, w: multi_margin_loss(x, y, p=p, weight=w))
+    x = scores.clone().requires_grad_()
+    loss = step(x, target, weight)
+    loss.backward()
+    value, grad = generic(scores, target, p=p, weight=weight)
+    torch.testing.assert_close(loss.detach(), value)
+    torch.testing.assert_close(x.grad, grad)
+    forward, backward = graphs
+    assert "mml_arrayapi.multi_margin_loss.default" in forward
+    assert "mml_arrayapi.multi_margin_loss_backward.default" in backward
+    assert kernels_ran == ["loss", "grad"]
+
+
+@P
+@REDUCTIONS
+def test_compiled(batch, kernels_ran, p, reduction):
+    scores, target, weight = batch
+    options = {"p": p, "weight": weight, "reduction": reduction, "ignore_index": 2}
+    if "ignore_index" not in multi_margin_loss.__kwdefaults__:
+        del options["ignore_index"]
+    x = scores.clone().requires_grad_()
+    loss = torch.compile(multi_margin_loss, fullgraph=True)(x, target, **options)
+    loss.sum().backward()
+    value, grad = generic(scores, target, **options)
+    torch.testing.assert_close(loss.detach(), value)
+    torch.testing.assert_close(x.grad, grad)
+    both = torch.compile(multi_margin_loss_and_grad, fullgraph=True)(scores, target, **options)
+    torch.testing.assert_close(both, (value, grad))
+    assert kernels_ran == ["loss", "grad", "loss_and_grad"]
+
+
+def test_compiled_with_a_mask(kernels_ran):
+    x, target = torch.randn(1100, 1000), torch.arange(1100) % 1000
+    scores = x.clone().requires_grad_()
+    torch.compile(multi_margin_loss, fullgraph=True)(scores, target).backward()
+    torch.testing.assert_close(scores.grad, generic(x, target)[1])
+    assert kernels_ran == ["loss", "grad"]
+
+
+def test_compiled_with_changing_sizes_and_options(batch, kernels_ran):
+    scores, target, _ = batch
+    step = torch.compile(multi_margin_loss, fullgraph=True)
+    for n, margin, reduction in ((3, 1.0, "mean"), (4, 0.5, "sum"), (5, 0.25, "none"), (6, 0.125, "mean")):
+        x = scores[:n].clone().requires_grad_()
+        loss = step(x, target[:n], margin=margin, reduction=reduction)
+        loss.sum().backward()
+        value, grad = generic(scores[:n], target[:n], margin=margin, reduction=reduction)
+        torch.testing.assert_close(loss.detach(), value)
+        torch.testing.assert_close(x.grad, grad)
+    assert kernels_ran == ["loss", "grad"] * 4
+
+
+@pytest.mark.parametrize("backend", [None, "generic", "torch-cpu"])
+def test_compiled_with_a_kernel_asked_for(batch, kernels_ran, backend):
+    scores, target, _ = batch
+    loss = torch.compile(multi_margin_loss, fullgraph=True)(scores, target, backend=backend)
+    torch.testing.assert_close(loss, generic(scores, target)[0])
+    assert kernels_ran == ([] if backend == "generic" else ["loss"])
+
+
+@P
+def test_compiled_transforms(batch, kernels_ran, p):
+    scores, target, _ = batch
+
+    def loss(x, y):
+        return multi_margin_loss(x, y, p=p)
+
+    _, grad = generic(scores, target, p=p)
+    compiled = torch.compile(func.grad(loss), fullgraph=True)(scores, target)
+    torch.testing.assert_close(compiled, grad)
+    compiled = torch.compile(func.vmap(loss), fullgraph=True)(scores, target)
+    torch.testing.assert_close(compiled, generic(scores, target, p=p, reduction="none")[0])
+    compiled = torch.compile(func.vmap(func.grad(loss)), fullgraph=True)(scores, target)
+    torch.testing.assert_close(compiled, grad * 6)
+    assert "loss" in kernels_ran
+
+
+@P
+@REDUCTIONS
+def test_transforms(batch, kernels_ran, p, reduction):
+    scores, target, weight = batch
+    options = {"p": p, "weight": weight, "reduction": reduction}
+
+    def loss(x, y=target):
+        return multi_margin_loss(x, y, **options).sum()
+
+    value, grad = generic(scores, target, **options)
+    torch.testing.assert_close(func.grad_and_value(loss)(scores), (grad, value.sum()))
+    assert kernels_ran == ["loss", "grad"]
+    kernels_ran.clear()
+    many, targets = torch.stack([scores, -scores, scores * 2]), torch.stack([target, target, target.flip(0)])
+    expected = [generic(x, y, **options) for x, y in zip(many, targets, strict=True)]
+    values = func.vmap(lambda x, y: multi_margin_loss(x, y, **options))(many, targets)
+    torch.testing.assert_close(values, torch.stack([value for value, _ in expected]))
+    grads = torch.stack([grad for _, grad in expected])
+    torch.testing.assert_close(func.vmap(func.grad(loss))(many, targets), grads)
+    both = func.vmap(lambda x, y: multi_margin_loss_and_grad(x, y, **options))(many, targets)
+    torch.testing.assert_close(both, (values, grads))
+    of_all = func.grad(lambda x: func.vmap(loss)(x, targets).sum())(many)
+    torch.testing.assert_close(of_all, grads)
+    torch.testing.assert_close(func.vmap(loss, (0, None))(many, target)[2], generic(many[2], target, **options)[0].sum())
+    torch.testing.assert_close(
+        func.vmap(loss, (None, 0))(scores, targets)[2], generic(scores, targets[2], **options)[0].sum()
+    )
+    torch.testing.assert_close(func.vmap(loss, (2, 0))(many.permute(1, 2, 0), targets)[1], expected[1][0].sum())
+    assert set(kernels_ran) == {"loss", "grad"}
+
+
+@P
+def test_transforms_of_transforms(batch, p):
+    scores, target, weight = (t.double() if t.is_floating_point() else t for t in batch)
+
+    def loss(x, w=weight):
+        return multi_margin_loss(x, target, p=p, weight=w, margin=0.3)
+
+    def same(x, w=weight):
+        return multi_margin_loss(x, target, p=p, weight=w, margin=0.3, backend="generic")
+
+    compare = torch.testing.assert_close
+    compare(func.jacrev(loss)(scores), func.jacrev(same)(scores))
+    compare(func.jacfwd(loss)(scores), func.jacfwd(same)(scores))
+    compare(func.hessian(loss)(scores), func.hessian(same)(scores))
+    compare(func.jacrev(func.jacrev(loss))(scores), func.hessian(same)(scores))
+    third = func.grad(lambda x: func.grad(lambda y: func.grad(loss)(y).pow(2).sum())(x).pow(2).sum())
+    other = func.grad(lambda x: func.grad(lambda y: func.grad(same)(y).pow(2).sum())(x).pow(2).sum())
+    compare(third(scores), other(scores))
+    compare(func.grad(loss, argnums=1)(scores, weight), func.grad(same, argnums=1)(scores, weight))
+    mixed = func.jacrev(func.grad(loss), argnums=1)(scores, weight)
+    compare(mixed, func.jacrev(func.grad(same), argnums=1)(scores, weight))
+    weights = torch.stack([weight, weight * 2])
+    compare(func.vmap(loss, (None, 0))(scores, weights), func.vmap(same, (None, 0))(scores, weights))
+    per_weight = func.vmap(func.grad(loss), (None, 0))(scores, weights)
+    compare(per_weight, func.vmap(func.grad(same), (None, 0))(scores, weights))
+    tangents = torch.ones_like(scores), torch.ones_like(weight)
+    compare(func.jvp(loss, (scores, weight), tangents), func.jvp(same, (scores, weight), tangents))
+
+
+@P
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16, torch.uint64])
+def test_mapped_labels_with_one_to_ignore(batch, p, dtype):
+    scores, target, _ = batch
+    targets = torch.stack([target, target]).to(dtype)
+    options = {"p": p, "ignore_index": int(target[0])}
+    values = func.vmap(lambda y: multi_margin_loss(scores, y, **options))(targets)
+    torch.testing.assert_close(values[1], multi_margin_loss(scores, target, **options))
+
+
+def test_mapped_half_precision_means_are_rounded_once():
+    scores = torch.zeros(2, 4096, 3, dtype=torch.float16)
+    target = torch.zeros(2, 4096, dtype=torch.int64)
+    loss = func.vmap(lambda x, y: multi_margin_loss(x, y, reduction="sum", margin=10.0))(scores, target)
+    assert loss.tolist() == [float(torch.tensor(4096 * 20 / 3).half())] * 2
+    grads = func.vmap(func.grad(lambda x, y: multi_margin_loss(x, y)))(scores, target)
+    torch.testing.assert_close(grads[0], generic(scores[0], target[0])[1])
+
+
+@P
+def test_make_fx(batch, kernels_ran, p):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    scores, target, _ = batch
+
+    def step(x, y):
+        return torch.autograd.grad(multi_margin_loss(x, y, p=p), x)[0]
+
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(step, tracing_mode=mode)(scores.clone().requires_grad_(), target)
+        assert "mml_arrayapi.multi_margin_loss.default" in graph.code
+        assert "mml_arrayapi.multi_margin_loss_backward.default" in graph.code
+        torch.testing.assert_close(graph(scores, target), generic(scores, target, p=p)[1])
+
+
+@P
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_export_with_any_batch_size_then_train(batch, kernels_ran, p, strict):
+    scores, target, weight = batch
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(5))
+
+        def forward(self, x, y):
+            return multi_margin_loss(x * self.scale, y, p=p, weight=weight)
+
+    n = torch.export.Dim("n", max=100_000)
+    program = torch.export.export(
+        Model(), (scores, target), dynamic_shapes={"x": {0: n}, "y": {0: n}}, strict=strict
+    )
+    assert "mml_arrayapi.multi_margin_loss" in program.graph_module.code
+    module = program.module()
+    kernels_ran.clear()
+    for rows in (6, 3):
+        module.zero_grad()
+        loss = module(scores[:rows], target[:rows])
+        loss.backward()
+        value, grad = generic(scores[:rows], target[:rows], p=p, weight=weight)
+        torch.testing.assert_close(loss.detach(), value)
+        torch.testing.assert_close(module.scale.grad, (grad * scores[:rows]).sum(0))
+    assert kernels_ran == ["loss", "grad"] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_keeps_the_operator_in_a_file(batch, tmp_path):
+    scores, target, _ = batch
+
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return multi_margin_loss(x, y)
+
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(Model(), (scores, target)), path)
+    loaded = torch.export.load(path).module()
+    torch.testing.assert_close(loaded(scores, target), multi_margin_loss(scores, target))
+
+
+@OWN_WARNINGS
+@P
+def test_compiled_autograd(batch, p):
+    scores, target, _ = batch
+    x = scores.clone().requires_grad_()
+    loss = multi_margin_loss(x, target, p=p)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    torch.testing.assert_close(x.grad, generic(scores, target, p=p)[1])
+
+
+def test_operators_called_by_themselves(batch):
+    scores, target, weight = batch
+    options = (2.0, 1.0, "mean", None, 1, "nan")
+    x, w = scores.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, mask = torch.ops.mml_arrayapi.multi_margin_loss(x, target, w, *options, False)
+    assert mask.numel() == 0
+    loss.backward()
+    y, v = scores.clone().requires_grad_(), weight.clone().requires_grad_()
+    multi_margin_loss(y, target, weight=v, p=2, backend="generic").backward()
+    torch.testing.assert_close((x.grad, w.grad), (y.grad, v.grad))
+    with torch.inference_mode():
+        frozen = torch.ones(2, 3)
+        labels = torch.tensor([0, 1])
+        loss, _ = torch.ops.mml_arrayapi.multi_margin_loss(frozen, labels, None, *options, False)
+        torch.testing.assert_close(loss, multi_margin_loss(frozen, labels, p=2))
+
+
+def test_what_explain_says_within_a_compiled_function(batch):
+    scores, target, _ = batch
+    assert explain(scores, target).kernel == "torch-cpu"
+
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.skipif(not (ROOT / ".ci" / "smoke_torch.py").exists(), reason="no checkout")
+def test_first_calls_of_fresh_processes():
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "smoke_torch.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
