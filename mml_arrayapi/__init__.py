@@ -4,7 +4,7 @@ Written once against the Python array API standard, with fused kernels where the
 Importing this package imports no array library.
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from mml_arrayapi import _checkout  # noqa: F401 - before anything in those folders
 from mml_arrayapi._version import __version__
@@ -14,7 +14,7 @@ from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_
 from mml_arrayapi.registry import list_backends, register_kernel, unregister_kernel, use_backend
 from mml_arrayapi.validation import InvalidTargetError
 
-if _TYPE_CHECKING:
+if TYPE_CHECKING:
     from mml_arrayapi.evaluation import Evaluation, InputError, WorkerError, evaluate
 else:
 

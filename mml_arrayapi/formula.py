@@ -23,13 +23,11 @@ from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import library_of
+from mml_arrayapi.wide_sum import divided_sum
 
 Array = Any
 
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32
-RUN = 64  # so many terms are added in float32
-RUNS_OF_RUNS = 4  # where there is no float64: enough for RUN ** 4 = 1.7e7 terms
-SMALL = 2.0**-40  # float64 terms are made smaller by this before they are added
 
 
 class _Hinge(NamedTuple):
@@ -37,7 +35,7 @@ class _Hinge(NamedTuple):
 
     index: Array  # (..., k, ...): the target; 0 for a sample that has none or is ignored
     hinge: Array  # input's shape, computing precision: max(0, z), 0 at the target's class
-    weight: Array  # (..., k, ...), wide: weight[y]; 0 for an ignored sample, NaN for one with none
+    weight: Array | None  # (..., k, ...), wide: weight[y]; 0 if ignored, NaN if there is no target
     losses: Array  # (..., k, ...), wide
 
 
@@ -81,37 +79,36 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
 
 def losses(problem: Problem) -> Array:
     """Compute one loss per sample, shape ``(*batch)``, in the precision of sums."""
-    return problem.xp.squeeze(_hinge(problem).losses, axis=problem.axis)
+    return _hinge(problem).losses[_dropping(problem.axis)]
 
 
 def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, Array]:
     """Compute :func:`losses`, and the gradient of ``sum(losses * upstream)`` for ``input``."""
     xp, axis, p = problem.xp, problem.axis, problem.p
-    library = library_of("input", problem.input)
+    n_classes = problem.input.shape[axis]
     index, hinge, weight, losses = _hinge(problem)
     active = hinge > 0
     if p == 1:
         slope = xp.astype(active, hinge.dtype)
     elif p in (2, 3):
         slope = hinge if p == 2 else hinge * hinge
-    else:  # no power of 0, which has an infinite second derivative for p < 2
+    else:  # no power of 0, whose second derivative is infinite for p < 2
         slope = xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)
         slope = xp.where(active, slope, xp.zeros_like(index, dtype=hinge.dtype))
 
-    zero = xp.zeros_like(weight)
-    scale = weight * upstream * p
+    zero, nan = xp.zeros_like(losses), xp.isnan(losses)
+    scale = zero + upstream * p if weight is None else weight * upstream * p
     if (ignored := _ignored(problem)) is not None:
-        scale = xp.where(xp.expand_dims(ignored, axis=axis), zero, scale)
+        scale = xp.where(ignored[_keeping(axis)], zero, scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
-    nan = xp.isnan(losses)
     scale = xp.where(nan, losses, scale)
     inactive = xp.astype(xp.where(nan, losses, zero), hinge.dtype)
-    own = -_sum(problem, slope, axis, problem.input.shape[axis]) * scale
-    scale = xp.astype(scale / problem.input.shape[axis], hinge.dtype)
-    # Selected: the scale may be infinite, the slope 0.
+    own = xp.astype(-divided_sum(xp, slope, axis, n_classes) * scale, hinge.dtype)
+    scale = xp.astype(scale / n_classes, hinge.dtype)
+    # Selected: where the scale is infinite, 0 times it would be NaN.
     grad = xp.where(active, scale if p == 1 else slope * scale, inactive)
-    grad = library.put(grad, index, xp.astype(own, hinge.dtype), axis)
-    return xp.squeeze(losses, axis=axis), xp.astype(grad, problem.input.dtype, copy=False)
+    grad = library_of("input", problem.input).put(grad, index, own, axis)
+    return losses[_dropping(axis)], xp.astype(grad, problem.input.dtype, copy=False)
 
 
 def reduce(problem: Problem, losses: Array) -> Array:
@@ -119,7 +116,7 @@ def reduce(problem: Problem, losses: Array) -> Array:
     xp = problem.xp
     if problem.reduction != "none":
         count = _count(problem, math.nan) if problem.reduction == "mean" else 1
-        losses = _sum(problem, losses, None, count)
+        losses = divided_sum(xp, losses, None, count)
     return xp.astype(losses, problem.input.dtype, copy=False)
 
 
@@ -130,7 +127,7 @@ def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
         wide = library_of("input", problem.input).widest(problem.input)[1]
         upstream = xp.astype(grad_output, wide, copy=False)
         if problem.reduction == "none":
-            upstream = xp.expand_dims(upstream, axis=problem.axis)
+            upstream = upstream[_keeping(problem.axis)]
     return upstream / _count(problem, 1.0) if problem.reduction == "mean" else upstream
 
 
@@ -145,15 +142,14 @@ def _hinge(problem: Problem) -> _Hinge:
         margin = math.copysign(math.inf, margin)
 
     # No narrowing: what is too large for int64 turns negative and stays out of range.
-    index = xp.expand_dims(xp.astype(problem.target, integer, copy=False), axis=axis)
-    zero = xp.zeros_like(index, dtype=x.dtype)
-    weight = xp.ones_like(index, dtype=wide)
-    known = None
+    index = xp.astype(problem.target, integer, copy=False)[_keeping(axis)]
+    ignored, known = _ignored(problem), None
     if problem.check_target == "nan":
         known = (index >= 0) & (index < n_classes)
-    if (ignored := _ignored(problem)) is not None:
-        # All scores 0, no margin: nothing of an ignored sample is computed with.
-        ignored = xp.expand_dims(ignored, axis=axis)
+    if ignored is not None:
+        # All scores and the margin are 0: nothing of an ignored sample is computed with.
+        ignored = ignored[_keeping(axis)]
+        zero = xp.zeros_like(index, dtype=x.dtype)
         x = xp.where(ignored, zero, x)
         margin = xp.where(ignored, zero, xp.full_like(zero, margin))
         index = xp.where(ignored, xp.zeros_like(index), index)
@@ -163,21 +159,35 @@ def _hinge(problem: Problem) -> _Hinge:
     score = library.take(x, index, axis)
     z = x - score
     z += margin
-    # At the target's class 0, or the NaN that is the score of a single class.
-    z = library.put(z, index, xp.where(xp.isnan(score), score, zero), axis)
-    hinge = library.relu(z, zero)
+    # At the target's class 0; a single class keeps its NaN. (A symbolic size is no int.)
+    several = isinstance(n_classes, int) and n_classes > 1
+    own = 0.0 if several else xp.where(score == score, xp.zeros_like(score), score)
+    hinge = library.relu(library.put(z, index, own, axis))
+    p = problem.p
+    terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
+    losses = divided_sum(xp, terms, axis, n_classes)
 
+    weight = None
     if problem.weight is not None:
         table = xp.astype(problem.weight, x.dtype, copy=False)
         table = xp.reshape(table, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
         weight = xp.astype(library.take(table, index, axis), wide, copy=False)
     if known is not None:
+        weight = xp.ones_like(losses) if weight is None else weight
         weight = xp.where(known, weight, xp.full_like(weight, math.nan))
     if ignored is not None:
+        weight = xp.ones_like(losses) if weight is None else weight
         weight = xp.where(ignored, xp.zeros_like(weight), weight)
-    p = problem.p
-    terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
-    return _Hinge(index, hinge, weight, _sum(problem, terms, axis, n_classes) * weight)
+    return _Hinge(index, hinge, weight, losses if weight is None else losses * weight)
+
+
+def _keeping(axis: int) -> tuple[Any, ...]:
+    """Return the index that gives an array of the batch's shape the classes' axis, of length 1."""
+    return (*(slice(None),) * axis, None, ...)
+
+
+def _dropping(axis: int) -> tuple[Any, ...]:
+    return (*(slice(None),) * axis, 0, ...)
 
 
 def _ignored(problem: Problem) -> Array | None:
@@ -200,50 +210,5 @@ def _count(problem: Problem, empty: float) -> Any:
     counted = xp.ones_like(problem.target, dtype=wide)
     if ignored is not None:
         counted = xp.where(ignored, xp.zeros_like(counted), counted)
-    count = _sum(problem, counted, None, 1)
+    count = divided_sum(xp, counted, None, 1)
     return xp.where(count > 0, count, xp.full_like(count, empty))
-
-
-def _sum(problem: Problem, terms: Array, axis: int | None, divisor: Any) -> Array:
-    """Divide the sum along an axis, which is kept, or (None) of all, by a number.
-
-    No partial sum overflows where the result doesn't, and the error doesn't grow with the number
-    of terms: they are added in runs, and the runs in the wide precision (where that is float32, in
-    runs again), since a float64 sum of float32 terms takes 10 times as long in several libraries.
-    """
-    xp, library = problem.xp, library_of("input", problem.input)
-    wide = library.widest(problem.input)[1]
-    shrink = 1.0
-    if terms.dtype == wide != xp.float32:
-        shrink = SMALL
-        terms = terms * SMALL
-    elif wide == xp.float32 or library.runs:
-        if axis is None:
-            terms = xp.reshape(terms, (-1,))
-        for _ in range(RUNS_OF_RUNS if wide == xp.float32 else 1):
-            shrink /= RUN
-            terms = _run_sums(xp, terms * (1 / RUN), axis or 0)
-            if terms.shape[axis or 0] == 1:
-                break
-    total = xp.sum(terms, axis=axis, keepdims=axis is not None, dtype=wide)
-    return total / (shrink * divisor)
-
-
-def _run_sums(xp: Any, terms: Array, axis: int) -> Array:
-    """Sum each run of terms along an axis; the last run is shorter."""
-    shape = terms.shape
-    whole = shape[axis] // RUN
-    if whole == 0:
-        return xp.sum(terms, axis=axis, keepdims=True, dtype=terms.dtype)
-    before = (slice(None),) * axis
-    runs = xp.reshape(
-        terms[(*before, slice(whole * RUN), ...)], (*shape[:axis], whole, RUN, *shape[axis + 1 :])
-    )
-    rest = terms[(*before, slice(whole * RUN, None), ...)]
-    return xp.concat(
-        [
-            xp.sum(runs, axis=axis + 1, dtype=terms.dtype),
-            xp.sum(rest, axis=axis, keepdims=True, dtype=terms.dtype),
-        ],
-        axis=axis,
-    )

@@ -68,11 +68,11 @@ class Library:
         ``take(x, index, axis)``: the elements of ``x`` at ``index``, which has length 1 along
         ``axis``. All indices are in range. The other axes of ``x`` are those of ``index``, or 1.
     put : callable
-        ``put(x, index, values, axis)``: ``x`` with ``values`` in those places. It may write into
-        ``x``.
+        ``put(x, index, values, axis)``: ``x`` with ``values`` (an array, or one float) in those
+        places. It may write into ``x``.
     relu : callable
-        ``relu(x, zero)``: the larger of ``x`` and ``zero`` (an array to broadcast), NaN where
-        ``x`` is NaN. Where it is differentiated, its slope at 0 is 0. It may write into ``x``.
+        ``relu(x)``: the larger of ``x`` and 0, NaN where ``x`` is NaN. Where it is differentiated,
+        its slope at 0 is 0. It may write into ``x``.
     runs : bool
         Whether a sum in the widest precision takes so long that short runs are added first.
     loss, loss_and_grad : callable, optional
@@ -90,8 +90,8 @@ class Library:
     place: Callable[[Array], Any]
     widest: Callable[[Array], tuple[Any, Any]]
     take: Callable[[Array, Array, int], Array]
-    put: Callable[[Array, Array, Array, int], Array]
-    relu: Callable[[Array, Array], Array]
+    put: Callable[[Array, Array, Array | float, int], Array]
+    relu: Callable[[Array], Array]
     kinds: Mapping[Any, str]
     runs: bool = False
     settle: Callable[[Problem], Problem] | None = None
@@ -120,11 +120,13 @@ def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
         found = xp.where(mask(x, index, axis), x, zero)
         return xp.sum(found, axis=axis, keepdims=True, dtype=x.dtype)
 
-    def put(x: Array, index: Array, values: Array, axis: int) -> Array:
+    def put(x: Array, index: Array, values: Array | float, axis: int) -> Array:
+        if isinstance(values, float):
+            values = xp.full_like(index, values, dtype=x.dtype)
         return xp.where(mask(x, index, axis), values, x)
 
-    def relu(x: Array, zero: Array) -> Array:
-        return xp.where(x <= zero, zero, x)  # maximum() and clip() have other slopes at 0
+    def relu(x: Array) -> Array:
+        return xp.where(x <= 0, xp.zeros_like(x), x)  # maximum() and clip() have other slopes at 0
 
     return Library(
         name,
@@ -185,10 +187,8 @@ def _dask() -> Library:
 
     wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
-    row = replace(
-        row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute
-    )
-    return replace(row, widest=lambda _: wide, relu=xp.maximum)
+    row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
+    return replace(row, widest=lambda _: wide, relu=lambda x: xp.maximum(x, 0))
 
 
 def _jax() -> Library:

@@ -448,7 +448,11 @@ def load(library: str) -> tuple[Kernel, ...]:
     """
     with _lock:
         for lazy in _registry.lazy:
-            if lazy.library == library:
+            if lazy.library != library or lazy.name in _registry.loaded:
+                continue
+            if (why := lazy.missing()) is not None:  # such as: no compiler built it
+                _keep(lazy.name, _unusable(lazy.name, library, why))
+            else:
                 _loaded(lazy.name, lazy.name, library, lazy.load)
         for plugin in _plugins():
             if _library(plugin) == library:

@@ -33,7 +33,8 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
     Greater is better, as for every scorer, so the score is minus the mean loss. Labels of any type
     are taken for their position in ``classes_``: a fold that lacks a class is scored correctly. For
     two classes, the ``decision_function`` of scikit-learn has one column; the first class then has
-    the score 0, and the loss is half of the ordinary hinge loss (the sum is divided by C = 2).
+    the score 0, and the loss is half of the ordinary hinge loss (the sum is divided by C = 2). An
+    ``SVC`` must have ``decision_function_shape="ovr"``, its default.
 
     Examples
     --------

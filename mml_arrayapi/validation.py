@@ -443,8 +443,12 @@ def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def _real_number(argument: str, value: float) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{argument} must be a real number, but is {_a(value)}{_static(argument, value)}")
+        raise TypeError(
+            f"{argument} must be a real number, but is {_a(value)}{_static(argument, value)}"
+        )
     try:
         return float(value)
     except OverflowError:

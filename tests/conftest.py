@@ -1,5 +1,6 @@
 """One fixture, ``lib``, runs a test on every array library; those not installed are skipped by name."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -91,10 +92,14 @@ def fresh_compiler():
 
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory):
-    """The sdist, and the wheel that is built from it."""
+    """The sdist, and the wheel that is built from it where there is no compiler.
+
+    (Compiling the kernels takes minutes; ``.ci/installs`` does it.)
+    """
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)],
+        env=os.environ | {"CC": "false", "CXX": "false"},
         check=True,
         capture_output=True,
     )

@@ -14,7 +14,6 @@ import mml_arrayapi
 from tests.tree import ROOT, files, run_python, sources
 
 SITE = get_paths()["purelib"]  # where array-api-compat and NumPy are
-COMPILED = (".so", ".pyd")  # made when the wheel is built, where there is a compiler
 SOURCE = (".cpp", ".hpp", ".h")  # not needed once compiled
 
 LOSS = """
@@ -36,8 +35,7 @@ def alone(code, *path, **options):
 def test_the_wheel_holds_the_tree(dist):
     with zipfile.ZipFile(dist[1]) as wheel:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    compiled = {name for name in names if name.endswith(COMPILED)}
-    assert set(names) - compiled == {n for n in files().values() if not n.endswith(SOURCE)}
+    assert set(names) == {name for name in files().values() if not name.endswith(SOURCE)}
     assert "mml_arrayapi/py.typed" in names
     assert {name.partition("/")[0] for name in names} == {"mml_arrayapi"}
 
@@ -52,7 +50,7 @@ def test_the_sdist_holds_the_repository(sdist):
     inside = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     missing = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()} - inside
     assert not missing
-    assert not {name for name in inside if name.endswith((".pyc", *COMPILED))}
+    assert not {name for name in inside if name.endswith((".pyc", ".so", ".pyd"))}
 
 
 def test_the_sdist_can_be_tested(sdist, installed):
@@ -103,6 +101,46 @@ assert cli.main(["backends"]) == 0
 {LOSS}"""
     alone(code, installed, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
     assert {path: path.stat().st_mtime_ns for path in installed.rglob("*")} == before
+
+
+WITHOUT_COMPILER = """
+import mml_arrayapi as mml
+kernel = {kernel!r}
+{arrays}
+for _ in range(3):  # the first call loads the kernels, later ones take them directly
+    print(float(mml.multi_margin_loss(x, y)))
+    print(float(mml.multi_margin_loss_and_grad(x, y)[0]))
+explanation = mml.explain(x, y)
+assert explanation.kernel != kernel, explanation
+listed = {{row.name: row for row in mml.list_backends()}}
+assert not listed[kernel].available
+assert dict(explanation.considered)[kernel] == listed[kernel].reason
+print(listed[kernel].reason)
+try:
+    mml.multi_margin_loss(x, y, backend=kernel)
+except ValueError as error:
+    print(error)
+try:
+    mml.multi_margin_loss(x, y, p=0.5)
+except ValueError as error:
+    print(error)
+"""
+ARRAYS = {
+    "numpy-cpu": "import numpy as np; x, y = np.asarray([[0.1, 0.2, 0.4, 0.8]]), np.asarray([3])",
+    "torch-cpu": "import torch; x, y = torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3])",
+}
+
+
+@pytest.mark.parametrize("kernel", ARRAYS)
+def test_without_compiled_kernels(kernel, installed, tmp_path):
+    """Where there was no compiler, every call runs, and what is missing is said in the same words."""
+    pytest.importorskip(kernel.partition("-")[0])
+    code = WITHOUT_COMPILER.format(kernel=kernel, arrays=ARRAYS[kernel])
+    *losses, reason, asked, wrong = alone(code, installed, cwd=tmp_path).splitlines()
+    assert [float(loss) for loss in losses] == pytest.approx([0.325] * 6)
+    assert "no compiled kernels" in reason
+    assert asked.startswith(f"backend: kernel {kernel!r} cannot run this call: {reason}; ")
+    assert wrong == "p must be a finite real number >= 1, but is 0.5"
 
 
 @pytest.mark.parametrize(

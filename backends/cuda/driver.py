@@ -7,6 +7,7 @@ import threading
 from functools import cache
 from typing import Any
 
+import cuda.bindings
 from cuda.bindings import driver, nvrtc
 
 from mml_arrayapi.backends.cuda import plan as cuda_plan
@@ -31,11 +32,16 @@ def missing() -> str | None:
     -------
     str or None
     """
-    try:
-        _done(driver.cuInit(0))
-        _done(nvrtc.nvrtcVersion())
-    except Exception as error:  # noqa: BLE001 - each version of cuda.bindings has its own kinds
-        return f"{type(error).__name__}: {error}"
+    version = cuda.bindings.__version__
+    extra = f"mml_arrayapi[cuda{version.partition('.')[0]}]"
+    for what, call in (
+        ("no CUDA driver", lambda: driver.cuInit(0)),
+        (f"no NVRTC for cuda-bindings {version} (pip install '{extra}')", nvrtc.nvrtcVersion),
+    ):
+        try:
+            _done(call())
+        except Exception as error:  # noqa: BLE001 - the versions of cuda.bindings differ in kinds
+            return f"{what}: {type(error).__name__}: {error}"
     return None
 
 

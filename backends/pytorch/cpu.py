@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: Options, keep_mask: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Compute the loss; see :class:`Engine`."""
+    if native is None:  # nobody may have asked refuses()
+        return None
     mask = _new_mask(input, options) if keep_mask else None
     bits = None if mask is None else mask[:-1]
     out = None if _exchange else _new_loss(input, target, options)
@@ -97,3 +100,5 @@ def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
 
 
 KERNEL = make_kernel("torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape))
+if native is None:  # refuses() says so, and nothing may be tried before it is asked
+    KERNEL = replace(KERNEL, direct={})

@@ -34,7 +34,7 @@ def take(x: Tensor, index: Tensor, axis: int) -> Tensor:
     return torch.take_along_dim(x, index, axis)
 
 
-def put(x: Tensor, index: Tensor, values: Tensor, axis: int) -> Tensor:
+def put(x: Tensor, index: Tensor, values: Tensor | float, axis: int) -> Tensor:
     """Return ``x`` with ``values`` at ``index`` along an axis."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not state.is_transformed():
         return x.scatter_(axis, index, values)
@@ -48,7 +48,7 @@ def _mask(n_classes: int, index: Tensor, axis: int) -> Tensor:
     return index == classes.reshape([n_classes if i == axis else 1 for i in range(index.ndim)])
 
 
-def relu(x: Tensor, zero: Tensor) -> Tensor:  # noqa: ARG001
+def relu(x: Tensor) -> Tensor:
     """Return the larger of ``x`` and 0."""
     return torch.relu_(x)
 

@@ -76,7 +76,8 @@ def test_targets_out_of_range(batch):
 
 
 def test_with_64_bit_types(batch):
-    with jax.enable_x64(True):
+    enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # JAX before 0.8
+    with enable_x64(True):
         scores = jnp.asarray(np.asarray(batch[0]), dtype=jnp.float64)
         target = jnp.asarray(np.asarray(batch[1]), dtype=jnp.int64)
         loss, grad = multi_margin_loss_and_grad(scores, target, p=2)

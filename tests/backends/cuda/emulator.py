@@ -279,6 +279,11 @@ def close(
         raise AssertionError(f"{what}{list(where)} is {got[where]}, not {wanted[where]}")
 
 
+def geometry_of(scalar: int, case: Case) -> cuda_plan.Geometry:
+    shape = cuda_plan.geometry(scalar, case.rows, case.classes, case.multiprocessors)
+    return shape if case.grid is None else shape._replace(grid=case.grid)
+
+
 def check(machine: Machine, scalar: int, p: float, case: Case, backwards: bool) -> None:
     """Run every operation on a case, and compare with the reference."""
     memory = Memory()
@@ -332,18 +337,19 @@ def _check(
         case.weight == "wide", stride_of_it, case.upstream == "wide", data.ctypes.data % 16 == 0,
         p, case.margin, case.reduction, case.ignore_index, case.multiprocessors,
     )  # fmt: skip
-    shape = cuda_plan.geometry(scalar, rows, classes, case.multiprocessors)
-    if case.grid is not None:
-        shape = shape._replace(grid=case.grid)
+    shape = geometry_of(scalar, case)
 
     kept = rows - len(case.ignored)
     per_row = upstream / kept if case.reduction == "mean" and kept else upstream
     double = None if weight is None else weight.astype(np.float64)
     most = float(np.finfo(real).max)
     losses, grads = reference(scores.astype(np.float64), target, double, p, case, per_row, most)
-    wanted = losses if case.reduction == "none" else np.sum(losses, keepdims=True)
-    if case.reduction == "mean":
-        wanted = np.sum(losses / kept, keepdims=True) if kept else np.array([np.nan])
+    wanted = losses
+    with np.errstate(over="ignore", invalid="ignore"):
+        if case.reduction == "sum":
+            wanted = np.sum(losses, keepdims=True)
+        elif case.reduction == "mean":
+            wanted = np.sum(losses / kept, keepdims=True) if kept else np.array([np.nan])
     loose = 4e-15 if scalar == 64 else 1e-6
     # Where x_j - x_y + margin itself is rounded, an element near the kink has few digits left.
     near_kink = 0.0 if case.exact or not rows else loose * float(np.max(np.abs(grads)))
@@ -403,13 +409,23 @@ def _upstream(
     return per_row, values, int(each)
 
 
-def run(machine: Machine, scalar: int, powers: tuple[float, ...], part: int, parts: int) -> int:
-    """Check every ``parts``-th case, beginning with number ``part``, for each power in turn."""
-    chosen = list(itertools.islice(enumerate(cases(scalar)), part, None, parts))
-    for p, (i, case) in itertools.product(powers, chosen):
-        check(
-            machine, scalar, p, replace(case, seed=case.seed + 100 * int(p)), bool(i // parts % 2)
-        )
+def run(
+    machine: Machine,
+    scalar: int,
+    powers: tuple[float, ...],
+    part: int = 0,
+    parts: int = 1,
+    kernels: str | None = None,
+) -> int:
+    """Check every ``parts``-th case, beginning with number ``part``, for each power in turn.
+
+    With ``kernels``, only the cases that these kernels serve.
+    """
+    chosen = [
+        case for case in cases(scalar) if kernels in (None, geometry_of(scalar, case).kernels)
+    ][part::parts]
+    for p, (i, case) in itertools.product(powers, enumerate(chosen)):
+        check(machine, scalar, p, replace(case, seed=case.seed + 100 * int(p)), bool(i % 2))
     return len(powers) * len(chosen)
 
 

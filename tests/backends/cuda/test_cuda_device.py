@@ -294,8 +294,98 @@ def test_derivatives_of_the_second_order_and_transforms():
 def test_autocast():
     x, y, _ = on(DEVICE, random(40, 100, torch.bfloat16))
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert multi_margin_loss(x.requires_grad_(), y).dtype == torch.bfloat16
+        assert multi_margin_loss(x.requires_grad_(), y).dtype == torch.float32
         assert multi_margin_loss(x.float(), y).dtype == torch.float32
+
+
+# How the benchmark calls, with fewer rows where the rows are many.
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "classes", "dtype"),
+    [
+        (4096, 1000, torch.float32),
+        (64, 128256, torch.bfloat16),
+        (100_003, 10, torch.float32),
+        (512, 512, torch.float32),
+        (8, 1_000_000, torch.float32),
+        (1, 10_000_000, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_calls_that_users_write_twice(rows, classes, dtype, p):
+    scores, target, _ = random(rows, classes, dtype)
+    loss, grad = expected(scores, target, p=p)
+    x, y = on(DEVICE, (scores, target))
+    x.requires_grad_()
+    assert explain(x, y, p=p).kernel == NAME
+    for _ in range(2):
+        value = multi_margin_loss(x, y, p=p)
+        (gradient,) = torch.autograd.grad(value, x)
+        close(value.detach(), loss)
+        close(gradient, grad)
+
+
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("rows", "classes"), [(1000, 10), (300, 100), (40, 5000), (3, 100_000)])
+def test_ignored_rows(rows, classes, reduction, p):
+    scores, target, weight = random(rows, classes)
+    target[::3] = -100
+    scores[0] = float("nan")
+    options = {"p": p, "reduction": reduction, "ignore_index": -100}
+    loss, grad = expected(scores, target, weight=weight, **options)
+    x, y, w = on(DEVICE, (scores, target, weight))
+    assert explain(x, y, weight=w, **options).kernel == NAME
+    value, gradient = multi_margin_loss_and_grad(x, y, weight=w, **options)
+    close(value, loss)
+    close(gradient, grad)
+    x.requires_grad_()
+    multi_margin_loss(x, y, weight=w, **options).sum().backward()
+    close(x.grad, grad)
+    y.fill_(-100)
+    nothing = multi_margin_loss(x.detach(), y, **options)
+    assert nothing.isnan() if reduction == "mean" else not nothing.any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(50, 16), (20, 100), (9, 5000), (2, 100_000)])
+def test_a_finite_answer_stays_finite(rows, classes, dtype, reduction):
+    scores = torch.zeros(rows, classes, dtype=dtype)
+    scores[:, 0] = -torch.finfo(dtype).max / 3
+    target = torch.zeros(rows, dtype=torch.int64)
+    value, gradient = multi_margin_loss_and_grad(*on(DEVICE, (scores, target)), reduction=reduction)
+    one = float(-scores[0, 0]) * ((classes - 1) / classes)
+    total = one * rows if one <= torch.finfo(dtype).max / rows else float("inf")
+    wanted = total if reduction == "sum" else one
+    torch.testing.assert_close(value.cpu().double(), torch.full_like(value.cpu().double(), wanted))
+    scale = 1 / classes / (rows if reduction == "mean" else 1)
+    torch.testing.assert_close(gradient[:, 1].cpu(), torch.full((rows,), scale, dtype=dtype))
+
+
+@pytest.mark.parametrize("classes", [10, 100, 5000])
+def test_a_row_that_is_nan_by_its_weight_has_a_gradient_of_nan(classes):
+    scores, target, weight = random(5, classes)
+    weight[target[2]] = float("nan")
+    rows = [bool(t == target[2]) for t in target]
+    x, y, w = on(DEVICE, (scores.requires_grad_(), target, weight))
+    x = x.detach().requires_grad_()
+    multi_margin_loss(x, y, weight=w, reduction="none").sum().backward()
+    assert x.grad.isnan().all(dim=1).tolist() == rows
+    assert x.grad.isnan().any(dim=1).tolist() == rows
+
+
+@pytest.mark.parametrize("margin", [1e39, -1e39])
+def test_a_margin_beyond_float32_is_infinite(margin):
+    x, y, _ = on(DEVICE, random(5, 40))
+    loss = multi_margin_loss(x, y, margin=margin)
+    assert loss.item() == max(margin * float("inf"), 0)
+
+
+def test_device_contexts_leave_the_kernel_on():
+    x, y, _ = on(DEVICE, random(5, 40))
+    with torch.device("cuda"):
+        assert explain(x, y).kernel == NAME
 
 
 @contextlib.contextmanager
@@ -331,6 +421,31 @@ def test_cupy_values_and_gradients(cupy, dtype, p):
         close(torch.tensor(cupy.asnumpy(value)), loss)
         close(torch.tensor(cupy.asnumpy(gradient)), grad)
         close(torch.tensor(cupy.asnumpy(multi_margin_loss(x, y, weight=w, **options))), loss)
+
+
+def test_subnormal_numbers_are_the_same_for_cupy_and_pytorch(cupy):
+    tiny = torch.tensor([[1e-41, 0.0, 2e-41, -1e-41] * 10] * 3)
+    y = torch.zeros(3, dtype=torch.int64)
+    x, target = on(DEVICE, (tiny, y))
+    loss, grad = multi_margin_loss_and_grad(x, target, margin=0.0, reduction="none")
+    other = multi_margin_loss_and_grad(
+        cupy.asarray(tiny.numpy()), cupy.asarray(y.numpy()), margin=0.0, reduction="none"
+    )
+    assert loss.cpu()[0] > 0
+    assert torch.equal(torch.tensor(cupy.asnumpy(other[0])), loss.cpu())
+    assert torch.equal(torch.tensor(cupy.asnumpy(other[1])), grad.cpu())
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1000, 10), (300, 100), (3, 100_000)])
+def test_cupy_ignored_rows(cupy, rows, classes):
+    scores, target, _ = random(rows, classes)
+    target[::3] = -100
+    loss, grad = expected(scores, target, ignore_index=-100)
+    x, y = (cupy.asarray(tensor.numpy()) for tensor in (scores, target))
+    assert explain(x, y, ignore_index=-100).kernel == "cupy-cuda"
+    value, gradient = multi_margin_loss_and_grad(x, y, ignore_index=-100)
+    close(torch.tensor(cupy.asnumpy(value)), loss)
+    close(torch.tensor(cupy.asnumpy(gradient)), grad)
 
 
 def test_cupy_layouts_streams_and_targets_out_of_range(cupy):

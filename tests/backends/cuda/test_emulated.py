@@ -18,104 +18,176 @@ emulator = pytest.importorskip(
 
 POWERS = {1: (1.0,), 2: (2.0,), 0: (1.5, 3.0)}
 
-# What is changed, the text, its replacement. Each text stands in the source exactly once.
+# What is changed, the text, its replacement, the kernels that show it. Each text stands in the
+# source exactly once.
 MUTANTS = [
     (
         "block sum without its first barrier",
         "= (double)value;\n    __syncthreads();",
         "= (double)value;",
+        "wide",
     ),
     (
         "block sum without its second barrier",
         "    __syncthreads();  // before shared is used again\n",
         "",
+        "wide",
     ),
     (
         "tile read before it is whole",
         "tile_load(a, first, here * classes, tile);\n            __syncwarp();",
         "tile_load(a, first, here * classes, tile);",
+        "tiles",
     ),
     (
         "tile stored before it is whole",
         "        __syncwarp();\n        if (OP == LOSS_GRAD ||",
         "        if (OP == LOSS_GRAD ||",
+        "tiles",
     ),
     (
         "tile overwritten while it is stored",
         "here * classes, tile, classes);\n            __syncwarp();\n        }\n    }",
         "here * classes, tile, classes);\n        }\n    }",
+        "tiles",
     ),
-    ("dropped tail", "r.edges = classes - r.body * V +", "r.edges = r.head +"),
-    ("dropped tail of a tile's load", "i < n; i += 32)\n", "i < n - n % PIECE; i += 32)\n"),
-    ("dropped tail of a tile's store", "i < n; i += 32) to[i]", "i < n - n % V; i += 32) to[i]"),
-    ("mask off by one bit", "% UNIT_VECTORS) * V + e) & 1", "% UNIT_VECTORS) * V + e + 1) & 1"),
+    ("dropped tail", "r.edges = classes - r.body * V +", "r.edges = r.head +", "rows"),
+    (
+        "dropped tail of a tile's load",
+        "i < n; i += 32)\n",
+        "i < n - n % PIECE; i += 32)\n",
+        "tiles",
+    ),
+    (
+        "dropped tail of a tile's store",
+        "i < n; i += 32) to[i]",
+        "i < n - n % V; i += 32) to[i]",
+        "tiles",
+    ),
+    (
+        "mask off by one bit",
+        "% UNIT_VECTORS) * V + e) & 1",
+        "% UNIT_VECTORS) * V + e + 1) & 1",
+        "rows",
+    ),
     (
         "mask off by one unit",
         "bits[u] = mask[start / UNIT_VECTORS + u * lanes];",
         "bits[u] = mask[start / UNIT_VECTORS];",
+        "rows",
     ),
-    ("edge's mask off by one bit", "edge_bits >> edge & 1", "edge_bits >> (edge + 1) & 1"),
-    ("edges' bits of one lane alone", "bits = lane_sum(bits, lanes < 32 ? lanes : 32);", ""),
+    ("edge's mask off by one bit", "edge_bits >> edge & 1", "edge_bits >> (edge + 1) & 1", "rows"),
+    (
+        "edges' bits of one lane alone",
+        "bits = lane_sum(bits, lanes < 32 ? lanes : 32);",
+        "",
+        "rows",
+    ),
     (
         "target's vector not left out",
         "if (k >= end || k == r.own) continue;\n                Real z",
         "if (k >= end) continue;\n                Real z",
+        "rows",
     ),
-    ("target's vector not among the edges", "r.body * V + (r.own < r.body ? V : 0)", "r.body * V"),
-    ("target's class not left out of the edges", "if ((int)j == r.y) z = -1;", ""),
-    ("target's class not left out of a tile", "if (j == y) z = -1;", ""),
-    ("active at the kink", "return !(z <= 0);", "return !(z < 0);"),
-    ("NaN dropped", "return !(z <= 0);", "return z > 0;"),
-    ("margin lost", "(z[e] - r.pivot) + a.margin", "z[e] + (a.margin - r.pivot)"),
-    ("narrowed before the check", "y < 0 || y >= a.classes", "(int)y < 0 || (int)y >= a.classes"),
+    (
+        "target's vector not among the edges",
+        "r.body * V + (r.own < r.body ? V : 0)",
+        "r.body * V",
+        "rows",
+    ),
+    ("target's class not left out of the edges", "if ((int)j == r.y) z = -1;", "", "rows"),
+    ("target's class not left out of a tile", "if (j == y) z = -1;", "", "tiles"),
+    ("active at the kink", "return !(z <= 0);", "return !(z < 0);", "rows"),
+    ("NaN dropped", "return !(z <= 0);", "return z > 0;", "rows"),
+    ("margin lost", "(z[e] - r.pivot) + a.margin", "z[e] + (a.margin - r.pivot)", "rows"),
+    (
+        "narrowed before the check",
+        "y < 0 || y >= a.classes",
+        "(int)y < 0 || (int)y >= a.classes",
+        "rows",
+    ),
     (
         "range looked at before the ignored",
         "if (a.ignoring && y ==",
         "if (a.ignoring && y >= 0 && y < a.classes && y ==",
+        "rows",
     ),
-    ("grid too small not strided", "first += stride, part += stride", "first += parts"),
-    ("bad target not reported", "if (r.y == BAD && a.flag) atomicMin(a.flag, r.row);", ""),
-    ("weight forgotten", "Real scale = load_weight(a, y) *", "Real scale ="),
-    ("ignored rows counted", "kept += class_of(a, load_target(a, row)) != IGNORED;", "kept += 1;"),
+    ("grid too small not strided", "first += stride, part += stride", "first += parts", "rows"),
+    ("bad target not reported", "if (r.y == BAD && a.flag) atomicMin(a.flag, r.row);", "", "rows"),
+    ("weight forgotten", "Real scale = load_weight(a, y) *", "Real scale =", "rows"),
+    (
+        "ignored rows counted",
+        "kept += class_of(a, load_target(a, row)) != IGNORED;",
+        "kept += 1;",
+        "rows",
+    ),
     (
         "ignored row's gradient left as it was",
         "else if (r.y == IGNORED) fill_row(a, r, to_scalar(0));",
         "",
+        "rows",
     ),
     (
         "gradient left where the weight is NaN",
         "const bool no_value = loss != loss;\n    if (OP == LOSS_GRAD) {",
         "const bool no_value = sums.loss != sums.loss;\n    if (OP == LOSS_GRAD) {",
+        "rows",
     ),
     (
         "a tile's gradient left where the weight is NaN",
         "const bool no_value = loss != loss;\n    if (OP == LOSS_MASK)",
         "const bool no_value = total != total;\n    if (OP == LOSS_MASK)",
+        "tiles",
     ),
-    ("an overflowing sum kept", "if (infinite) sums.loss = again.loss;", ""),
-    ("a tile's overflowing sum kept", "if (infinite && y >= 0) {", "if (infinite && y < 0) {"),
-    ("sums made again without the edges", "edges && edge < r.edges", "!edges && edge < r.edges"),
-    ("sums made again with the target's class", "if ((int)j != r.y) add_score", "add_score"),
+    ("an overflowing sum kept", "if (infinite) sums.loss = again.loss;", "", "rows"),
+    (
+        "a tile's overflowing sum kept",
+        "if (infinite && y >= 0) {",
+        "if (infinite && y < 0) {",
+        "tiles",
+    ),
+    (
+        "sums made again without the edges",
+        "edges && edge < r.edges",
+        "!edges && edge < r.edges",
+        "rows",
+    ),
+    (
+        "sums made again with the target's class",
+        "if ((int)j != r.y) add_score",
+        "add_score",
+        "rows",
+    ),
     (
         "every part of a row begins at its begin",
         "segment * (u32)a.span : 0;\n        u32 end",
         "0 * segment : 0;\n        u32 end",
+        "split",
     ),
-    ("every part of a row has the edges", "y >= 0 && segment == 0;", "y >= 0;"),
+    ("every part of a row has the edges", "y >= 0 && segment == 0;", "y >= 0;", "split"),
     (
         "half of a row's parts",
         "for (i64 i = r.lane; i < a.splits; i += 32)",
         "for (i64 i = r.lane; i < a.splits - 1; i += 32)",
+        "split",
     ),
     (
         "a part's mask from the row's begin",
         "segment * (u32)a.span : 0;\n        const u32 most",
         "0 * segment : 0;\n        const u32 most",
+        "split",
     ),
 ]
 
 
-@pytest.mark.parametrize("variant", [v for v in emulator.VARIANTS if v not in emulator.SANITIZED])
+def variant_id(variant):
+    names = {number: name for name, number in cuda_plan.SCALARS.items()}
+    return f"{names[variant[0]]}-p{variant[1] or 'any'}"
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in emulator.VARIANTS if v not in emulator.SANITIZED], ids=variant_id
+)
 def test_equals_float64_reference(builds, variant):
     scalar, power = variant
     machine = emulator.Machine(builds(variant))
@@ -123,7 +195,7 @@ def test_equals_float64_reference(builds, variant):
     assert emulator.run(machine, scalar, POWERS[power], part, 3) > 40
 
 
-@pytest.mark.parametrize("variant", emulator.SANITIZED)
+@pytest.mark.parametrize("variant", emulator.SANITIZED, ids=variant_id)
 def test_equals_float64_reference_under_sanitizers(builds, variant):
     done = _sanitized(builds(variant), variant)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -134,7 +206,9 @@ TILES = [(32, 1, n) for n in (1, 2, 8, 10, 16, 24, 31)]
 TILES += [(17, 1, 10), (16, 2, 8), (17, 1, 31), (64, 1, 10), (64, 2, 16), (64, 0, 5), (64, 1, 24)]
 
 
-@pytest.mark.parametrize(("scalar", "power", "classes"), TILES)
+@pytest.mark.parametrize(
+    ("scalar", "power", "classes"), TILES, ids=[f"{variant_id(t)}-{t[2]}-classes" for t in TILES]
+)
 def test_tiles_whose_number_of_classes_the_compiler_knows(tmp_path, scalar, power, classes):
     flags = ("-DLAYOUT=1", f"-DCLASSES={classes}")
     library = emulator.build(tmp_path, scalar, power, cuda_plan.source(), flags)
@@ -193,7 +267,7 @@ def tile_conflicts(library, size, classes):
     return max(map(conflicts, rows + pieces))
 
 
-@pytest.mark.parametrize("scalar", [32, 64])
+@pytest.mark.parametrize("scalar", [32, 64], ids=["4 bytes", "8 bytes"])
 def test_tiles_have_no_bank_conflicts(tile_places, scalar):
     library, size = tile_places(scalar), cuda_plan.ITEMSIZE[scalar]
     for classes in range(1, 32):
@@ -203,7 +277,7 @@ def test_tiles_have_no_bank_conflicts(tile_places, scalar):
 
 
 def test_the_simulation_sees_bank_conflicts(tile_places):
-    library = tile_places(32, _mutate("/ PIECE >> 3 & swap", "/ PIECE >> 3 & 0"))
+    library = tile_places(32, _mutate("/ PIECE >> 3 & swap", "/ PIECE >> 3 & swap & 0"))
     assert tile_conflicts(library, 4, 8) == 2
     assert tile_conflicts(library, 4, 16) == 4
     assert tile_conflicts(library, 4, 10) == 1
@@ -220,17 +294,21 @@ def test_sanitizer_sees_an_overrun(tmp_path):
 def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
     folder = tmp_path_factory.mktemp("mutants")
     pool = ThreadPoolExecutor(2)
-    return {
-        what: pool.submit(emulator.build, folder / str(i), 32, 1, _mutate(old, new), ("-O0",))
-        for i, (what, old, new) in enumerate(MUTANTS)
-    }
+
+    def build(number: int, old: str, new: str, kernels: str) -> Path:
+        flags = ("-O0", f"-DLAYOUT={cuda_plan.LAYOUTS[kernels]}")
+        return emulator.build(folder / str(number), 32, 1, _mutate(old, new), flags)
+
+    return {what: pool.submit(build, i, *how) for i, (what, *how) in enumerate(MUTANTS)}
 
 
-@pytest.mark.parametrize("what", [what for what, *_ in MUTANTS])
-def test_mutant_is_caught(mutants, what):
+@pytest.mark.parametrize(
+    ("what", "kernels"), [(m[0], m[3]) for m in MUTANTS], ids=[m[0] for m in MUTANTS]
+)
+def test_mutant_is_caught(mutants, what, kernels):
     machine = emulator.Machine(mutants[what].result())
     with pytest.raises(AssertionError, match="Case"):
-        emulator.run(machine, 32, (1.0,), 0, 1)
+        emulator.run(machine, 32, (1.0,), kernels=kernels)
 
 
 def _mutate(old: str, new: str) -> str:

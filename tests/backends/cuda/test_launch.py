@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from mml_arrayapi import list_backends
 from mml_arrayapi.backends.cuda import plan as cuda_plan
 from mml_arrayapi.backends.cuda.plan import ADDRESSES, NUMBERS, Call, geometry, make_plan, pack
 
@@ -345,6 +346,7 @@ def driver(monkeypatch):
         device, 32, p, rows, classes
     )
     recorder.missing = cuda_driver.missing
+    recorder.nvrtc = nvrtc
     recorder.LaunchError = cuda_driver.LaunchError
     recorder.launch = lambda planned, device=0, stream=77, addresses=NO_ADDRESSES: (
         cuda_driver.launch(planned, addresses, device, stream)
@@ -437,8 +439,28 @@ def test_a_device_that_the_compiler_does_not_know(driver):
 def test_no_driver_and_no_compiler_are_reasons(driver, monkeypatch):
     assert driver.missing() is None
     driver.failing["cuInit"] = 100
-    assert driver.missing() == "RuntimeError: CUDA: 100"
+    assert driver.missing() == "no CUDA driver: RuntimeError: CUDA: 100"
     assert driver.trouble(0) == "not usable on cuda:0: RuntimeError: CUDA: 100"
+    driver.failing.clear()
+    driver.nvrtc.nvrtcVersion = lambda: raise_(RuntimeError("libnvrtc.so.13 is not found"))
+    assert re.match(
+        r"no NVRTC for cuda-bindings (1\d).* \(pip install 'mml_arrayapi\[cuda\1\]'\): "
+        "RuntimeError: libnvrtc.so.13 is not found",
+        driver.missing(),
+    )
+
+
+def raise_(error):
+    raise error
+
+
+def test_the_list_of_backends_says_what_is_missing():
+    pytest.importorskip("torch", reason="the kernels for PyTorch are listed as not installed")
+    cuda_driver = pytest.importorskip("mml_arrayapi.backends.cuda.driver")
+    (listed,) = (found for found in list_backends() if found.name == "torch-cuda")
+    missing = cuda_driver.missing()
+    assert listed.available == (missing is None)
+    assert missing is None or missing in listed.reason
 
 
 def test_the_driver_that_is_not_there_is_a_reason():
@@ -446,7 +468,7 @@ def test_the_driver_that_is_not_there_is_a_reason():
     reason = cuda_driver.missing()
     if reason is None:
         pytest.skip("this machine has a CUDA driver")
-    assert re.match(r"\w*Error: .*", reason)
+    assert re.match(r"no \w.*: \w*Error: .*", reason)
     assert cuda_driver.trouble(0, 32, 1.0, 10, 10).startswith("not usable on cuda:0: ")
 
 

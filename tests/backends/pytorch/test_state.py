@@ -268,4 +268,5 @@ def test_private_names_stand_in_one_file():
     root = Path(__file__).parents[3]
     for path in [*root.glob("backends/pytorch/*.py"), root / "mml_arrayapi" / "pytorch.py"]:
         if path.name != "state.py":
-            assert re.findall(r"\w\.(_(?!_)\w+)", path.read_text()) == [], path
+            private = re.findall(r"\w\.(_(?!_)\w+)", path.read_text())
+            assert set(private) <= {"_replace"}, path  # of named tuples

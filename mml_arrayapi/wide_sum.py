@@ -1,0 +1,71 @@
+"""Sums of many terms: none of their parts overflows, and the error doesn't grow with their number.
+
+Terms are added in short runs in their own precision, and the runs in the widest precision of the
+device. Where that is float32, runs are added in runs again. Libraries that add in a wider precision
+as fast as in their own skip the runs: a float64 sum of float32 terms takes NumPy no longer, but
+PyTorch 20 times as long.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mml_arrayapi.libraries import library_of
+
+Array = Any
+
+RUN = 64  # terms added one after the other: in float32 an error of 4e-6 at the very worst
+LEVELS = 4  # of runs of runs: RUN ** LEVELS = 1.7e7 terms
+SMALL = 2.0**-40  # what float64 terms, which nothing wider can hold, are multiplied by
+
+
+def divided_sum(xp: Any, terms: Array, axis: int | None, divisor: Any) -> Array:
+    """Divide a sum by a number; only the quotient need be finite.
+
+    Parameters
+    ----------
+    xp : module
+        The array API namespace of ``terms``.
+    terms : array of float32 or float64
+        What is added.
+    axis : int or None
+        The axis to add along, which is kept; None adds all.
+    divisor : int, or array
+        The number.
+
+    Returns
+    -------
+    array
+        In the widest real dtype of the device.
+    """
+    library = library_of("terms", terms)
+    wide = library.widest(terms)[1]
+    shrunk = 1.0
+    if terms.dtype == wide != xp.float32:
+        shrunk = SMALL
+        terms = terms * SMALL
+    elif library.runs or wide == xp.float32:
+        if axis is None:
+            terms = xp.reshape(terms, (-1,))
+        for _ in range(LEVELS if wide == xp.float32 else 1):
+            shrunk /= RUN
+            terms = _sums_of_runs(xp, terms * (1 / RUN), axis or 0)
+            if terms.shape[axis or 0] == 1:
+                break
+    total = xp.sum(terms, axis=axis, keepdims=axis is not None, dtype=wide)
+    return total / (shrunk * divisor)
+
+
+def _sums_of_runs(xp: Any, terms: Array, axis: int) -> Array:
+    """Add up each run of terms along an axis; the last run may be shorter."""
+    before, shape, after = terms.shape[:axis], terms.shape, terms.shape[axis + 1 :]
+    whole = shape[axis] // RUN
+    if whole == 0:
+        return xp.sum(terms, axis=axis, keepdims=True, dtype=terms.dtype)
+    every = (slice(None),) * axis
+    runs = xp.reshape(terms[(*every, slice(whole * RUN), ...)], (*before, whole, RUN, *after))
+    sums = [xp.sum(runs, axis=axis + 1, dtype=terms.dtype)]
+    if shape[axis] % RUN != 0:
+        rest = terms[(*every, slice(whole * RUN, None), ...)]
+        sums.append(xp.sum(rest, axis=axis, keepdims=True, dtype=terms.dtype))
+    return xp.concat(sums, axis=axis)
