@@ -272,7 +272,7 @@ def test_no_nan_is_made_to_be_thrown_away(batch, p):
 
 
 @pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("options", [{}, {"p": 1.5}, {"ignore_index": -1}, {"reduction": "none"}])
+@pytest.mark.parametrize("options", [{}, {"p": 1.5, "ignore_index": -1}])
 def test_export_with_symbolic_sizes(rng, x64, options):
     def gradient(x, y):
         return jax.grad(lambda x: multi_margin_loss(x, y, **options).sum())(x)
@@ -282,7 +282,7 @@ def test_export_with_symbolic_sizes(rng, x64, options):
         shapes = jax.ShapeDtypeStruct((n, c), "float32"), jax.ShapeDtypeStruct((n,), "int32")
         for function in (partial(multi_margin_loss, **options), gradient):
             exported = jax.export.export(jax.jit(function))(*shapes)
-            for size in ((6, 200), (1, 1), (70, 3)):
+            for size in ((70, 200), (1, 1)):
                 x = jnp.asarray(rng.normal(size=size).astype(np.float32))
                 y = jnp.asarray(rng.integers(0, size[1], size[0]).astype(np.int32))
                 np.testing.assert_allclose(
