@@ -177,7 +177,11 @@ def test_the_oldest_releases_stand_in_two_places_that_agree():
         if found and not found[1].startswith(("cuda-", "cupy-", "nvidia-")):  # not tried: GPUs
             name, version = found.groups()
             assert wanted.setdefault(name, version) == version, f"{name} has two oldest releases"
-    pinned = constraints("constraints.txt")
+    pinned = {
+        "mypy",
+        "ruff",
+        "torch",
+    }  # the first two check, and have no floor; PyTorch: see the file
     floors = {name: version for name, version in wanted.items() if name not in pinned}
     assert {k: v for k, v in constraints("constraints-floors.txt").items() if k in wanted} == floors
 

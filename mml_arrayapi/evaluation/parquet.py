@@ -144,7 +144,8 @@ class _Kind:
         try:
             # to_pandas_dtype() needs pandas before pyarrow 26
             empty = pa.array([], pa.int64() if self.categories else value)
-            self.dtype = empty.to_numpy(zero_copy_only=False).dtype
+            encoded = kinds.is_dictionary(empty.type)
+            self.dtype = np.dtype(object) if encoded else empty.to_numpy(zero_copy_only=False).dtype
         except (NotImplementedError, pa.ArrowException):
             self.dtype = np.dtype(object)
         self.floats = kinds.is_floating(value)
