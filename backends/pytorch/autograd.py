@@ -17,6 +17,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
+from mml_arrayapi import formula
 from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.backends.pytorch.state import (
     below_autograd,
@@ -205,13 +206,22 @@ def _empty_mask(engine: Engine, input: Tensor, target: Tensor, options: Options)
 
 
 def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
-    return generic.loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
+    return _formula().loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
 
 
 def _formula_loss_and_grad(
     input: Any, target: Any, weight: Any, grad_output: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
-    return generic.loss_and_grad(_problem(input, target, weight, options), grad_output)
+    problem = _problem(input, target, weight, options)
+    return _formula().loss_and_grad(problem, grad_output)  # type: ignore[no-any-return]
+
+
+def _formula() -> Any:
+    """Return the generic implementation, within torch.func without derivatives of its own.
+
+    Those are for the level at hand; within an operator they would be asked for on another.
+    """
+    return formula if state.is_transformed() else generic
 
 
 def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:

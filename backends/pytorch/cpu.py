@@ -56,9 +56,7 @@ def grad(
 ) -> Tensor | None:
     """Compute the gradient; see :class:`Engine`."""
     into = empty_like(input, requires_grad=False)
-    bits = None
-    if mask is not None and mask.numel() and mask[-1]:
-        bits = mask[:-1]
+    bits = mask[:-1] if _is_written(mask, input, target, options) else None
     return native.grad(  # type: ignore[no-any-return]
         input, target, weight, options, into, grad_output, bits, get_num_threads
     )
@@ -83,6 +81,13 @@ def loss_and_grad(
 def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:  # noqa: ARG001
     """Return the mask's shape: a bit per score, and at the end 1 where they have been written."""
     return (rows * ((n_classes + 7) // 8) + 1,)
+
+
+def _is_written(mask: Tensor | None, input: Tensor, target: Tensor, options: Options) -> bool:
+    if mask is None or mask.dtype is not torch.uint8:
+        return False
+    shape = mask_shape(input.dtype, target.numel(), input.shape[options[4]])
+    return mask.shape == shape and bool(mask[-1])
 
 
 def _new_mask(input: Tensor, options: Options) -> Tensor | None:

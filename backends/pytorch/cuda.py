@@ -61,8 +61,8 @@ def loss(
     if keep_mask:
         shape = mask_shape(input.dtype, target.numel(), input.shape[-1])
         arrays["mask"] = input.new_empty(shape, dtype=torch.uint8)
-    _launch("loss_mask" if keep_mask else "loss", arrays, options)
-    return out, arrays.get("mask")
+    done = _launch("loss_mask" if keep_mask else "loss", arrays, options)
+    return (out, arrays.get("mask")) if done else None
 
 
 def grad(
@@ -80,13 +80,12 @@ def grad(
     arrays = {
         "input": input, "target": target, "weight": weight, "upstream": grad_output, "grad": into,
     }  # fmt: skip
-    if mask is None or not mask.numel():
-        _launch("grad", arrays, options)
-    elif mask.shape != mask_shape(input.dtype, target.numel(), input.shape[-1]):
-        return None
-    else:
-        _launch("grad_mask", {**arrays, "mask": mask}, options)
-    return into
+    operation = "grad"
+    if mask is not None and mask.numel():
+        if mask.shape != mask_shape(input.dtype, target.numel(), input.shape[-1]):
+            return None
+        operation, arrays["mask"] = "grad_mask", mask
+    return into if _launch(operation, arrays, options) else None
 
 
 def loss_and_grad(
@@ -107,8 +106,7 @@ def loss_and_grad(
         "input": input, "target": target, "weight": weight, "upstream": grad_output,
         "loss": out, "grad": into,
     }  # fmt: skip
-    _launch("loss_grad", arrays, options)
-    return out, into
+    return (out, into) if _launch("loss_grad", arrays, options) else None
 
 
 def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:
@@ -162,10 +160,10 @@ def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
     return input.new_empty(target.shape if options[2] == "none" else (), requires_grad=False)
 
 
-def _launch(operation: str, arrays: dict[str, Any], options: Options) -> None:
-    """Launch an operation on the device's current stream."""
+def _launch(operation: str, arrays: dict[str, Any], options: Options) -> bool:
+    """Launch an operation on the device's current stream; tell whether the driver took it."""
     input, target, weight = arrays["input"], arrays["target"], arrays["weight"]
-    upstream = arrays.get("upstream")
+    labels, upstream = target, arrays.get("upstream")
     p, margin, reduction, ignore_index, _, check_target = options
     rows, classes = target.numel(), input.shape[-1]
     real = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -203,18 +201,19 @@ def _launch(operation: str, arrays: dict[str, Any], options: Options) -> None:
     if strict:
         arrays["flag"] = input.new_full((), plan.FAR, dtype=torch.int64)
     addresses = (arrays.get(name) for name in plan.ADDRESSES)
-    _run(made, tuple(0 if a is None else a.data_ptr() for a in addresses), index)
+    memory = tuple(0 if array is None else array.data_ptr() for array in addresses)
+    try:
+        driver.launch(made, memory, index, state.current_stream(index))
+    except driver.LaunchError:  # from now on refuses() tells why
+        return False
     if strict and arrays["flag"].item() != plan.FAR:
-        raise_invalid_target(state.on_host(arrays["target"]), classes)
+        raise_invalid_target(state.on_host(labels), input.shape[-1], ignore_index)
+    return True
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype, real: torch.dtype) -> Tensor:
     """Convert to the computing precision, unless it has that, or the scores' own."""
     return tensor if tensor.dtype in (dtype, real) else tensor.to(real)
-
-
-def _run(made: plan.Plan, addresses: tuple[int, ...], index: int) -> None:
-    driver.launch(made, addresses, index, state.current_stream(index))
 
 
 @cache

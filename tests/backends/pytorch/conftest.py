@@ -2,6 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.backends.cuda.conftest import builds  # noqa: F401 - a fixture
+
 
 @pytest.fixture
 def kernels_ran(monkeypatch):

@@ -13,6 +13,7 @@ from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_los
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 theirs = torch.nn.functional.multi_margin_loss
+VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 def both(function):
@@ -30,7 +31,8 @@ def test_kink():
     x, target = torch.tensor([[1.0, 2.0]]), torch.tensor([1])
     eager, compiled = both(theirs)
     assert gradient(eager, x, target)[0, 0] == 0
-    assert gradient(compiled, x, target)[0, 0] == 0.5
+    # 2.13 has the full slope when compiled, 2.14.1 none.
+    assert gradient(compiled, x, target)[0, 0] == (0 if VERSION >= (2, 14) else 0.5)
     for function in both(multi_margin_loss):
         assert gradient(function, x, target)[0, 0] == 0
 

@@ -53,7 +53,8 @@ def test_opcheck(batch, p, reduction, ignore_index):
                 (upstream, x.detach(), target, w, mask, *options),
             )
             torch.library.opcheck(
-                operators.multi_margin_loss_and_grad.default, (x.detach(), target, w, None, *options)
+                operators.multi_margin_loss_and_grad.default,
+                (x.detach(), target, w, None, *options),
             )
 
 
@@ -63,7 +64,9 @@ def test_opcheck_of_a_mask_that_is_written():
     x, target = torch.randn(1100, 1001), torch.arange(1100) % 1001
     options = (1.0, 1.0, "mean", None, 1, "nan")
     loss = torch.ops.mml_arrayapi.multi_margin_loss.default
-    torch.library.opcheck(loss, (x, target, None, *options, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        loss, (x, target, None, *options, True), test_utils=("test_schema", "test_faketensor")
+    )
     _, mask = loss(x, target, None, *options, True)
     assert mask[-1] == 1
     from mml_arrayapi.backends.pytorch import cpu
@@ -132,7 +135,12 @@ def test_compiled_with_a_mask(kernels_ran):
 def test_compiled_with_changing_sizes_and_options(batch, kernels_ran):
     scores, target, _ = batch
     step = torch.compile(multi_margin_loss, fullgraph=True)
-    for n, margin, reduction in ((3, 1.0, "mean"), (4, 0.5, "sum"), (5, 0.25, "none"), (6, 0.125, "mean")):
+    for n, margin, reduction in (
+        (3, 1.0, "mean"),
+        (4, 0.5, "sum"),
+        (5, 0.25, "none"),
+        (6, 0.125, "mean"),
+    ):
         x = scores[:n].clone().requires_grad_()
         loss = step(x, target[:n], margin=margin, reduction=reduction)
         loss.sum().backward()
@@ -180,7 +188,10 @@ def test_transforms(batch, kernels_ran, p, reduction):
     torch.testing.assert_close(func.grad_and_value(loss)(scores), (grad, value.sum()))
     assert kernels_ran == ["loss", "grad"]
     kernels_ran.clear()
-    many, targets = torch.stack([scores, -scores, scores * 2]), torch.stack([target, target, target.flip(0)])
+    many, targets = (
+        torch.stack([scores, -scores, scores * 2]),
+        torch.stack([target, target, target.flip(0)]),
+    )
     expected = [generic(x, y, **options) for x, y in zip(many, targets, strict=True)]
     values = func.vmap(lambda x, y: multi_margin_loss(x, y, **options))(many, targets)
     torch.testing.assert_close(values, torch.stack([value for value, _ in expected]))
@@ -190,11 +201,16 @@ def test_transforms(batch, kernels_ran, p, reduction):
     torch.testing.assert_close(both, (values, grads))
     of_all = func.grad(lambda x: func.vmap(loss)(x, targets).sum())(many)
     torch.testing.assert_close(of_all, grads)
-    torch.testing.assert_close(func.vmap(loss, (0, None))(many, target)[2], generic(many[2], target, **options)[0].sum())
     torch.testing.assert_close(
-        func.vmap(loss, (None, 0))(scores, targets)[2], generic(scores, targets[2], **options)[0].sum()
+        func.vmap(loss, (0, None))(many, target)[2], generic(many[2], target, **options)[0].sum()
     )
-    torch.testing.assert_close(func.vmap(loss, (2, 0))(many.permute(1, 2, 0), targets)[1], expected[1][0].sum())
+    torch.testing.assert_close(
+        func.vmap(loss, (None, 0))(scores, targets)[2],
+        generic(scores, targets[2], **options)[0].sum(),
+    )
+    torch.testing.assert_close(
+        func.vmap(loss, (2, 0))(many.permute(1, 2, 0), targets)[1], expected[1][0].sum()
+    )
     assert set(kernels_ran) == {"loss", "grad"}
 
 
@@ -213,14 +229,20 @@ def test_transforms_of_transforms(batch, p):
     compare(func.jacfwd(loss)(scores), func.jacfwd(same)(scores))
     compare(func.hessian(loss)(scores), func.hessian(same)(scores))
     compare(func.jacrev(func.jacrev(loss))(scores), func.hessian(same)(scores))
-    third = func.grad(lambda x: func.grad(lambda y: func.grad(loss)(y).pow(2).sum())(x).pow(2).sum())
-    other = func.grad(lambda x: func.grad(lambda y: func.grad(same)(y).pow(2).sum())(x).pow(2).sum())
+    third = func.grad(
+        lambda x: func.grad(lambda y: func.grad(loss)(y).pow(2).sum())(x).pow(2).sum()
+    )
+    other = func.grad(
+        lambda x: func.grad(lambda y: func.grad(same)(y).pow(2).sum())(x).pow(2).sum()
+    )
     compare(third(scores), other(scores))
     compare(func.grad(loss, argnums=1)(scores, weight), func.grad(same, argnums=1)(scores, weight))
     mixed = func.jacrev(func.grad(loss), argnums=1)(scores, weight)
     compare(mixed, func.jacrev(func.grad(same), argnums=1)(scores, weight))
     weights = torch.stack([weight, weight * 2])
-    compare(func.vmap(loss, (None, 0))(scores, weights), func.vmap(same, (None, 0))(scores, weights))
+    compare(
+        func.vmap(loss, (None, 0))(scores, weights), func.vmap(same, (None, 0))(scores, weights)
+    )
     per_weight = func.vmap(func.grad(loss), (None, 0))(scores, weights)
     compare(per_weight, func.vmap(func.grad(same), (None, 0))(scores, weights))
     tangents = torch.ones_like(scores), torch.ones_like(weight)
@@ -240,7 +262,9 @@ def test_mapped_labels_with_one_to_ignore(batch, p, dtype):
 def test_mapped_half_precision_means_are_rounded_once():
     scores = torch.zeros(2, 4096, 3, dtype=torch.float16)
     target = torch.zeros(2, 4096, dtype=torch.int64)
-    loss = func.vmap(lambda x, y: multi_margin_loss(x, y, reduction="sum", margin=10.0))(scores, target)
+    loss = func.vmap(lambda x, y: multi_margin_loss(x, y, reduction="sum", margin=10.0))(
+        scores, target
+    )
     assert loss.tolist() == [float(torch.tensor(4096 * 20 / 3).half())] * 2
     grads = func.vmap(func.grad(lambda x, y: multi_margin_loss(x, y)))(scores, target)
     torch.testing.assert_close(grads[0], generic(scores[0], target[0])[1])
@@ -312,7 +336,9 @@ def test_compiled_autograd(batch, p):
     scores, target, _ = batch
     x = scores.clone().requires_grad_()
     loss = multi_margin_loss(x, target, p=p)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+    with torch._dynamo.compiled_autograd._enable(
+        torch.compile(backend="aot_eager", fullgraph=True)
+    ):
         loss.backward()
     torch.testing.assert_close(x.grad, generic(scores, target, p=p)[1])
 
@@ -345,6 +371,9 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.skipif(not (ROOT / ".ci" / "smoke_torch.py").exists(), reason="no checkout")
 def test_first_calls_of_fresh_processes():
     done = subprocess.run(
-        [sys.executable, ROOT / ".ci" / "smoke_torch.py"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / ".ci" / "smoke_torch.py"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -13,7 +13,11 @@ P = pytest.mark.parametrize("p", [1, 2])
 def batch(shape, dtype=torch.float32):
     draw = torch.Generator().manual_seed(20261125)
     scores = torch.randn(shape, generator=draw, dtype=dtype)
-    return scores, torch.randint(shape[1], shape[:1], generator=draw), torch.rand(shape[1], generator=draw)
+    return (
+        scores,
+        torch.randint(shape[1], shape[:1], generator=draw),
+        torch.rand(shape[1], generator=draw),
+    )
 
 
 def expected(scores, target, upstream=None, **options):
@@ -67,7 +71,9 @@ def test_hooks_that_swap_to_disk(tmp_path, p):
 
     scores, target, _ = batch((6, 5))
     x = scores.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda path: torch.load(path, weights_only=True)):
+    with torch.autograd.graph.saved_tensors_hooks(
+        pack, lambda path: torch.load(path, weights_only=True)
+    ):
         loss = multi_margin_loss(x, target, p=p)
     loss.backward()
     torch.testing.assert_close(x.grad, expected(scores, target, p=p))
@@ -80,7 +86,10 @@ def test_data_of_another_shape(shape, p):
     x = scores.clone().requires_grad_()
     loss = multi_margin_loss(x, target, p=p)
     x.data = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match=rf"input had shape \({shape[0]}, {shape[1]}\) when the loss was computed, .* shape \(2, 3\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"input had shape \({shape[0]}, {shape[1]}\) when the loss was computed, .* shape \(2, 3\)",
+    ):
         loss.backward()
 
 
@@ -150,6 +159,7 @@ def test_upstream_gradients(shape, p, reduction, make):
     upstream = torch.full(loss.shape, 2.0) + torch.arange(loss.numel()).reshape(loss.shape) % 3
     wanted = expected(scores, target, upstream, p=p, reduction=reduction)
     given = make(upstream)
+
     # The engine would convert the dtype of a gradient that it is given: an own Function doesn't.
     class Upstream(torch.autograd.Function):
         @staticmethod
@@ -162,7 +172,9 @@ def test_upstream_gradients(shape, p, reduction, make):
 
     Upstream.apply(loss).backward(torch.ones_like(loss))
     torch.testing.assert_close(x.grad, wanted)
-    explicit = multi_margin_loss_and_grad(scores, target, p=p, reduction=reduction, grad_output=given)[1]
+    explicit = multi_margin_loss_and_grad(
+        scores, target, p=p, reduction=reduction, grad_output=given
+    )[1]
     torch.testing.assert_close(explicit, wanted)
 
 
@@ -193,7 +205,10 @@ def test_an_upstream_gradient_of_zeros_without_memory(p, reduction):
 @pytest.mark.parametrize("name", ["input", "target", "weight"])
 def test_arguments_that_are_views_of_negated_memory_or_zeros(p, name):
     scores, target, weight = batch((6, 5))
-    for make in (lambda t: torch._neg_view(-t), lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype)):
+    for make in (
+        lambda t: torch._neg_view(-t),
+        lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    ):
         arguments = {"input": scores, "target": target, "weight": weight}
         arguments[name] = make(arguments[name])
         plain = {key: value + 0 for key, value in arguments.items()}
@@ -201,8 +216,10 @@ def test_arguments_that_are_views_of_negated_memory_or_zeros(p, name):
             if options.get("backend"):
                 pytest.importorskip("mml_arrayapi.backends.cpu")
             torch.testing.assert_close(
-                multi_margin_loss(**arguments, p=p, **options), multi_margin_loss(**plain, p=p)
-                if options.get("reduction") is None else multi_margin_loss(**plain, p=p, reduction="none"),
+                multi_margin_loss(**arguments, p=p, **options),
+                multi_margin_loss(**plain, p=p)
+                if options.get("reduction") is None
+                else multi_margin_loss(**plain, p=p, reduction="none"),
             )
         torch.testing.assert_close(
             multi_margin_loss_and_grad(**arguments, p=p), multi_margin_loss_and_grad(**plain, p=p)

@@ -248,7 +248,11 @@ def test_a_single_level_function_and_operators_below_autograd():
 
 
 def test_the_deprecated_reductions():
-    for size_average, reduce, name in ((False, None, "sum"), (None, True, "mean"), (True, False, "none")):
+    for size_average, reduce, name in (
+        (False, None, "sum"),
+        (None, True, "mean"),
+        (True, False, "none"),
+    ):
         with pytest.warns(UserWarning, match=f"reduction='{name}'"):
             assert state.reduction_name(size_average, reduce, "mean") == name
     with pytest.warns(UserWarning, match="elementwise_mean"):

@@ -1,0 +1,204 @@
+"""As people train: mixed precision, checkpoints, hooks, optimisers, several processes."""
+
+import copy
+
+import pytest
+
+from mml_arrayapi import explain, multi_margin_loss, multi_margin_loss_and_grad
+
+torch = pytest.importorskip("torch")
+theirs = torch.nn.functional.multi_margin_loss
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+BACKENDS = pytest.mark.parametrize("backend", [None, "generic"])
+
+
+@pytest.fixture
+def batch():
+    draw = torch.Generator().manual_seed(20261125)
+    return torch.randn(8, 5, generator=draw), torch.randint(5, (8,), generator=draw)
+
+
+@HALF
+@BACKENDS
+def test_autocast_gives_float32_as_pytorchs_own(batch, dtype, backend):
+    scores, target = batch[0].to(dtype), batch[1]
+    x = scores.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = multi_margin_loss(x, target, backend=backend)
+        expected = theirs(scores, target)
+        _, grad = multi_margin_loss_and_grad(scores, target, backend=backend)
+        each = multi_margin_loss(scores, target, reduction="none", backend=backend)
+    assert loss.dtype == expected.dtype == each.dtype == torch.float32
+    assert grad.dtype == dtype
+    torch.testing.assert_close(loss.detach(), expected)
+    loss.backward()
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(x.grad, grad)
+    with torch.autocast("cpu", dtype=dtype), torch.autocast("cpu", enabled=False):
+        assert multi_margin_loss(scores, target, backend=backend).dtype == dtype
+
+
+@HALF
+def test_autocast_compiled(batch, dtype, fresh_compiler):
+    scores, target = batch[0].to(dtype), batch[1]
+    with torch.autocast("cpu", dtype=dtype):
+        loss = torch.compile(multi_margin_loss, fullgraph=True)(scores, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, multi_margin_loss(scores.float(), target))
+
+
+def test_a_loss_scale_of_65536_does_not_overflow(batch):
+    target = batch[1]
+    model = torch.nn.Linear(4, 5)
+    x = torch.randn(8, 4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = multi_margin_loss(model(x), target)
+    scaler.scale(loss).backward()
+    scaled = [p.grad / 65536 for p in model.parameters()]
+    assert all(grad.isfinite().all() for grad in scaled)
+    model.zero_grad()
+    theirs(model(x), target).backward()
+    for ours, parameter in zip(scaled, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=5e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_device_contexts_do_not_switch_the_kernel_off(batch, kernels_ran, device):
+    scores, target = batch
+    with torch.device(device):
+        assert explain(scores, target).kernel == "torch-cpu"
+        loss = multi_margin_loss(scores.requires_grad_(), target)
+        loss.backward()
+    assert loss.device.type == "cpu"
+    assert scores.grad.device.type == "cpu"
+    assert kernels_ran == ["loss", "grad"]
+    torch.set_default_device(device)
+    try:
+        multi_margin_loss(scores.detach(), target, reduction="none")
+        multi_margin_loss_and_grad(scores.detach(), target, backend="generic")
+    finally:
+        torch.set_default_device(None)
+    assert kernels_ran == ["loss", "grad", "loss"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("p", [1, 2])
+def test_checkpoints(batch, reentrant, p):
+    scores, target = batch
+    x = scores.clone().requires_grad_()
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda x: multi_margin_loss(x * 2, target, p=p), x, use_reentrant=reentrant
+    )
+    loss.backward()
+    y = scores.clone().requires_grad_()
+    theirs(y * 2, target, p=p).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_inference_mode_and_no_grad(batch, kernels_ran):
+    scores, target = batch
+    parameter = torch.nn.Parameter(scores)
+    expected = theirs(scores, target)
+    with torch.inference_mode():
+        loss = multi_margin_loss(parameter, target)
+        assert loss.is_inference()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(multi_margin_loss(scores * 1, target * 1), expected)
+    with torch.no_grad():
+        assert not multi_margin_loss(parameter, target).requires_grad
+    assert kernels_ran == ["loss"] * 3
+
+
+def test_hooks(batch):
+    scores, target = batch
+    x = scores.clone().requires_grad_()
+    seen = []
+    x.register_hook(lambda grad: seen.append(("scores", grad.shape)) or grad * 2)
+    loss = multi_margin_loss(x, target, reduction="none")
+    loss.register_hook(lambda grad: seen.append(("loss", grad.shape)) or grad * 3)
+    loss.grad_fn.register_hook(lambda of_inputs, of_outputs: seen.append(("node", len(of_outputs))))
+    loss.mean().backward()
+    assert seen == [("loss", (8,)), ("node", 1), ("scores", (8, 5))]
+    torch.testing.assert_close(x.grad, 6 * multi_margin_loss_and_grad(scores, target)[1])
+
+
+def test_twice_backward_and_a_freed_graph(batch):
+    scores, target = batch
+    x = scores.clone().requires_grad_()
+    loss = multi_margin_loss(x, target)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * multi_margin_loss_and_grad(scores, target)[1])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_loss_and_grad_stays_differentiable(batch, kernels_ran):
+    scores, target = batch[0].double(), batch[1]
+    upstream = torch.rand(8, dtype=torch.float64, requires_grad=True)
+
+    def both(x, g):
+        options = {"p": 2, "reduction": "none", "grad_output": g}
+        return multi_margin_loss_and_grad(x, target, **options)
+
+    assert torch.autograd.gradcheck(both, (scores.clone().requires_grad_(), upstream))
+    assert set(kernels_ran) == {"loss", "grad"}
+
+
+def test_lbfgs(batch):
+    scores, target = batch
+    results = []
+    for loss in (multi_margin_loss, theirs):
+        weight = torch.nn.Parameter(torch.zeros(5, 5))
+        optimizer = torch.optim.LBFGS([weight], max_iter=10, line_search_fn="strong_wolfe")
+
+        def closure(weight=weight, optimizer=optimizer, loss=loss):
+            optimizer.zero_grad()
+            value = loss(scores @ weight, target, p=2)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+def test_subclasses_go_to_the_formula(batch, kernels_ran):
+    scores, target = batch
+    loss = multi_margin_loss(scores.as_subclass(Mine), target)
+    assert type(loss) is Mine
+    torch.testing.assert_close(loss.as_subclass(torch.Tensor), theirs(scores, target))
+    assert kernels_ran == []
+
+
+def _train(rank, folder, state, scores, target):
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        model = torch.nn.Linear(5, 5)
+        model.load_state_dict(state)
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        mine = slice(4 * rank, 4 * rank + 4)
+        multi_margin_loss(model(scores[mine]), target[mine]).backward()
+        torch.save([p.grad for p in model.parameters()], folder / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_two_processes(batch, tmp_path):
+    scores, target = batch
+    model = torch.nn.Linear(5, 5)
+    state = copy.deepcopy(model.state_dict())
+    torch.multiprocessing.spawn(_train, (tmp_path, state, scores, target), nprocs=2)
+    multi_margin_loss(model(scores), target).backward()
+    for rank in (0, 1):
+        for ours, parameter in zip(
+            torch.load(tmp_path / f"{rank}.pt"), model.parameters(), strict=True
+        ):
+            torch.testing.assert_close(ours, parameter.grad)
