@@ -220,6 +220,7 @@ def _faults(scalar: int, classes: int) -> Iterator[Case]:
             yield Case(1, classes, margin=margin)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def reference(
     scores: np.ndarray,
     target: list[int],
@@ -245,12 +246,11 @@ def reference(
             continue
         others = [j for j in range(classes) if j != y]
         w = 1.0 if weight is None else weight[y]
-        with np.errstate(invalid="ignore", over="ignore"):
-            z = (scores[i, others] - scores[i, y]) + margin
-            up = ~(z <= 0)
-            terms, slopes = (z[up] ** p, z[up] ** (p - 1))
-            terms[terms > most] = slopes[slopes > most] = np.inf
-            losses[i] = w * np.sum(terms / classes)
+        z = (scores[i, others] - scores[i, y]) + margin
+        up = ~(z <= 0)
+        terms, slopes = z[up] ** p, z[up] ** (p - 1)
+        terms[terms > most] = slopes[slopes > most] = np.inf
+        losses[i] = w * np.sum(terms / classes)
         if np.isnan(losses[i]):
             grad[i] = np.nan
             continue
