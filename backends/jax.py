@@ -1,4 +1,10 @@
-"""JAX: whether an array's values can be read, and what the formula needs of it."""
+"""JAX: what the formula needs of it, its derivatives, and the formula under ``jit`` as a kernel.
+
+The compiled formula is JAX's own: it goes through ``jit``, ``grad``, ``vmap``, ``shard_map`` and
+``export`` like any other code, keeps how arrays are sharded, and runs on every device. The C++
+kernels are not called from here: ``pure_callback`` takes longer than the formula (4.4 milliseconds
+against 2.3 for 8192 x 1000 scores), and ``jax.ffi`` needs jaxlib's headers to be built with.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,9 @@ from mml_arrayapi import formula
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 from mml_arrayapi.validation import settle_targets
+
+NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
+WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
 
 
 def sight(array: jax.Array) -> str:
@@ -38,17 +47,12 @@ def place(array: jax.Array) -> frozenset[Any] | None:
 
 def unusable(array: Any) -> str | None:
     """Tell what an object of JAX is that is no array, or None."""
-    return None if isinstance(array, jax.Array) else f"of type jax {type(array).__name__}"
+    return None if isinstance(array, jax.Array) else f"a {type(array).__name__} of JAX"
 
 
 def widest(_: jax.Array) -> tuple[Any, Any]:
     """Return the widest integer and real dtype: 32 bits wide by JAX's default."""
-    x64 = jax.config.jax_enable_x64
-    return (
-        (jnp.dtype("int64"), jnp.dtype("float64"))
-        if x64
-        else (jnp.dtype("int32"), jnp.dtype("float32"))
-    )
+    return WIDE if jax.config.jax_enable_x64 else NARROW
 
 
 def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
@@ -57,7 +61,7 @@ def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 
 
 def put(x: jax.Array, index: jax.Array, values: jax.Array | float, axis: int) -> jax.Array:
-    """Return ``x`` with ``values`` at ``index`` along an axis."""
+    """Return ``x`` with ``values`` at ``index`` along an axis; compiled, no scatter is as fast."""
     return jnp.where(lax.broadcasted_iota(index.dtype, x.shape, axis) == index, values, x)
 
 
@@ -66,79 +70,91 @@ def relu(x: jax.Array) -> jax.Array:
     return jnp.where(x <= 0, 0, x)
 
 
+def loss(problem: Problem) -> jax.Array:
+    """Compute the loss with the formula's own gradient."""
+    dtype = problem.input.dtype
+    if dtype.itemsize == 2:  # so that the factors of the gradient are formed in float32
+        problem = problem._replace(input=problem.input.astype(jnp.float32))
+    call, arrays = _split(problem)
+    return _loss(call, *arrays).astype(dtype)
+
+
+def _split(problem: Problem) -> tuple[Problem, tuple[Any, Any, Any]]:
+    """Return the static part of a problem, which can be hashed, and its arrays."""
+    call = problem._replace(input=None, target=None, weight=None)
+    return call, (problem.input, problem.target, problem.weight)
+
+
+def _joined(call: Problem, input: Any, target: Any, weight: Any) -> Problem:
+    return call._replace(input=input, target=target, weight=weight)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(call: Problem, input: Any, target: Any, weight: Any) -> jax.Array:
-    return formula.loss(call._replace(input=input, target=target, weight=weight))
+    return formula.loss(_joined(call, input, target, weight))
 
 
 @partial(_loss.defjvp, symbolic_zeros=True)
-def _(call: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    input, target, weight = primals
-    problem = call._replace(input=input, target=target, weight=weight)
-    input_tangent, _, weight_tangent = tangents
-    out = jnp.zeros((), input.dtype)
-    if type(input_tangent) is not SymbolicZero:
+def _tangent(call: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    problem = _joined(call, *primals)
+    of_input, _, of_weight = tangents
+    rows = problem.reduction == "none"
+    tangent = jnp.zeros(problem.target.shape if rows else (), problem.input.dtype)
+    if type(of_input) is not SymbolicZero:
         grad = formula.loss_and_grad(problem, None)[1]
-        out = out + jnp.sum(
-            grad * input_tangent, axis=problem.axis if problem.reduction == "none" else None
-        )
-    if weight is not None and type(weight_tangent) is not SymbolicZero:
-        out = out + formula.loss(problem._replace(weight=weight_tangent))  # it is linear in them
-    return _loss(call, *primals), jnp.broadcast_to(
-        out, problem.target.shape if problem.reduction == "none" else ()
-    )
-
-
-def loss(problem: Problem) -> jax.Array:
-    """Compute the loss with the formula's own gradient."""
-    x, dtype = problem.input, problem.input.dtype
-    if dtype.itemsize == 2:  # the gradient's factors are formed in float32
-        x = x.astype(jnp.float32)
-    call = problem._replace(input=None, target=None, weight=None)
-    return _loss(call, x, problem.target, problem.weight).astype(dtype)
+        tangent += jnp.sum(grad * of_input, axis=problem.axis if rows else None)
+    if problem.weight is not None and type(of_weight) is not SymbolicZero:
+        tangent += formula.loss(problem._replace(weight=of_weight))  # the loss is linear in it
+    return _loss(call, *primals), tangent
 
 
 @partial(jax.jit, static_argnums=0)
-def _jitted(call: Problem, input: Any, target: Any, weight: Any) -> jax.Array:
-    return loss(call._replace(input=input, target=target, weight=weight))
+def _compiled_loss(call: Problem, *arrays: Any) -> jax.Array:
+    return loss(_joined(call, *arrays))
 
 
 @partial(jax.jit, static_argnums=0)
-def _jitted_with_grad(call: Problem, input: Any, target: Any, weight: Any, grad_output: Any) -> Any:
-    return formula.loss_and_grad(
-        call._replace(input=input, target=target, weight=weight), grad_output
-    )
+def _compiled_loss_and_grad(call: Problem, grad_output: Any, *arrays: Any) -> Any:
+    return loss_and_grad(_joined(call, *arrays), grad_output)
 
 
-def kernel_loss(problem: Problem) -> jax.Array:
-    problem = settle_targets(problem)
-    call = problem._replace(input=None, target=None, weight=None)
-    return _jitted(call, problem.input, problem.target, problem.weight)
+def loss_and_grad(problem: Problem, grad_output: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Compute loss and gradient, each of which can be differentiated."""
+    return loss(problem), formula.loss_and_grad(problem, grad_output)[1]
 
 
-def kernel_loss_and_grad(problem: Problem, grad_output: Any) -> Any:
-    problem = settle_targets(problem)
-    call = problem._replace(input=None, target=None, weight=None)
-    return _jitted_with_grad(call, problem.input, problem.target, problem.weight, grad_output)
+def _kernel_loss(problem: Problem) -> jax.Array:
+    call, arrays = _split(settle_targets(problem))
+    return _compiled_loss(call, *arrays)
+
+
+def _kernel_loss_and_grad(problem: Problem, grad_output: Any) -> Any:
+    call, arrays = _split(settle_targets(problem))
+    return _compiled_loss_and_grad(call, grad_output, *arrays)
+
+
+def _never_refuses(problem: Problem) -> str | None:  # noqa: ARG001
+    return None
 
 
 KERNEL = Kernel(
     name="jax-jit",
     library="jax",
-    refuses=lambda _: None,
-    loss=kernel_loss,
-    loss_and_grad=kernel_loss_and_grad,
+    refuses=_never_refuses,
+    loss=_kernel_loss,
+    loss_and_grad=_kernel_loss_and_grad,
     supports=frozenset({"ignore_index"}),
 )
 
 ROW: dict[str, Any] = {
-    "loss": loss,
     "on_host": on_host,
-    "unusable": unusable,
     "place": place,
+    "unusable": unusable,
     "widest": widest,
     "take": take,
     "put": put,
     "relu": relu,
     "runs": True,
+    "loss": loss,
+    "loss_and_grad": loss_and_grad,
 }

@@ -41,7 +41,7 @@ def unusable(array: np.ndarray) -> str | None:
         return "a masked array, whose mask would be lost; call its filled() or compressed()"
     if isinstance(array, np.matrix):
         return "a numpy.matrix; call numpy.asarray() on it"
-    if not isinstance(array, (np.ndarray, np.generic)):  # noqa: UP038 (half the time)
+    if not isinstance(array, (np.ndarray, np.generic)):
         return f"of type numpy.{type(array).__name__}"
     return None
 

@@ -1,41 +1,14 @@
-"""A pool of threads for kernels that release the GIL: made when first needed, remade after a fork.
-
-The caller's thread works too, and takes back what no worker has begun. So a call ends even where
-all workers are busy with other callers' blocks, and calls from many threads at once, from Dask's
-for instance, can't wait for each other.
-"""
+"""The number of threads that a large call on the CPU may use."""
 
 from __future__ import annotations
 
 import math
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
-
-Result = TypeVar("Result")
 
 ENVIRONMENT = "MML_ARRAYAPI_NUM_THREADS"
-
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_size = 0
-_callers = 0  # calls that now share the CPUs
-
-
-def _forget() -> None:
-    """Start afresh in a forked child: the threads stayed with the parent, the lock may be held."""
-    global _lock, _pool, _size, _callers
-    _lock, _pool, _size, _callers = threading.Lock(), None, 0, 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
 
 
 def number_of_threads(library_setting: int | None = None) -> int:
@@ -135,82 +108,3 @@ def _quota_in(folder: Path) -> list[float]:
         if quota > 0 and period > 0:  # version 1 says -1 for none
             return [quota / period]
     return []
-
-
-def run(task: Callable[[int], Result], count: int, threads: int) -> list[Result]:
-    """Run ``task(0)`` to ``task(count - 1)``, at most ``threads`` at a time.
-
-    Parameters
-    ----------
-    task : callable
-        Takes the task's number. It should release the GIL.
-    count : int
-        How many tasks there are.
-    threads : int
-        How many threads may work, the caller's among them. Calls that are made at the same time,
-        by Dask's threads for instance, share them.
-
-    Returns
-    -------
-    list
-        The results, in the order of the numbers, whoever computed them.
-    """
-    threads = min(threads, count)
-    if threads <= 1:
-        return [task(i) for i in range(count)]
-    left = deque(range(count))
-    results: dict[int, Result] = {}
-
-    def work() -> None:
-        while True:
-            try:
-                i = left.popleft()  # atomic: no two workers get the same task
-            except IndexError:
-                return
-            results[i] = task(i)
-
-    with _sharing() as callers:
-        futures = _submit(work, threads // callers - 1)
-        try:
-            work()
-        finally:
-            left.clear()
-            waiting = [future for future in futures if not future.cancel()]
-            failures = [future.exception() for future in waiting]
-    for failure in failures:
-        if failure is not None:
-            raise failure
-    return [results[i] for i in range(count)]
-
-
-@contextmanager
-def _sharing() -> Iterator[int]:
-    """Count the calls that are being made, and tell how many there are."""
-    global _callers
-    with _lock:
-        _callers += 1
-        callers = _callers
-    try:
-        yield callers
-    finally:
-        with _lock:
-            _callers -= 1
-
-
-def _submit(work: Callable[[], None], size: int) -> list[Future[None]]:
-    futures: list[Future[None]] = []
-    with suppress(RuntimeError):  # at interpreter exit no thread may be started
-        for _ in range(size):  # one by one: those begun are to be waited for
-            futures.append(_pool_of(size).submit(work))  # noqa: PERF401
-    return futures
-
-
-def _pool_of(size: int) -> ThreadPoolExecutor:
-    """Return the pool, made larger if need be."""
-    global _pool, _size
-    with _lock:
-        if _pool is None or _size < size:
-            if _pool is not None:
-                _pool.shutdown(wait=False)
-            _pool, _size = ThreadPoolExecutor(size, thread_name_prefix="mml_arrayapi"), size
-        return _pool

@@ -55,7 +55,7 @@ def _in_turn(calls, budget):
     repeat = {}
     for name, call in calls.items():
         call()  # compiles
-        # Small calls are compiled once a thousand were made, large ones find their memory again.
+        # Large calls find their memory again.
         warm = time.perf_counter() + 0.5
         while time.perf_counter() < warm:
             call()
@@ -197,11 +197,10 @@ def peak_memory(shape, dtype, p, gradient):
 
 
 def machine():
-    import numba
     import numpy
     import torch
 
-    versions = {m.__name__: m.__version__ for m in (numpy, torch, numba)}
+    versions = {m.__name__: m.__version__ for m in (numpy, torch)}
     try:
         import jax
 
@@ -298,9 +297,6 @@ def main():
     if options.from_json:
         result = json.loads(options.from_json.read_text())
     else:
-        from mml_arrayapi.backends import cpu_blocks
-
-        cpu_blocks.WAIT = 0  # what is measured is the kernel
         touch_memory()
         result = {"machine": machine(), "rows": []}
         budget = BUDGET / 10 if options.quick else BUDGET

@@ -34,15 +34,26 @@ trap 'rm -rf "$site"' EXIT
 export PYTHONPATH=$root:$site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 unset MML_ARRAYAPI_BACKEND
 
-failed=()
-step() { # NAME SECONDS COMMAND...: run within a time, keep the log, note a failure
-    local name=$1 limit=$2 status
+failed=() running=()
+begin() { # NAME SECONDS COMMAND...: start within a time limit, with a log of its own
+    local name=$1 limit=$2
     shift 2
-    printf '\n== %s (at %ss)\n' "$name" "$SECONDS" | tee -a "$log"
-    timeout "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 40
-    status=${PIPESTATUS[0]}
-    [ "$status" -eq 124 ] && status="124: its $limit s were over"
-    [ "$status" = 0 ] || failed+=("$name: exit status $status")
+    running+=("$name")
+    ( timeout "$limit" "$@" > "$log-$name" 2>&1; echo $? > "$site/$name.status" ) &
+}
+finish() { # wait for what was begun, add its logs to the log, note failures
+    local name status
+    wait
+    for name in "${running[@]}"; do
+        status=$(cat "$site/$name.status")
+        printf '\n== %s: exit status %s (at %ss)\n' "$name" "$status" "$SECONDS" | tee -a "$log"
+        cat "$log-$name" >> "$log"
+        tail -n 30 "$log-$name"
+        rm "$log-$name"
+        [ "$status" = 124 ] && status="124, its time was over"
+        [ "$status" = 0 ] || failed+=("$name: exit status $status")
+    done
+    running=()
 }
 
 if [ -n "${MML_WHEELS:-}" ]; then
@@ -78,23 +89,29 @@ if [ -n "$profile" ]; then
     PATH=$PATH:/usr/local/cuda/bin:$(printf '%s:' /opt/nvidia/nsight-compute/*/ /usr/local/cuda/compute-sanitizer)
     for tool in memcheck racecheck; do
         # Without PyTorch's caching allocator, so that what lies behind an array is nobody's.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer-$tool 170 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 begin sanitizer-$tool 170 \
             compute-sanitizer --tool $tool --error-exitcode 9 python3 benchmarks/gpu_small.py
+        finish
     done
-    step ncu 110 ncu --kernel-name-base function --kernel-name 'regex:(rows|tiles)_loss' \
+    begin ncu 110 ncu --kernel-name-base function --kernel-name 'regex:(rows|tiles)_loss' \
         --launch-skip 1 --launch-count 6 --set basic --section MemoryWorkloadAnalysis \
         --section WarpStateStats python3 benchmarks/gpu_small.py --large
+    finish
 else
     torch_on="--device cuda:0"
     [ -n "$dry" ] && torch_on="--dtype float32"
     test="python3 -m pytest -q -p no:cacheprovider -p no:randomly -o filterwarnings=default"
-    step benchmark 200 python3 benchmarks/gpu.py --out "$results" --seconds 180 "${git[@]}" ${dry:+--dry-run}
-    step device-tests 110 $test tests/backends/cuda/test_cuda_device.py tests/backends/cuda/test_launch.py
-    step conformance-torch 60 python3 -m mml_arrayapi.conformance --xp torch $torch_on
+    begin benchmark 200 python3 benchmarks/gpu.py --out "$results" --seconds 180 "${git[@]}" ${dry:+--dry-run}
+    finish
+    # The rest at once: what takes long is compiling, each process on a CPU of its own.
+    begin device-tests 240 $test tests/backends/cuda/test_cuda_device.py -k "not cupy"
+    begin device-tests-cupy 240 $test tests/backends/cuda/test_cuda_device.py -k cupy
+    begin conformance-torch 240 python3 -m mml_arrayapi.conformance --xp torch $torch_on
     if [ -z "$dry" ]; then
-        step conformance-cupy 70 python3 -m mml_arrayapi.conformance --xp cupy
+        begin conformance-cupy 240 python3 -m mml_arrayapi.conformance --xp cupy
     fi
-    step tests-cupy 30 $test tests/test_loss.py tests/test_validation.py -k cupy
+    begin tests-cupy 240 $test tests/test_loss.py tests/test_validation.py -k cupy
+    finish
 fi
 
 printf '\n== done in %ss, results in %s\n' "$SECONDS" "$results" | tee -a "$log"

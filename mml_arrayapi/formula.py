@@ -19,24 +19,13 @@ order of ``(x_j - x_y) + margin`` matters: ``margin - x_y + x_j`` loses the marg
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import library_of
 from mml_arrayapi.wide_sum import divided_sum
 
 Array = Any
-
-LARGEST = (2 - 2**-23) * 2.0**127  # of float32
-
-
-class _Hinge(NamedTuple):
-    """The pieces that value and gradient share; ``k`` stands for the classes' axis of length 1."""
-
-    index: Array  # (..., k, ...): the target; 0 for a sample that has none or is ignored
-    hinge: Array  # input's shape, computing precision: max(0, z), 0 at the target's class
-    weight: Array | None  # (..., k, ...), wide: weight[y]; 0 if ignored, NaN if there is no target
-    losses: Array  # (..., k, ...), wide
 
 
 def loss(problem: Problem) -> Array:
@@ -79,27 +68,25 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
 
 def losses(problem: Problem) -> Array:
     """Compute one loss per sample, shape ``(*batch)``, in the precision of sums."""
-    return _hinge(problem).losses[_dropping(problem.axis)]
+    return _hinge(problem)[3][_along(problem.axis, 0)]
 
 
 def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, Array]:
     """Compute :func:`losses`, and the gradient of ``sum(losses * upstream)`` for ``input``."""
-    xp, axis, p = problem.xp, problem.axis, problem.p
-    n_classes = problem.input.shape[axis]
+    xp, axis, p, n_classes = problem.xp, problem.axis, problem.p, problem.input.shape[problem.axis]
     index, hinge, weight, losses = _hinge(problem)
     active = hinge > 0
     if p == 1:
         slope = xp.astype(active, hinge.dtype)
-    elif p in (2, 3):
-        slope = hinge if p == 2 else hinge * hinge
+    elif p == 2:
+        slope = hinge
     else:  # no power of 0, whose second derivative is infinite for p < 2
         slope = xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)
         slope = xp.where(active, slope, xp.zeros_like(index, dtype=hinge.dtype))
-
     zero, nan = xp.zeros_like(losses), xp.isnan(losses)
     scale = zero + upstream * p if weight is None else weight * upstream * p
     if (ignored := _ignored(problem)) is not None:
-        scale = xp.where(ignored[_keeping(axis)], zero, scale)
+        scale = xp.where(ignored[_along(axis, None)], zero, scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
     scale = xp.where(nan, losses, scale)
     inactive = xp.astype(xp.where(nan, losses, zero), hinge.dtype)
@@ -108,7 +95,7 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     # Selected: where the scale is infinite, 0 times it would be NaN.
     grad = xp.where(active, scale if p == 1 else slope * scale, inactive)
     grad = library_of("input", problem.input).put(grad, index, own, axis)
-    return losses[_dropping(axis)], xp.astype(grad, problem.input.dtype, copy=False)
+    return losses[_along(axis, 0)], xp.astype(grad, problem.input.dtype, copy=False)
 
 
 def reduce(problem: Problem, losses: Array) -> Array:
@@ -127,35 +114,38 @@ def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
         wide = library_of("input", problem.input).widest(problem.input)[1]
         upstream = xp.astype(grad_output, wide, copy=False)
         if problem.reduction == "none":
-            upstream = upstream[_keeping(problem.axis)]
+            upstream = upstream[_along(problem.axis, None)]
     return upstream / _count(problem, 1.0) if problem.reduction == "mean" else upstream
 
 
-def _hinge(problem: Problem) -> _Hinge:
-    xp, axis, margin = problem.xp, problem.axis, problem.margin
+def _hinge(problem: Problem) -> tuple[Array, Array, Array | None, Array]:
+    """Compute the pieces that value and gradient share; all but ``hinge`` have one class.
+
+    ``index`` is the target, 0 for a sample that has none or is ignored; ``hinge`` is max(0, z),
+    and 0 at the target's class; ``weight`` is weight[y], 0 for an ignored sample and NaN for one
+    without target, or None where all are 1; then come the losses.
+    """
+    xp, axis, margin, p = problem.xp, problem.axis, problem.margin, problem.p
     library = library_of("input", problem.input)
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
     if x.dtype not in (xp.float32, xp.float64):
         x = xp.astype(x, xp.float32)
-    if x.dtype == xp.float32 and abs(margin) > LARGEST:
+    if abs(margin) > float(xp.finfo(x.dtype).max):
         margin = math.copysign(math.inf, margin)
-
     # No narrowing: what is too large for int64 turns negative and stays out of range.
-    index = xp.astype(problem.target, integer, copy=False)[_keeping(axis)]
+    index = xp.astype(problem.target, integer, copy=False)[_along(axis, None)]
     ignored, known = _ignored(problem), None
     if problem.check_target == "nan":
         known = (index >= 0) & (index < n_classes)
+        index = xp.where(known, index, xp.zeros_like(index))
     if ignored is not None:
         # All scores and the margin are 0: nothing of an ignored sample is computed with.
-        ignored = ignored[_keeping(axis)]
+        ignored = ignored[_along(axis, None)]
         zero = xp.zeros_like(index, dtype=x.dtype)
         x = xp.where(ignored, zero, x)
         margin = xp.where(ignored, zero, xp.full_like(zero, margin))
         index = xp.where(ignored, xp.zeros_like(index), index)
-    if known is not None:
-        index = xp.where(known, index, xp.zeros_like(index))
-
     score = library.take(x, index, axis)
     z = x - score
     z += margin
@@ -163,31 +153,24 @@ def _hinge(problem: Problem) -> _Hinge:
     several = isinstance(n_classes, int) and n_classes > 1
     own = 0.0 if several else xp.where(score == score, xp.zeros_like(score), score)
     hinge = library.relu(library.put(z, index, own, axis))
-    p = problem.p
     terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
     losses = divided_sum(xp, terms, axis, n_classes)
 
-    weight = None
+    weight = None if known is None and ignored is None else xp.ones_like(losses)
     if problem.weight is not None:
         table = xp.astype(problem.weight, x.dtype, copy=False)
         table = xp.reshape(table, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
         weight = xp.astype(library.take(table, index, axis), wide, copy=False)
     if known is not None:
-        weight = xp.ones_like(losses) if weight is None else weight
         weight = xp.where(known, weight, xp.full_like(weight, math.nan))
     if ignored is not None:
-        weight = xp.ones_like(losses) if weight is None else weight
         weight = xp.where(ignored, xp.zeros_like(weight), weight)
-    return _Hinge(index, hinge, weight, losses if weight is None else losses * weight)
+    return index, hinge, weight, losses if weight is None else losses * weight
 
 
-def _keeping(axis: int) -> tuple[Any, ...]:
-    """Return the index that gives an array of the batch's shape the classes' axis, of length 1."""
-    return (*(slice(None),) * axis, None, ...)
-
-
-def _dropping(axis: int) -> tuple[Any, ...]:
-    return (*(slice(None),) * axis, 0, ...)
+def _along(axis: int, item: int | None) -> tuple[Any, ...]:
+    """Return the index that inserts (None) the classes' axis, or drops (0) one of length 1."""
+    return (*(slice(None),) * axis, item, ...)
 
 
 def _ignored(problem: Problem) -> Array | None:
@@ -207,8 +190,6 @@ def _count(problem: Problem, empty: float) -> Any:
         count = math.prod(shape)
         return empty if isinstance(count, int) and count == 0 else count
     wide = library_of("input", problem.input).widest(problem.input)[1]
-    counted = xp.ones_like(problem.target, dtype=wide)
-    if ignored is not None:
-        counted = xp.where(ignored, xp.zeros_like(counted), counted)
-    count = divided_sum(xp, counted, None, 1)
+    ones = xp.ones_like(problem.target, dtype=wide)
+    count = divided_sum(xp, ones if ignored is None else xp.astype(~ignored, wide), None, 1)
     return xp.where(count > 0, count, xp.full_like(count, empty))

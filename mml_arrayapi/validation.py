@@ -43,7 +43,7 @@ class InvalidTargetError(IndexError, ValueError):
     ...     multi_margin_loss(np.zeros((2, 3)), np.asarray([0, 3]))
     ... except InvalidTargetError as error:
     ...     print(error)
-    target[1] is 3, but input has 3 classes: accepted are 0 to 2 (labels that begin at 1 must be reduced by 1)
+    target[1] is 3, but input has 3 classes: accepted are 0 to 2; subtract 1 if labels begin at 1
     """
 
     def __init__(self, position: tuple[int, ...], value: int, n_classes: int) -> None:
@@ -51,7 +51,7 @@ class InvalidTargetError(IndexError, ValueError):
         self.value = value
         self.n_classes = n_classes
         place = f"target[{', '.join(map(str, position))}]" if position else "target"
-        hint = " (labels that begin at 1 must be reduced by 1)" if value == n_classes else ""
+        hint = "; subtract 1 if labels begin at 1" if value == n_classes else ""
         super().__init__(
             f"{place} is {value}, but input has {n_classes} "
             f"{'class' if n_classes == 1 else 'classes'}: accepted are 0 to {n_classes - 1}{hint}"

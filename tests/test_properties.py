@@ -1,25 +1,14 @@
 """Properties that hold for all scores, by Hypothesis, on every library."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
-from mml_arrayapi.backends import cpu_blocks
 from tests.reference import loss_and_grad as reference
 
 scores_like = st.floats(-100, 100, width=32)
-
-
-@pytest.fixture(autouse=True)
-def kernels_from_the_first_call_on(monkeypatch):
-    """Two calls that are compared to the last bit take the same kernel, whatever ran before.
-
-    The generic formula is what runs on JAX and array-api-strict.
-    """
-    monkeypatch.setattr(cpu_blocks, "WAIT", 0)
 
 
 @st.composite

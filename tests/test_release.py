@@ -43,4 +43,4 @@ def test_every_address_of_the_project_is_one_place():
 def test_the_extras_in_the_readme_are_those_there_are():
     table = README.partition("| extra | installs |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`([a-z0-9]+)`", table.replace("`mml-arrayapi", "")))
-    assert named == set(PROJECT["optional-dependencies"]) - {"numba"}  # which is about to go
+    assert named == set(PROJECT["optional-dependencies"])

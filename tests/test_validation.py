@@ -306,3 +306,181 @@ def test_unknown_number_of_classes():
         match=r"input must have a known number of classes, but its shape \(4, nan\) is unknown at axis 1",
     ):
         multi_margin_loss(x, np.zeros(4, np.int64))
+
+
+# Whatever comes in, the message names the argument
+
+
+class _Hostile:
+    """An object whose attributes fail in ways of their own."""
+
+    def __init__(self, **attributes):
+        self.__dict__.update(attributes)
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name} here")
+
+
+class _NoRepr:
+    def __repr__(self):
+        raise ValueError("no repr")
+
+
+class _Namespace:
+    shape, dtype = (2, 3), "float32"
+
+    def __array_namespace__(self, **_):
+        raise RuntimeError("no namespace")
+
+
+def _torch(make):
+    return lambda: make(pytest.importorskip("torch"))
+
+
+def _jax(make):
+    return lambda: make(pytest.importorskip("jax"))
+
+
+def _of(module, make):
+    return lambda: make(pytest.importorskip(module))
+
+
+ODD = {
+    "None": lambda: None,
+    "int": lambda: 3,
+    "float": lambda: 1.5,
+    "complex": lambda: 1j,
+    "str": lambda: "scores.npy",
+    "bytes": lambda: b"ab",
+    "list": lambda: [[0.0, 1.0, 2.0]] * 2,
+    "tuple": lambda: (0, 1),
+    "dict": dict,
+    "set": lambda: {1},
+    "range": lambda: range(2),
+    "generator": lambda: (i for i in range(2)),
+    "memoryview": lambda: memoryview(b"abc"),
+    "array.array": lambda: __import__("array").array("f", [1, 2]),
+    "a class": lambda: np.ndarray,
+    "a module": lambda: np,
+    "a function": lambda: np.zeros,
+    "no attributes": object,
+    "hostile": _Hostile,
+    "hostile shape": lambda: _Hostile(shape=3),
+    "hostile dtype": lambda: _Hostile(shape=(2, 3)),
+    "no repr": _NoRepr,
+    "hostile namespace": _Namespace,
+    "numpy int": lambda: np.int64(1),
+    "numpy void": lambda: np.void(b"abc"),
+    "numpy dtype": lambda: np.dtype("f4"),
+    "numpy objects": lambda: np.array([[object()] * 3] * 2),
+    "numpy structured": lambda: np.zeros((2, 3), [("a", "f4")]),
+    "numpy datetime": lambda: np.zeros((2, 3), "M8[s]"),
+    "numpy timedelta": lambda: np.zeros((2, 3), "m8[s]"),
+    "numpy strings": lambda: np.array([["a"] * 3] * 2),
+    "numpy masked": lambda: np.ma.masked_array(X, X > 1),
+    "numpy masked targets": lambda: np.ma.masked_array(T),
+    "numpy matrix": lambda: np.asmatrix(X),
+    "numpy records": lambda: np.rec.array([(1.0,)], dtype=[("a", "f4")]),
+    "torch nested": _torch(lambda t: t.nested.nested_tensor([t.zeros(3), t.zeros(2)])),
+    "torch jagged": _torch(
+        lambda t: t.nested.nested_tensor([t.zeros(3), t.zeros(2)], layout=t.jagged)
+    ),
+    "torch sparse": _torch(lambda t: t.zeros(2, 3).to_sparse()),
+    "torch CSR": _torch(lambda t: t.eye(3).to_sparse_csr()),
+    "torch quantised": _torch(lambda t: t.quantize_per_tensor(t.zeros(2, 3), 0.1, 0, t.quint8)),
+    "torch float8": _torch(lambda t: t.zeros(2, 3).to(t.float8_e4m3fn)),
+    "torch size": _torch(lambda t: t.zeros(2, 3).shape),
+    "torch uninitialised": _torch(lambda t: t.nn.parameter.UninitializedParameter()),
+    "torch dtype": _torch(lambda t: t.float32),
+    "torch module": _torch(lambda t: t.nn.Linear(2, 3)),
+    "jax struct": _jax(lambda j: j.ShapeDtypeStruct((2, 3), "float32")),
+    "jax key": _jax(lambda j: j.random.key(0)),
+    "jax sparse": _of("jax.experimental.sparse", lambda s: s.BCOO.fromdense(np.eye(3))),
+    "dask masked": _of("dask.array", lambda d: d.ma.masked_greater(d.zeros((2, 3), chunks=1), 1)),
+    "dask delayed": _of("dask", lambda d: d.delayed(3)),
+    "dask bag": _of("dask.bag", lambda b: b.from_sequence([1, 2])),
+    "scipy sparse matrix": _of("scipy.sparse", lambda s: s.csr_matrix(X)),
+    "scipy sparse array": _of("scipy.sparse", lambda s: s.coo_array(X)),
+    "pyarrow array": _of("pyarrow", lambda p: p.array([1, 2])),
+    "pyarrow table": _of("pyarrow", lambda p: p.table({"a": [1, 2]})),
+    "pyarrow tensor": _of("pyarrow", lambda p: p.Tensor.from_numpy(X)),
+    "zarr array": _of("zarr", lambda z: z.array(X)),
+    "pandas frame": _of("pandas", lambda p: p.DataFrame(X)),
+    "pandas series": _of("pandas", lambda p: p.Series(T)),
+    "polars frame": _of("polars", lambda p: p.DataFrame(X)),
+    "polars series": _of("polars", lambda p: p.Series([0, 1])),
+    "xarray": _of("xarray", lambda x: x.DataArray(X)),
+    "awkward": _of("awkward", lambda a: a.Array([[0.0, 1.0], [2.0]])),
+    "sparse": _of("sparse", lambda s: s.COO.from_numpy(X)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # what libraries say of their own prototypes
+@pytest.mark.parametrize("argument", ["input", "target", "weight", "grad_output"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_objects(name, argument):
+    odd = ODD[name]()
+    if odd is None and argument in ("weight", "grad_output"):
+        pytest.skip("None is the default")
+    arguments = {"input": X, "target": T, argument: odd}
+    with pytest.raises((TypeError, ValueError)) as info:
+        multi_margin_loss_and_grad(**arguments, backend="generic")
+    message = str(info.value)
+    # A 0-d array in place of scores is one sample: then the targets don't fit.
+    assert message.startswith((f"{argument} must", "target must have input's shape"))
+    assert len(message) < 300
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("argument", ["input", "target", "weight", "grad_output"])
+def test_masked_arrays(argument):
+    arrays = {
+        "input": X,
+        "target": T,
+        "weight": np.ones(3, np.float32),
+        "grad_output": np.ones((), np.float32),
+    }
+    arrays[argument] = np.ma.masked_array(arrays[argument])
+    with pytest.raises(
+        TypeError, match=f"{argument} must be a dense array, but is a masked array, whose mask"
+    ):
+        multi_margin_loss_and_grad(**arrays)
+
+
+def test_one_hot_targets_and_columns_say_what_to_do(lib):
+    x = lib.array(X)
+    one_hot = lib.array(np.eye(3, dtype=np.int64)[T])
+    with pytest.raises(
+        ValueError, match=r"has shape \(2, 3\).*; of one-hot targets take the argmax"
+    ):
+        multi_margin_loss(x, one_hot)
+    with pytest.raises(ValueError, match=r"has shape \(2, 1\).*; call target\.reshape\(\(2,\)\)$"):
+        multi_margin_loss(x, lib.array(T[:, None]))
+
+
+def test_labels_that_begin_at_1(lib):
+    x, t = lib.array(np.zeros((3, 3), np.float32)), lib.array(np.array([1, 3, 2]))
+    with pytest.raises(InvalidTargetError, match=r"are 0 to 2; subtract 1 if labels begin at 1$"):
+        lib.numpy(multi_margin_loss(x, t))
+    again = pickle.loads(pickle.dumps(InvalidTargetError((1,), 3, 3)))
+    assert str(again).endswith("subtract 1 if labels begin at 1")
+
+
+def test_a_value_in_a_message_is_short():
+    with pytest.raises(
+        TypeError, match=r"target must be an array, but is \[0, 0, .*\.\.\. of type"
+    ):
+        multi_margin_loss(X, [0] * 10_000)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", np.array(1), [1]])
+def test_bad_ignore_index(value):
+    with pytest.raises(TypeError, match="ignore_index must be None or an integer, but is"):
+        multi_margin_loss(X, T, ignore_index=value)
+
+
+def test_ignored_targets_are_not_out_of_range(lib):
+    x, t = lib.array(np.zeros((3, 3), np.float32)), lib.array(np.array([0, -100, 2]))
+    assert float(multi_margin_loss(x, t, ignore_index=-100)) == pytest.approx(2 / 3)
+    with pytest.raises(InvalidTargetError, match=r"target\[1\] is -100"):
+        lib.numpy(multi_margin_loss(x, t, ignore_index=-1))

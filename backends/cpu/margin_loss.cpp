@@ -8,6 +8,7 @@
 #include "margin_loss.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -29,6 +30,7 @@ constexpr int WIDTH = 16;
 constexpr int LANE_TERMS = 16;
 constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
+constexpr int64_t STAGE = 1 << 16;  // bytes of rows that are copied together
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr int32_t OUTSIDE = -1, IGNORED = -2;
@@ -245,26 +247,34 @@ struct Other {
 
 // A row's sum of slopes; for p = 1 a count.
 template <class T, class P> class Slopes {
-    using L = Lanes<T>;
-    typename L::F part{};
+    using F = typename Lanes<T>::F;
+    F part[2] = {};
     Sum<T> sum;
 
   public:
-    INLINE void add(typename L::F slope) { part += slope; }
-    INLINE void flush() { sum.add(part), part = typename L::F{}; }
+    INLINE void add(F slope, int which) { part[which % 2] += slope; }
+    INLINE void flush() { sum.add(part[0] + part[1]), part[0] = part[1] = F{}; }
     INLINE double total() const { return sum.total(); }
+    static INLINE double of(F slopes) {  // of one vector
+        Sum<T> sum;
+        sum.add(slopes);
+        return sum.total();
+    }
 };
 template <class T> class Slopes<T, One> {
     using L = Lanes<T>;
     typename L::I minus{};
 
   public:
-    INLINE void add(typename L::F slope) { minus += slope > 0; }
+    INLINE void add(typename L::F slope, int) { minus += slope > 0; }
     INLINE void flush() {}
     INLINE double total() const {
         int64_t result = 0;
         for (int k = 0; k < L::W; k++) result -= minus[k];
         return double(result);
+    }
+    static INLINE double of(typename L::F slopes) {
+        return __builtin_popcount(unsigned(L::to_bits(slopes > 0)));
     }
 };
 
@@ -276,6 +286,10 @@ template <class T> struct Group {
     int32_t y[GROUP];  // the target's place among the call's classes; OUTSIDE or IGNORED
     T own[GROUP];      // its score; NaN where the row has no value
     double weight[GROUP];
+
+    Group() {
+        for (double &w : weight) w = 1;
+    }
 };
 
 // What a call's targets are compared with.
@@ -331,7 +345,7 @@ template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, 
     each(c.x, start, count, [&](int64_t t, const char *p) { g.row[t] = p; });
     if (c.part) {
         each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
-    } else {
+    } else if (!c.bits || !c.grad.data) {  // the backward pass by bits reads no score
         const int64_t step = c.x.step;
         for (int t = 0; t < count; t++)
             g.own[t] = g.y[t] >= 0 ? T(widen<E>(g.row[t] + g.y[t] * step)) : T(NOT_A_NUMBER);
@@ -352,7 +366,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     using F = typename L::F;
     using I = typename L::I;
     static constexpr int W = L::W;
-    static constexpr bool SINGLE = sizeof(T) == 4;
+    static constexpr int64_t SIZE = sizeof(E);
 
     const Call &c;
     const P power;
@@ -362,11 +376,27 @@ template <class E, class P, bool UNIT> struct Kernel {
     const double common;           // factor of all rows' gradients
     const I rest;                  // the lanes of the last vector that no other covers
 
+    int64_t ahead = 0;             // bytes to the row that is fetched meanwhile
+    // Rows whose classes do not lie side by side, or are fewer than a vector, are worked on in copies.
+    const bool staged;
+    const int64_t pitch;           // bytes from copy to copy
+    const int64_t in_step, out_step;
+    char *copies = nullptr;        // of the gradient's rows, from row ``base`` on
+    int64_t base = 0;
+
     explicit Kernel(const Call &c)
         : c(c), power(c.p), margin(L::all(T(One::Computing<E>(c.margin)))), n(c.classes),
           whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
-               (L::iota() < (I{} + typename L::Index(n - last)))) {}
+               (L::iota() < (I{} + typename L::Index(n - last)))),
+          staged(UNIT && !in_place(c)), pitch((n > W ? n : W) * SIZE), in_step(staged ? SIZE : c.x.step),
+          out_step(staged ? SIZE : c.grad.step) {}
+
+    static bool in_place(const Call &c) {
+        return c.x.step == SIZE && (!c.grad.data || c.grad.step == SIZE) && c.classes >= W;
+    }
+    static bool can_stage(const Call &c) { return (c.classes > W ? c.classes : W) * SIZE <= STAGE; }
+    INLINE char *out(int64_t i) const { return staged ? copies + (i - base) * pitch : c.grad.at(i); }
 
     // The scores of the W classes from j on; beyond the row's end the last one comes again.
     INLINE F scores(const char *row, int64_t j, int64_t step) const {
@@ -381,45 +411,84 @@ template <class E, class P, bool UNIT> struct Kernel {
         return L::only(z, ~((z <= 0) | own_class));
     }
     INLINE F hinge(const char *row, int64_t j, int shift, I at, F own) const {
-        return hinge(scores(row, j + shift, c.x.step), L::iota() + shift == at, own);
+        return hinge(scores(row, j + shift, in_step), L::iota() + shift == at, own);
     }
     static INLINE I place(int64_t y, int64_t j) { return I{} + typename L::Index(y - j); }
-    static INLINE void keep(uint8_t *bits, int64_t k, F h) {
-        bits[k] = uint8_t(L::to_bits(h > 0));
-    }
 
-    // The sum of a row's terms.
-    template <bool BITS> INLINE double sum(const char *row, int64_t y, T own_, uint8_t *bits) const {
+    // The sum of a row's terms. ``each`` sees the hinges of whole vectors and of the last one.
+    template <class Each> INLINE double terms(const char *row, int64_t y, T own_, Each &each) const {
+        constexpr int STEP = 4 * W, RUN = LANE_TERMS / 2 * STEP;
         F own = L::all(own_);
         Sum<T> sum;
         int64_t j = 0;
-        while (j + 4 * W <= n) {
+        while (j + STEP <= n) {
             F a{}, b{}, d{}, e{};
-            int64_t stop = n < j + LANE_TERMS * 4 * W ? n : j + LANE_TERMS * 4 * W;
-            for (; j + 4 * W <= stop; j += 4 * W) {
+            for (int64_t stop = n < j + RUN ? n : j + RUN; j + STEP <= stop; j += STEP) {
                 I at = place(y, j);
                 F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
                 F h2 = hinge(row, j, 2 * W, at, own), h3 = hinge(row, j, 3 * W, at, own);
-                a += power.term(h0), b += power.term(h1);
-                d += power.term(h2), e += power.term(h3);
-                if (BITS) {
-                    keep(bits, j / W, h0), keep(bits, j / W + 1, h1);
-                    keep(bits, j / W + 2, h2), keep(bits, j / W + 3, h3);
-                }
+                a += power.term(h0), b += power.term(h1), d += power.term(h2), e += power.term(h3);
+                each.whole(j, h0, 0), each.whole(j + W, h1, 1);
+                each.whole(j + 2 * W, h2, 2), each.whole(j + 3 * W, h3, 3);
             }
-            sum.add((a + b) + (d + e));
+            sum.add((a + b) + (d + e)), each.flush();
         }
         F s{};
         for (; j + W <= n; j += W) {
             F h = hinge(row, j, 0, place(y, j), own);
-            s += power.term(h);
-            if (BITS) keep(bits, j / W, h);
+            s += power.term(h), each.whole(j, h, 0);
         }
         F h = hinge(row, last, 0, place(y, last), own);
-        if (BITS) keep(bits, bytes - 1, h);
-        sum.add(s + L::only(power.term(h), rest));
+        sum.add(s + L::only(power.term(h), rest)), each.last(h), each.flush();
         return sum.total();
     }
+    struct Nothing {
+        INLINE void whole(int64_t, F, int) {}
+        INLINE void last(F) {}
+        INLINE void flush() {}
+        INLINE void end() {}
+    };
+    struct Keep : Nothing {  // a bit for each class, of p = 1
+        uint8_t *bits;
+        int64_t final;
+        Keep(const Kernel &k, int64_t i) : bits(k.c.bits + i * k.bytes), final(k.bytes - 1) {}
+        INLINE void whole(int64_t j, F h, int) { bits[j / W] = uint8_t(L::to_bits(h > 0)); }
+        INLINE void last(F h) { bits[final] = uint8_t(L::to_bits(h > 0)); }
+    };
+    struct AddSlopes : Nothing {
+        const Kernel &k;
+        Slopes<T, P> slopes;
+        explicit AddSlopes(const Kernel &k) : k(k) {}
+        INLINE void whole(int64_t, F h, int which) { slopes.add(k.power.slope(h), which); }
+        INLINE void last(F h) { slopes.add(L::only(k.power.slope(h), k.rest), 0); }
+        INLINE void flush() { slopes.flush(); }
+    };
+    struct Write : Nothing {  // the gradient but for the target's class
+        const Kernel &k;
+        char *to;
+        F scale;
+        Slopes<T, P> slopes;
+        Write(const Kernel &k, char *to, double by) : k(k), to(to), scale(L::all(T(by))) {
+            if (std::is_same<P, One>::value) scale = rounded(scale);
+        }
+        INLINE F put(int64_t j, F h) {
+            F slope = k.power.slope(h);
+            k.put(to, j, slope_times(h, slope, scale));
+            return slope;
+        }
+        INLINE void whole(int64_t j, F h, int which) { slopes.add(put(j, h), which); }
+        INLINE void last(F h) { slopes.add(L::only(put(k.last, h), k.rest), 0); }
+        INLINE void flush() { slopes.flush(); }
+    };
+    struct WriteShort : Write {  // of fewer than two vectors, to the end
+        int64_t y;
+        double scale, sum = 0;
+        WriteShort(const Kernel &k, int64_t i, int64_t y, double by)
+            : Write(k, k.out(i), by), y(y), scale(by) {}
+        INLINE void whole(int64_t j, F h, int) { sum += Slopes<T, P>::of(this->put(j, h)); }
+        INLINE void last(F h) { sum += Slopes<T, P>::of(L::only(this->put(this->k.last, h), this->k.rest)); }
+        INLINE void end() { this->k.finish(this->to, y, 0, {0, sum, 1}, scale); }
+    };
 
     // Sums in float64, term by term; where float64 overflows too, in large units.
     NOINLINE Sums careful(const char *row, int64_t y, T own) const {
@@ -429,43 +498,13 @@ template <class E, class P, bool UNIT> struct Kernel {
     NOINLINE Sums careful(const char *row, int64_t y, T own, double unit) const {
         Sums s = {0, 0, unit};
         for (int64_t j = 0; j < n; j++) {
-            T z = (T(widen<E>(row + j * c.x.step)) - own) + margin[0];
+            T z = (T(widen<E>(row + j * in_step)) - own) + margin[0];
             if (j == y || z <= 0) continue;
             Vec<double, 2> h = {double(z), 0};
             s.terms += power.term(h)[0] / unit;
             s.slopes += (std::is_same<P, One>::value ? h[0] > 0 : power.slope(h)[0]) / unit;
         }
         return s;
-    }
-    // A row's gradient times ``scale``, and its sums; the target's class is left for later.
-    INLINE Sums gradient(const char *row, int64_t y, T own_, char *to, double scale_) const {
-        F own = L::all(own_), scale = rounded_for_one(L::all(T(scale_)));
-        Sum<T> terms;
-        Slopes<T, P> slopes;
-        int64_t j = 0;
-        while (j + 2 * W <= n) {
-            F s0{}, s1{};
-            int64_t stop = n < j + LANE_TERMS * W ? n : j + LANE_TERMS * W;
-            for (; j + 2 * W <= stop; j += 2 * W) {
-                I at = place(y, j);
-                F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
-                F e0 = power.slope(h0), e1 = power.slope(h1);
-                s0 += power.term(h0), s1 += power.term(h1), slopes.add(e0), slopes.add(e1);
-                put(to, j, slope_times(h0, e0, scale));
-                put(to, j + W, slope_times(h1, e1, scale));
-            }
-            terms.add(s0 + s1), slopes.flush();
-        }
-        F s{};
-        if (j + W <= n) {
-            F h = hinge(row, j, 0, place(y, j), own), e = power.slope(h);
-            s = power.term(h), slopes.add(e);
-            put(to, j, slope_times(h, e, scale));
-        }
-        F h = hinge(row, last, 0, place(y, last), own), e = power.slope(h);
-        put(to, last, slope_times(h, e, scale));
-        terms.add(s + L::only(power.term(h), rest)), slopes.add(L::only(e, rest)), slopes.flush();
-        return {terms.total(), slopes.total(), 1};
     }
     static INLINE F slope_times(F h, F slope, F scale) {
         if (std::is_same<P, One>::value) return L::only(scale, h > 0);
@@ -481,16 +520,16 @@ template <class E, class P, bool UNIT> struct Kernel {
     // The rest of a gradient: the target's class; NaN in all of a row whose loss is NaN.
     void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
         if (loss != loss) return fill(to, NOT_A_NUMBER);
-        if (y >= 0) store_rounded<E>(to + y * c.grad.step, double(T(-(s.slopes * scale) * s.unit)));
+        if (y >= 0) store_rounded<E>(to + y * out_step, double(T(-(s.slopes * scale) * s.unit)));
     }
     NOINLINE void fill(char *to, double value) const {
-        for (int64_t j = 0; j < n; j++) store_rounded<E>(to + j * c.grad.step, value);
+        for (int64_t j = 0; j < n; j++) store_rounded<E>(to + j * out_step, value);
     }
     INLINE void put(char *to, int64_t j, F g) const {
         auto values = in_element_type(g);
         if constexpr (UNIT) write(to + j * int64_t(sizeof(E)), values);
         else
-            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * c.grad.step, values[k]);
+            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * out_step, values[k]);
     }
     static INLINE auto in_element_type(F g) {
         if constexpr (sizeof(E) == 8) return g;
@@ -517,167 +556,164 @@ template <class E, class P, bool UNIT> struct Kernel {
     NOINLINE void ignore(int64_t i) const {
         if (c.losses.data) store_rounded<E>(c.losses.at(i), 0);
         if (c.sums.data) write(c.sums.at(i), 0.0), write(c.slopes.at(i), 0.0);
-        if (c.grad.data) fill(c.grad.at(i), 0);
+        if (c.grad.data) fill(out(i), 0);
         if (c.bits) std::memset(c.bits + i * bytes, 0, size_t(bytes));
     }
-    INLINE bool no_value(T own) const { return n == 1 && own != own; }
+    // Looking up targets here and there hides from the processor that rows are read in turn: those of
+    // the next group are fetched by hand, one for each row that is worked on.
+    INLINE void fetch(const char *row) const {
+        if constexpr (UNIT)
+            if (ahead)
+                for (int64_t k = 0; k < n * int64_t(sizeof(E)); k += 64) __builtin_prefetch(row + ahead + k);
+    }
 
-    // Losses of rows of fewer than two vectors, whose own sums nobody asks for: a lane adds up
-    // several rows. False: not finite; the usual way finds the rows, and what they come to.
-    template <bool BITS> bool short_losses(int64_t start, const Group<T> &g, Result &result) const {
+    // Rows of fewer than two vectors, whose own sums nobody asks for: a lane adds up several rows.
+    // False where the sum is not finite; the usual way finds the rows, and what they come to.
+    template <class Make> INLINE bool short_rows(int64_t start, const Group<T> &g, Result &result, Make make) const {
+        if (n == 1 || n >= 2 * W || c.losses.data || c.part) return false;
         Sum<T> sum;
-        int64_t count = 0;
-        bool bad = false;
+        Result found;
         for (int t = 0; t < g.count;) {
             F s{};
-            for (int stop = t + LANE_TERMS / 2 < g.count ? t + LANE_TERMS / 2 : g.count; t < stop; t++) {
+            for (int stop = t + LANE_TERMS / 2; t < stop && t < g.count; t++) {
                 if (g.y[t] == IGNORED) {
-                    if (BITS) std::memset(c.bits + (start + t) * bytes, 0, size_t(bytes));
+                    ignore(start + t);
                     continue;
                 }
-                F own = L::all(g.own[t]), weight = L::all(T(g.weight[t]));
+                fetch(g.row[t]);
+                F own = L::all(g.own[t]);
+                auto each = make(start + t, t);
                 F h = hinge(g.row[t], last, 0, place(g.y[t], last), own);
-                if (BITS) keep(c.bits + (start + t) * bytes, bytes - 1, h);
+                each.last(h);
                 F term = L::only(power.term(h), rest);
                 if (n >= W) {
                     h = hinge(g.row[t], 0, 0, place(g.y[t], 0), own);
-                    if (BITS) keep(c.bits + (start + t) * bytes, 0, h);
+                    each.whole(0, h, 0);
                     term += power.term(h);
                 }
-                s += term * weight;
-                bad |= g.y[t] < 0;
-                count++;
+                each.end();
+                s += term * L::all(T(g.weight[t]));
+                found.bad |= g.y[t] < 0;
+                found.count++;
             }
             sum.add(s);
         }
-        double total = sum.total();
-        if (total - total != 0) return false;
-        result.sum += total * c.shrink;
-        result.count += count;
-        result.bad |= bad;
+        found.sum = sum.total() * c.shrink;
+        if (found.sum - found.sum != 0) return false;
+        result.sum += found.sum;
+        result.count += found.count;
+        result.bad |= found.bad;
         return true;
     }
-    template <bool BITS> INLINE void losses(int64_t start, const Group<T> &g, Result &result) const {
-        if (n > 1 && n < 2 * W && !c.losses.data && short_losses<BITS>(start, g, result)) return;
+    // Calls f with the place and number of each row that isn't ignored.
+    template <class F_> INLINE void each_row(int64_t start, const Group<T> &g, Result &result, F_ f) const {
         for (int t = 0; t < g.count; t++) {
-            int64_t i = start + t;
             if (g.y[t] == IGNORED) {
-                ignore(i);
+                ignore(start + t);
                 continue;
             }
+            fetch(g.row[t]);
             result.bad |= g.y[t] < 0;
-            uint8_t *bits = BITS ? c.bits + i * bytes : nullptr;
-            Sums s = {sum<BITS>(g.row[t], g.y[t], g.own[t], bits), 0, 1};
-            if (no_value(g.own[t])) s.terms = NOT_A_NUMBER;
-            if (s.terms == INFINITY) s = careful(g.row[t], g.y[t], g.own[t]);
+            f(t, start + t);
+        }
+    }
+    INLINE Sums checked(const Group<T> &g, int t, double terms, double slopes) const {
+        if (terms == INFINITY || slopes == INFINITY) return careful(g.row[t], g.y[t], g.own[t]);
+        bool no_value = g.own[t] != g.own[t];  // matters for a single class
+        return {no_value ? NOT_A_NUMBER : terms, slopes, 1};
+    }
+    void losses(int64_t start, const Group<T> &g, Result &result) const {
+        if (short_rows(start, g, result, [&](int64_t, int) { return Nothing(); })) return;
+        each_row(start, g, result, [&](int t, int64_t i) {
+            Nothing nothing;
+            account(i, checked(g, t, terms(g.row[t], g.y[t], g.own[t], nothing), 0), g.weight[t], result);
+        });
+    }
+    void losses_and_bits(int64_t start, const Group<T> &g, Result &result) const {
+        if (short_rows(start, g, result, [&](int64_t i, int) { return Keep(*this, i); })) return;
+        each_row(start, g, result, [&](int t, int64_t i) {
+            Keep keep(*this, i);
+            Sums s = checked(g, t, terms(g.row[t], g.y[t], g.own[t], keep), 0);
             double loss = account(i, s, g.weight[t], result);
-            if (BITS && loss != loss) std::memset(bits, 255, size_t(bytes));
-        }
+            if (loss != loss) std::memset(keep.bits, 255, size_t(bytes));
+        });
     }
-    // The same for gradients. NaN must not be lost among other rows: then it is not finite.
-    INLINE bool short_gradients(int64_t start, const Group<T> &g, Result &result) const {
-        Sum<T> sum;
-        int64_t count = 0;
-        bool bad = false;
-        F s{};
-        for (int t = 0; t < g.count; t++) {
-            int64_t i = start + t;
-            if (g.y[t] == IGNORED) {
-                ignore(i);
-                continue;
-            }
-            char *to = c.grad.at(i);
-            double scale = scale_of(i, g.weight[t]);
-            F own = L::all(g.own[t]), scales = rounded_for_one(L::all(T(scale)));
-            F h = hinge(g.row[t], last, 0, place(g.y[t], last), own), e = power.slope(h);
-            put(to, last, slope_times(h, e, scales));
-            F term = L::only(power.term(h), rest);
-            double slope = sum_of_slopes(L::only(e, rest));
-            if (n >= W) {
-                h = hinge(g.row[t], 0, 0, place(g.y[t], 0), own), e = power.slope(h);
-                put(to, 0, slope_times(h, e, scales));
-                term += power.term(h);
-                slope += sum_of_slopes(e);
-            }
-            s += term * L::all(T(g.weight[t]));
-            if (g.y[t] >= 0) store_rounded<E>(to + g.y[t] * c.grad.step, double(T(-(slope * scale))));
-            bad |= g.y[t] < 0;
-            count++;
-            if (t % (LANE_TERMS / 2) == 0) sum.add(s), s = F{};
-        }
-        sum.add(s);
-        double total = sum.total();
-        if (total - total != 0) return false;
-        result.sum += total * c.shrink;
-        result.count += count;
-        result.bad |= bad;
-        return true;
-    }
-    static INLINE double sum_of_slopes(F e) {
-        if constexpr (std::is_same<P, One>::value) return __builtin_popcount(unsigned(L::to_bits(e > 0)));
-        Sum<T> sum;
-        sum.add(e);
-        return sum.total();
-    }
-    static INLINE F rounded_for_one(F scale) { return std::is_same<P, One>::value ? rounded(scale) : scale; }
     void gradients(int64_t start, const Group<T> &g, Result &result) const {
-        if (n > 1 && n < 2 * W && !c.losses.data && !c.part && short_gradients(start, g, result)) return;
-        for (int t = 0; t < g.count; t++) {
-            int64_t i = start + t;
-            if (g.y[t] == IGNORED) {
-                ignore(i);
-                continue;
-            }
-            result.bad |= g.y[t] < 0;
+        if (short_rows(start, g, result, [&](int64_t i, int t) {
+                return WriteShort(*this, i, g.y[t], scale_of(i, g.weight[t]));
+            }))
+            return;
+        each_row(start, g, result, [&](int t, int64_t i) {
             double scale = scale_of(i, g.weight[t]);
-            char *to = c.grad.data ? c.grad.at(i) : nullptr;
-            Sums s = gradient(g.row[t], g.y[t], g.own[t], to, scale);
-            if (no_value(g.own[t])) s.terms = NOT_A_NUMBER;
-            if (s.terms == INFINITY || s.slopes == INFINITY) s = careful(g.row[t], g.y[t], g.own[t]);
+            Write write(*this, out(i), scale);
+            double sum = terms(g.row[t], g.y[t], g.own[t], write);
+            Sums s = checked(g, t, sum, write.slopes.total());
             double loss = account(i, s, g.weight[t], result);
             if (c.part) loss = s.slopes = read<double>(c.slopes.at(i)) / power.factor, s.unit = 1;
-            finish(to, g.y[t], loss, s, scale);
-        }
+            finish(write.to, g.y[t], loss, s, scale);
+        });
     }
     // Sums of terms and slopes for a part of the classes.
     void parts(int64_t start, const Group<T> &g, Result &result) const {
-        for (int t = 0; t < g.count; t++) {
-            if (g.y[t] == IGNORED) ignore(start + t);
-            else account(start + t, part(g.row[t], g.y[t], g.own[t]), 1, result);
-        }
-    }
-    Sums part(const char *row, int64_t y, T own_) const {
-        F own = L::all(own_);
-        Sum<T> terms;
-        Slopes<T, P> slopes;
-        for (int64_t j = 0; j < whole; j += W) {
-            F h = hinge(row, j, 0, place(y, j), own);
-            terms.add(power.term(h)), slopes.add(power.slope(h)), slopes.flush();
-        }
-        F h = hinge(row, last, 0, place(y, last), own);
-        terms.add(L::only(power.term(h), rest)), slopes.add(L::only(power.slope(h), rest)), slopes.flush();
-        Sums s = {terms.total(), slopes.total(), 1};
-        if (own_ != own_) s.terms = NOT_A_NUMBER;
-        return s.terms == INFINITY ? careful(row, y, own_) : s;
+        each_row(start, g, result, [&](int t, int64_t i) {
+            AddSlopes add(*this);
+            double sum = terms(g.row[t], g.y[t], g.own[t], add);
+            account(i, checked(g, t, sum, add.slopes.total()), 1, result);
+        });
     }
 
     template <class Work> static void in_groups(const Call &c, int64_t start, int64_t stop, Work work) {
         Kernel kernel(c);
+        if (kernel.staged) return kernel.in_stages(start, stop, work);
         Group<T> group;
-        for (double &weight : group.weight) weight = 1;
         // Few rows at a time where they are long: what a look at the target has fetched is in reach.
-        int64_t size = NEAR / (c.classes * int64_t(sizeof(E)));
-        size = size > GROUP ? GROUP : size < 1 ? 1 : size;
+        const int64_t size = group_size(NEAR / (c.classes * SIZE));
+        if (UNIT && size > 1 && c.x.ndim == 1) kernel.ahead = size * c.x.stride[0];
         for (int64_t first = start; first < stop; first += size) {
             look_up<E>(c, first, first + size < stop ? size : stop - first, group);
             work(kernel, first, group);
         }
     }
+    static int64_t group_size(int64_t rows) { return rows > GROUP ? GROUP : rows < 1 ? 1 : rows; }
+
+    template <class Work> NOINLINE void in_stages(int64_t start, int64_t stop, Work work) {
+        Group<T> group;
+        alignas(64) char in[STAGE], back[STAGE];
+        char *rows[GROUP];
+        const int64_t size = group_size(STAGE / pitch);
+        std::memset(in, 0, size_t(size * pitch));
+        copies = back;
+        for (base = start; base < stop; base += size) {
+            const int64_t count = base + size < stop ? size : stop - base;
+            look_up<E>(c, base, count, group);
+            each(c.x, base, count, [&](int64_t t, char *p) { rows[t] = p; });
+            copy<true>(in, rows, count, c.x.step, c.x);
+            for (int64_t t = 0; t < count; t++) group.row[t] = in + t * pitch;
+            work(*this, base, group);
+            if (!c.grad.data) continue;
+            each(c.grad, base, count, [&](int64_t t, char *p) { rows[t] = p; });
+            copy<false>(back, rows, count, c.grad.step, c.grad);
+        }
+    }
+    // Between rows and their copies. What lies side by side in the rows' memory is taken in turn.
+    template <bool IN> INLINE void copy(char *stage, char *const *rows, int64_t count, int64_t step, const Walk &walk) const {
+        auto move = [&](int64_t t, int64_t j) {
+            char *a = stage + t * pitch + j * SIZE, *b = rows[t] + j * step;
+            if (IN) write(a, read<E>(b));
+            else write(b, read<E>(a));
+        };
+        if (walk.ndim == 1 && std::abs(walk.stride[0]) < std::abs(step))
+            for (int64_t j = 0; j < n; j++)
+                for (int64_t t = 0; t < count; t++) move(t, j);
+        else
+            for (int64_t t = 0; t < count; t++)
+                for (int64_t j = 0; j < n; j++) move(t, j);
+    }
     static void loss_block(const Call &c, int64_t start, int64_t stop, Result &result) {
         in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
             if constexpr (std::is_same<P, One>::value)
-                if (c.bits) return k.template losses<true>(first, g, result);
-            k.template losses<false>(first, g, result);
+                if (c.bits) return k.losses_and_bits(first, g, result);
+            k.losses(first, g, result);
         });
     }
     static void part_block(const Call &c, int64_t start, int64_t stop, Result &result) {
@@ -693,23 +729,16 @@ template <class E, class P, bool UNIT> struct Kernel {
 
     // The gradient of p = 1 from the bits that loss_block kept.
     static void bits_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        Kernel k(c);
-        int32_t y[GROUP];
-        double weight[GROUP];
-        for (double &w : weight) w = 1;
-        for (int64_t first = start; first < stop; first += GROUP) {
-            int64_t count = first + GROUP < stop ? GROUP : stop - first;
-            look_up_targets(c, first, count, y);
-            if (c.weight.data) look_up_weights(c, y, count, weight);
-            for (int64_t t = 0; t < count; t++) {
-                result.bad |= y[t] == OUTSIDE;
-                k.row_of_bits(first + t, y[t], weight[t]);
+        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+            for (int t = 0; t < g.count; t++) {
+                result.bad |= g.y[t] == OUTSIDE;
+                k.row_of_bits(first + t, g.y[t], g.weight[t]);
             }
-        }
+        });
     }
     INLINE void row_of_bits(int64_t i, int32_t y, double weight) const {
         const uint8_t *bits = c.bits + i * bytes;
-        char *to = c.grad.at(i);
+        char *to = out(i);
         // The target's own bit is set only where the row's loss is NaN.
         int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
         if (y < 0 || (bits[byte] >> bit & 1)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
@@ -717,7 +746,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         finish(to, y, 0, {0, double(from_bits(bits, to, T(scale))), 1}, scale);
     }
     INLINE int64_t from_bits(const uint8_t *bits, char *to, T scale_) const {
-        F scale = rounded(L::all(scale_));
+        F scale = rounded(L::all(scale_));  // as Write does
         int64_t count = 0;
         for (int64_t j = 0; j < whole; j += W) {
             count += __builtin_popcount(bits[j / W]);
@@ -735,12 +764,10 @@ template <class E, class P, bool UNIT> struct Kernel {
 template <class P, class F> Block with_kernel(const Call &c, F f) {
     return with_float(c.x.type, [&](auto e) -> Block {
         using E = decltype(e);
-        // Whole vectors can be loaded.
-        int64_t size = sizeof(E);
-        bool unit = c.x.step == size && (!c.grad.data || c.grad.step == size) && c.classes >= Lanes<typename P::template Computing<E>>::W;
         // Beside std::pow, loading vectors would save nothing.
-        constexpr bool can = !std::is_same<P, Other>::value;
-        return unit ? f(static_cast<Kernel<E, P, can> *>(nullptr)) : f(static_cast<Kernel<E, P, false> *>(nullptr));
+        using Fast = Kernel<E, P, !std::is_same<P, Other>::value>;
+        return Fast::in_place(c) || Fast::can_stage(c) ? f(static_cast<Fast *>(nullptr))
+                                                       : f(static_cast<Kernel<E, P, false> *>(nullptr));
     });
 }
 template <class F> Block choose(const Call &c, F f) {

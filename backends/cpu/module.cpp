@@ -617,25 +617,35 @@ PyObject *grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return args[4];
 }
 
+// The bytes that keep the bits of p = 1; 0 where input or options don't go with them.
+int64_t bytes_of_rows(Job &job, PyObject *input, PyObject *given, int64_t &rows) {
+    const Family *family = family_of(input);
+    if (!family || !read_options(given, job.options) || !job.input.read(input, family)) return 0;
+    const Array &x = job.input;
+    int64_t axis = job.options.axis < 0 ? job.options.axis + x.ndim : job.options.axis;
+    if (!x.is_float() || job.options.p != 1 || axis < 0 || axis >= x.ndim || !x.shape[axis]) return 0;
+    scores(job.call.x, x, int(axis));
+    job.call.classes = x.shape[axis];
+    job.call.rows = rows = x.size() / job.call.classes;
+    return row_bytes(x.type, job.call.classes);
+}
+
+// row_bytes(input, options) -> int
+PyObject *row_bytes(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 2, 2)) return nullptr;
+    Job job;
+    int64_t rows;
+    return PyLong_FromLongLong(bytes_of_rows(job, args[0], args[1], rows));
+}
+
 // bits_size(input, options) -> int
 PyObject *bits_size(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 2, 2)) return nullptr;
     constexpr int64_t FEW = 1 << 20;  // reading so few scores again takes less time
     Job job;
-    int64_t size = 0;
-    const Family *family = family_of(args[0]);
-    if (family && read_options(args[1], job.options) && job.input.read(args[0], family)) {
-        const Array &x = job.input;
-        int64_t axis = job.options.axis < 0 ? job.options.axis + x.ndim : job.options.axis;
-        if (x.is_float() && job.options.p == 1 && 0 <= axis && axis < x.ndim && x.size() >= FEW) {
-            scores(job.call.x, x, int(axis));
-            job.call.classes = x.shape[axis];
-            job.call.rows = x.size() / job.call.classes;
-            if (!walks_tiles(job.call))
-                size = job.call.rows * row_bytes(x.type, job.call.classes);
-        }
-    }
-    return PyLong_FromLongLong(size);
+    int64_t rows = 0, bytes = bytes_of_rows(job, args[0], args[1], rows);
+    bool pays = bytes && job.input.size() >= FEW && !walks_tiles(job.call);
+    return PyLong_FromLongLong(pays ? rows * bytes : 0);
 }
 
 // The three below serve class axes in parts; the part's first class comes after the options.
@@ -755,10 +765,11 @@ PyObject *set_limit(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Py_RETURN_NONE;
 }
 
+using Method = PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t);
 #define METHOD(name) \
-    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(name)), METH_FASTCALL, nullptr}
+    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(static_cast<Method>(name))), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(accept),    METHOD(loss),       METHOD(loss_and_grad),
-                         METHOD(grad),      METHOD(bits_size),  METHOD(own_scores),
+                         METHOD(grad),      METHOD(bits_size), METHOD(row_bytes),  METHOD(own_scores),
                          METHOD(part_sums), METHOD(part_grad),  METHOD(best_build), METHOD(set_limit),
                          METHOD(supports),  METHOD(source_hash), {nullptr, nullptr, 0, nullptr}};
 

@@ -82,7 +82,10 @@ def grad(
     """Write the gradient alone; return ``grad``. With ``bits`` (p = 1) no score is read."""
 
 def bits_size(input: Array, options: Options, /) -> int:
-    """How many bytes ``loss`` may keep so that ``grad`` need not read the scores; 0: none pay."""
+    """Return how many bytes of bits pay for ``loss`` and ``grad``; 0: none."""
+
+def row_bytes(input: Array, options: Options, /) -> int:
+    """Return how many bytes of ``bits`` a row takes."""
 
 def own_scores(
     input: Array, target: Array, options: Options, first: int, own: Array, /
@@ -139,10 +142,10 @@ def set_limit(limit: Callable[[int | None], int], /) -> None:
     """
 
 def best_build() -> str:
-    """The best build for this processor."""
+    """Name the best build for this processor."""
 
 def supports(build: str, /) -> bool:
-    """Whether this processor can run a build."""
+    """Tell whether this processor can run a build."""
 
 def source_hash() -> str:
-    """The hash of the sources it was built from."""
+    """Return the hash of the sources it was built from."""

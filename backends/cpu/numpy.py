@@ -36,7 +36,7 @@ def _options(problem: Problem) -> tuple[Any, ...]:
         problem.p,
         problem.margin,
         problem.reduction,
-        getattr(problem, "ignore_index", None),
+        problem.ignore_index,
         problem.axis,
         problem.check_target,
     )
@@ -61,7 +61,8 @@ def loss_and_grad(problem: Problem, grad_output: Any) -> tuple[Any, np.ndarray]:
 def _given(problem: Problem, loss: Any) -> Any:
     """Return a loss; raise where the kernel gave none."""
     if loss is None:
-        raise_invalid_target(problem.target, problem.input.shape[problem.axis])
+        n_classes = problem.input.shape[problem.axis]
+        raise_invalid_target(problem.target, n_classes, problem.ignore_index)
         raise AssertionError("the CPU kernel declined a call that it should serve")
     return loss
 
@@ -69,4 +70,13 @@ def _given(problem: Problem, loss: Any) -> Any:
 if cpu.native is not None:
     cpu.native.accept(PLAIN, None, np.empty, (np.float64, np.float32, np.float16))
 
-KERNEL = Kernel("numpy-cpu", "numpy", refuses, loss, loss_and_grad)
+KERNEL = Kernel(
+    "numpy-cpu",
+    "numpy",
+    refuses,
+    loss,
+    loss_and_grad,
+    supports=frozenset({"ignore_index"}),
+    # One call from the public function into C, which validates what it reads.
+    direct={} if cpu.native is None else dict.fromkeys(PLAIN, cpu.native.loss),
+)

@@ -93,7 +93,7 @@ struct Arguments {
         name(const __grid_constant__ Arguments a) { \
         call; \
     }
-#define SHARED_MEMORY(name) extern __shared__ alignas(16) double name[]
+#define SHARED_MEMORY(name) extern __shared__ __align__(16) double name[]
 #define DEVICE __device__ __forceinline__
 
 DEVICE float half_to_float(unsigned short h) {

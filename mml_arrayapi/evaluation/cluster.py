@@ -275,7 +275,7 @@ def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port
             silence_logs=logging.CRITICAL + 1,
         )
     except RuntimeError as error:

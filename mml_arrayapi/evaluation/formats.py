@@ -194,8 +194,8 @@ def _check_end(file: File, end: int, what: str) -> None:
         raise ValueError(f"{what} takes {end:,} bytes, but the file has only {size:,}")
     if size > end:
         raise InputError(
-            f"{file.plain_name}: {size - end:,} bytes follow {what}, which would be left out (several "
-            "arrays saved into one file?); save each array in a file of its own"
+            f"{file.plain_name}: {size - end:,} bytes follow {what}, which would be left out "
+            "(several arrays saved into one file?); save each array in a file of its own"
         )
 
 

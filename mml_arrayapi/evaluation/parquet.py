@@ -142,8 +142,10 @@ class _Kind:
             value = kind.value_type
         self.nested = self.tensor or self.udt or is_list(kind)
         try:
-            self.dtype = np.dtype("i8" if self.categories else value.to_pandas_dtype())
-        except NotImplementedError:
+            # to_pandas_dtype() needs pandas before pyarrow 26
+            empty = pa.array([], pa.int64() if self.categories else value)
+            self.dtype = empty.to_numpy(zero_copy_only=False).dtype
+        except (NotImplementedError, pa.ArrowException):
             self.dtype = np.dtype(object)
         self.floats = kinds.is_floating(value)
 

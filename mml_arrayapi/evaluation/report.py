@@ -110,7 +110,7 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
         __package__,
         "report.html",
         f=figures,
-        title=", ".join(dict.fromkeys(line["scores"]["name"] for line in figures.pairing[:2])),
+        title=_title(figures),
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=__version__,
         cards=_cards(figures, before),
@@ -133,6 +133,12 @@ def _all_pairs(figures: Evaluation) -> list[str]:
     from mml_arrayapi.evaluation.figures import pair
 
     return [" with ".join(pair(line)) for line in figures.pairing]
+
+
+def _title(figures: Evaluation) -> str:
+    names = list(dict.fromkeys(line["scores"]["name"] for line in figures.pairing))
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
 
 
 def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
@@ -175,14 +181,12 @@ def _cell(value: Any, column: int) -> str:
 
 def _histogram(figures: Evaluation) -> tuple[Any, str]:
     bars = figures.bars()
-    if not bars:
-        return "", "No sample is in the histogram: a score of each is NaN, or two are infinite."
-    width = min(stop - start for start, stop, _ in bars)
-    shown = [bar for bar in bars if math.isclose(bar[1] - bar[0], width, rel_tol=1e-6)]
-    scale = 1.0
-    if not 1e-290 < width < 1e290:  # matplotlib's own arithmetic would overflow
-        scale = 2.0 ** -math.frexp(shown[-1][1] or shown[0][0])[1]
-    starts = [start * scale for start, _, _ in shown]
+    finite = [bar for bar in bars if math.isfinite(bar[1] - bar[0])]
+    if not finite:
+        return "", _beyond(figures, bars)
+    width = min(stop - start for start, stop, _ in finite)
+    shown = [bar for bar in finite if math.isclose(bar[1] - bar[0], width, rel_tol=1e-6)]
+    (width, *starts), scale = _scaled([width, *(start for start, _, _ in shown)])
 
     def draw(axes: Any) -> None:
         colours = [
@@ -190,9 +194,9 @@ def _histogram(figures: Evaluation) -> tuple[Any, str]:
             for start, _, _ in shown
         ]
         counts = [count for _, _, count in shown]
-        axes.bar(starts, counts, width * scale * 0.94, align="edge", color=colours)
+        axes.bar(starts, counts, width * 0.94, align="edge", color=colours)
         for place, name in ((0.0, "0"), (figures.margin, "margin")):
-            if starts[0] <= place * scale <= starts[-1] + width * scale:
+            if starts[0] <= place * scale <= starts[-1] + width:
                 axes.axvline(place * scale, color=page.INK, linewidth=0.8, linestyle="--")
                 axes.text(
                     place * scale, 1.01, name, transform=axes.get_xaxis_transform(), ha="center"
@@ -202,15 +206,25 @@ def _histogram(figures: Evaluation) -> tuple[Any, str]:
             "score of the target less the highest other" + ("" if scale == 1 else f" x {scale:g}")
         )
 
-    far = [bar for bar in bars if bar not in shown]
-    told = [
-        f"{count:,} more from {start:.4g} to {stop:.4g}"
-        for start, stop, count in (far[:3] + far[3:][-3:])
-    ]
+    return page.plot(draw), _beyond(figures, [bar for bar in bars if bar not in shown])
+
+
+def _beyond(figures: Evaluation, bars: list[Any]) -> str:
+    """Return what the plot does not show, in words."""
+    told = [f"{n:,} from {start:.4g} to {stop:.4g}" for start, stop, n in bars[:3] + bars[3:][-3:]]
     note = f"Beyond the plot: {'; '.join(told)}." if told else ""
     if figures.undefined:
         note += f" {figures.undefined:,} are in no bar: a score is NaN, or two are infinite."
-    return page.plot(draw), note
+    return note
+
+
+def _scaled(values: list[float]) -> tuple[list[float], float]:
+    """Bring values into a range in which the arithmetic of a plot does not overflow."""
+    top = max(map(abs, values), default=0.0)
+    scale = 1.0 if not top or 1e-290 < top < 1e290 else 2.0 ** -(math.frexp(top)[1] // 2)
+    if scale != 1.0:
+        scale *= scale
+    return [value * scale for value in values], scale
 
 
 def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
@@ -223,23 +237,22 @@ def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
     )
     if not finite:
         return "", note or "There are no samples."
-    top = max(abs(f.loss) for _, f in finite)
-    scale = 1.0 if top < 1e290 else 2.0 ** -math.frexp(top)[1]
+    losses, scale = _scaled([f.loss for _, f in finite])
 
     def draw(axes: Any) -> None:
         axes.set_ylabel("mean loss" + ("" if scale == 1 else f" x {scale:g}"))
         if len(finite) <= COLUMNS:
-            axes.bar(range(len(finite)), [f.loss * scale for _, f in finite], color=page.OTHER)
+            axes.bar(range(len(losses)), losses, color=page.OTHER)
             names = [figures.name(c)[:16] for c, _ in finite]
             crowded = len(names) > 20 or max(map(len, names)) * len(names) > 110
             axes.set_xticks(range(len(names)), names, rotation=90 if crowded else 0)
             axes.set_xlim(-0.6, len(names) - 0.4)
             return
-        losses = sorted((f.loss * scale for _, f in finite), reverse=True)
-        step = max(1, len(losses) // POINTS)
-        ranks = [*range(0, len(losses), step), len(losses) - 1]
-        axes.fill_between([r + 1 for r in ranks], [losses[r] for r in ranks], color=page.OTHER)
+        ordered = sorted(losses, reverse=True)
+        ranks = [*range(0, len(losses), max(1, len(losses) // POINTS)), len(losses) - 1]
+        axes.fill_between([r + 1 for r in ranks], [ordered[r] for r in ranks], color=page.OTHER)
         axes.set_xlabel("classes, from the highest mean loss to the lowest")
         axes.set_xlim(1, len(losses))
+        axes.set_ylim(bottom=min(0, ordered[-1]))
 
     return page.plot(draw), note

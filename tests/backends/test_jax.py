@@ -1,13 +1,18 @@
 """JAX: jit, grad, vmap, hessian, with and without 64-bit types."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
+from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
 from tests.test_registry import run_python
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
+checkify = pytest.importorskip("jax.experimental.checkify")
+pytest.importorskip("jax.export")
+jax_backend = pytest.importorskip("mml_arrayapi.backends.jax")
 P = [1, 2, 1.5, 3]
 
 
@@ -115,3 +120,205 @@ except TypeError as error:
     assert printed.startswith(
         "target must be on the same device as input, but target is on frozenset"
     )
+
+
+# The kernel
+
+
+def jitted():
+    """The loss under jit, written by hand."""
+
+    def loss(x, y):
+        z = x - jnp.take_along_axis(x, y[:, None], 1) + 1
+        return jnp.where((z > 0) & (jnp.arange(x.shape[1]) != y[:, None]), z, 0).mean()
+
+    return jax.jit(loss)
+
+
+def test_the_kernel_runs_by_default(batch):
+    assert explain(batch[0], batch[1]).kernel == "jax-jit"
+    loss = multi_margin_loss(batch[0], batch[1])
+    np.testing.assert_allclose(loss, jitted()(batch[0], batch[1]), rtol=1e-6)
+
+
+def test_nothing_is_compiled_again_for_the_same_parameters(batch):
+    compiled = jax_backend._compiled_loss
+    multi_margin_loss(*batch[:2], p=2, margin=0.125)
+    before = compiled._cache_size()
+    for _ in range(3):
+        multi_margin_loss(*batch[:2], p=2, margin=0.125)
+    assert compiled._cache_size() == before
+    multi_margin_loss(*batch[:2], p=2, margin=0.375)
+    assert compiled._cache_size() == before + 1
+
+
+def test_disabled_jit(batch):
+    expected = multi_margin_loss_and_grad(*batch[:2], p=2)
+    with jax.disable_jit():
+        got = multi_margin_loss_and_grad(*batch[:2], p=2)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("argument", ["p", "margin"])
+def test_traced_parameters_name_static_argnames(batch, argument):
+    scores, target, _ = batch
+    message = rf"{argument} must be a real number, .* name it in static_argnames=\('{argument}',\)"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(lambda v: multi_margin_loss(scores, target, **{argument: v}))(2.0)
+    with pytest.raises(TypeError, match=message):
+        multi_margin_loss(scores, target, **{argument: jnp.float32(2)})
+    compiled = jax.jit(multi_margin_loss, static_argnames=(argument,))
+    np.testing.assert_allclose(
+        compiled(scores, target, **{argument: 2.0}),
+        multi_margin_loss(scores, target, **{argument: 2.0}),
+        rtol=1e-6,
+    )
+
+
+def test_numpy_labels_beside_jax_scores_say_how_to_convert(batch):
+    with pytest.raises(
+        TypeError, match=r"input is of jax; convert it by jax.numpy.asarray\(target"
+    ):
+        multi_margin_loss(batch[0], np.asarray(batch[1]))
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacfwd", "jit"])
+@pytest.mark.parametrize("cause", ["score", "own score", "weight", "target"])
+def test_a_row_whose_loss_is_nan_has_a_gradient_of_nan(batch, p, transform, cause):
+    scores, target, weight = batch
+    target = target.at[1].set(2)
+    if cause == "weight":
+        weight, target = weight.at[0].set(np.nan), jnp.where(target == 0, 1, target).at[1].set(0)
+    elif cause == "target":
+        target = target.at[1].set(7)
+    else:
+        scores = scores.at[1, 2 if cause == "own score" else 3].set(np.nan)
+
+    def loss(x, y, reduction="sum"):
+        options = {"p": p, "weight": weight, "check_target": "nan", "reduction": reduction}
+        return multi_margin_loss(x, y, **options)
+
+    if transform == "grad":
+        grad = jax.grad(loss)(scores, target)
+    elif transform == "vmap":
+        grad = jax.vmap(jax.grad(loss))(scores, target)
+    elif transform == "jacfwd":
+        grad = jax.vmap(jax.jacfwd(loss))(scores, target)
+    else:
+        grad = jax.jit(jax.grad(loss))(scores, target)
+    assert np.isnan(grad).all(axis=1).tolist() == [i == 1 for i in range(6)]
+    assert np.isnan(grad).any(axis=1).tolist() == [i == 1 for i in range(6)]
+
+
+@pytest.mark.parametrize("p", P)
+def test_gradient_of_the_weights_and_forward_mode(batch, p):
+    scores, target, weight = batch
+
+    def loss(x, w):
+        return multi_margin_loss(x, target, p=p, weight=w)
+
+    one_hot = np.eye(5, dtype=np.float32)
+    expected = [loss(scores, jnp.asarray(row)) for row in one_hot]  # it is linear in them
+    np.testing.assert_allclose(jax.grad(loss, 1)(scores, weight), expected, rtol=1e-5)
+    tangents = jnp.ones_like(scores) * 0.5, jnp.arange(5.0)
+    grads = jax.grad(loss, (0, 1))(scores, weight)
+    wanted = sum(jnp.vdot(a, b) for a, b in zip(grads, tangents, strict=True))
+    _, tangent = jax.jvp(loss, (scores, weight), tangents)
+    np.testing.assert_allclose(tangent, wanted, rtol=1e-4, atol=1e-6)
+    mixed = jax.jacfwd(jax.grad(loss, 1), 0)(scores, weight)
+    np.testing.assert_allclose(
+        mixed, np.moveaxis(jax.jacrev(jax.grad(loss, 0), 1)(scores, weight), -1, 0), atol=1e-6
+    )
+
+
+def test_the_gradient_of_a_float16_mean_survives_a_loss_scale():
+    weight = jnp.full(2**4, 2.0**-16)
+
+    def scaled(x):
+        loss = multi_margin_loss(x.astype(jnp.float16), jnp.zeros(2**5, int), weight=weight)
+        return loss * jnp.float16(2.0**15)
+
+    grad = jax.grad(scaled)(jnp.zeros((2**5, 2**4), jnp.float16))
+    assert float(grad[0, 1]) == 2.0**-10  # weight / (N * C), formed in float16, would be 0
+
+
+@pytest.mark.parametrize("p", P)
+def test_no_nan_is_made_to_be_thrown_away(batch, p):
+    scores, target, weight = batch
+    scores = scores.at[jnp.arange(6), (target + 1) % 5].set(-np.inf)
+    ignored = scores.at[2].set(np.nan), target.at[2].set(-100)
+
+    def loss(x, y, **options):
+        return multi_margin_loss(x, y, p=p, weight=weight, **options)
+
+    with jax.debug_nans(True):
+        for options in ({}, {"check_target": "nan"}, {"backend": "generic"}, {"margin": 0.0}):
+            assert np.isfinite(loss(scores, target, **options))
+            grad = jax.grad(lambda x, options=options: loss(x, target, **options))(scores)
+            assert np.isfinite(grad).all()
+        assert np.isfinite(loss(*ignored, ignore_index=-100))
+        assert np.isfinite(jax.jit(jax.grad(loss))(scores, target)).all()
+    for function in (loss, jax.grad(loss)):
+        checked = checkify.checkify(function, checkify.float_checks | checkify.index_checks)
+        assert checked(scores, target)[0].get() is None
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("options", [{}, {"p": 1.5}, {"ignore_index": -1}, {"reduction": "none"}])
+def test_export_with_symbolic_sizes(rng, x64, options):
+    def gradient(x, y):
+        return jax.grad(lambda x: multi_margin_loss(x, y, **options).sum())(x)
+
+    with jax.enable_x64(x64):
+        n, c = jax.export.symbolic_shape("n, c")
+        shapes = jax.ShapeDtypeStruct((n, c), "float32"), jax.ShapeDtypeStruct((n,), "int32")
+        for function in (partial(multi_margin_loss, **options), gradient):
+            exported = jax.export.export(jax.jit(function))(*shapes)
+            for size in ((6, 200), (1, 1), (70, 3)):
+                x = jnp.asarray(rng.normal(size=size).astype(np.float32))
+                y = jnp.asarray(rng.integers(0, size[1], size[0]).astype(np.int32))
+                np.testing.assert_allclose(
+                    exported.call(x, y), function(x, y), rtol=1e-5, atol=1e-7
+                )
+
+
+def test_eight_devices_keep_their_shards():
+    code = """
+import jax, numpy as np
+from functools import partial
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as S
+from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
+mesh = Mesh(np.array(jax.devices()), ("rows",))
+rng = np.random.default_rng(0)
+x, t = rng.normal(size=(16, 24)).astype(np.float32), rng.integers(0, 24, 16).astype(np.int32)
+expected, expected_grad = multi_margin_loss_and_grad(x, t, reduction="none")
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+sum_of = lambda x, t: multi_margin_loss(x, t, reduction="sum")
+for spec in (S("rows"), S(None, "rows")):
+    sharding = NamedSharding(mesh, spec)
+    rows = NamedSharding(mesh, S(spec[0]))
+    a, b = jax.device_put(x, sharding), jax.device_put(t, rows)
+    loss, grad = multi_margin_loss_and_grad(a, b, reduction="none")
+    assert grad.sharding.is_equivalent_to(sharding, 2), grad.sharding
+    close(loss, expected)
+    close(grad, expected_grad)
+    grad = jax.grad(sum_of)(a, b)
+    assert grad.sharding.is_equivalent_to(sharding, 2), grad.sharding
+    close(grad, expected_grad)
+rows = S("rows")
+a, b = (jax.device_put(v, NamedSharding(mesh, rows)) for v in (x, t))
+mapped = partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+close(mapped(partial(multi_margin_loss, reduction="none"))(a, b), expected)
+close(mapped(jax.grad(sum_of))(a, b), expected_grad)
+print("good")
+"""
+    printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert printed.strip() == "good"

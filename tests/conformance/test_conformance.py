@@ -257,3 +257,22 @@ def test_the_module_is_the_command():
     )
     assert done.returncode == 0, done.stderr
     assert "1 pass" in done.stdout
+
+
+def test_numpy_without_compiled_kernels_runs_on_the_generic_code():
+    program = """
+import sys
+sys.modules["mml_arrayapi.backends.cpu._baseline"] = None
+from mml_arrayapi.conformance import Context, all_checks
+check = next(check for check in all_checks() if check.name == "gradient rows sum to 0")
+result = check(Context("numpy"))
+assert result.state == "pass", result
+from mml_arrayapi.conformance.capabilities import capabilities
+print(capabilities([Context("numpy")])["kernels"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'runs': 'generic'" in done.stdout
+    assert "no compiled kernels" in done.stdout or "are not built" in done.stdout

@@ -4,64 +4,16 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
-from argparse import ArgumentParser
 from fractions import Fraction
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 import mml_arrayapi as mml
-from mml_arrayapi.evaluation.command import add_parser
-from mml_arrayapi.evaluation.journal import NAME
 from mml_arrayapi.loss import sample_losses
 
 N, C = 700, 6
-
-
-@pytest.fixture(scope="module")
-def arrays():
-    rng = np.random.default_rng(0)
-    scores = rng.standard_normal((N, C)).astype(np.float32)
-    target = rng.integers(0, C, N)
-    scores[np.arange(N), target] += 1
-    return scores, target
-
-
-@pytest.fixture
-def files(arrays, tmp_path, monkeypatch):
-    """The scores and targets as .npy files in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    np.save("x.npy", arrays[0])
-    np.save("y.npy", arrays[1])
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def wanted(arrays):
-    return mml.evaluate(*arrays)
-
-
-def command(*arguments):
-    """Run ``evaluate`` as the command line does; return the exit code."""
-    parser = ArgumentParser()
-    add_parser(parser.add_subparsers())
-    parsed = parser.parse_args(["evaluate", *map(str, arguments)])
-    return parsed.run(parsed)
-
-
-def fails(capsys, *arguments, code=2):
-    """Run a command that must fail with one line; return the line."""
-    assert command(*arguments) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("mml-arrayapi evaluate: error: ")
-    return captured.err
 
 
 def test_the_figures(arrays):
@@ -247,7 +199,7 @@ def same_json(text, wanted):
     assert told == wanted
 
 
-def test_table_and_json(files, wanted, capsys):
+def test_table_and_json(files, wanted, capsys, command):
     assert command("x.npy", "y.npy") == 0
     table = capsys.readouterr().out
     assert f"loss           {wanted.loss!r} (mean; p 1, margin 1)" in table
@@ -268,7 +220,7 @@ def test_table_and_json(files, wanted, capsys):
     ]
 
 
-def test_options_reach_the_figures(arrays, files, capsys):
+def test_options_reach_the_figures(arrays, files, capsys, command):
     np.save("w.npy", np.arange(1.0, 1 + C))
     options = ("--p", 2, "--margin", 0.25, "--reduction", "sum", "--json", "--chunk-size", 13)
     for weight in ("w.npy", "1,2,3,4,5,6"):
@@ -289,22 +241,6 @@ def test_many_classes_are_shortened():
     assert "the 20 classes of highest mean loss, of 100" in text
     assert len(text.splitlines()) == 8 + 20 + 1
     assert len(figures.to_json()["classes"]) <= 50
-
-
-@pytest.mark.parametrize("columns", [40, 80, 200])
-def test_the_progress_bar_fits_the_terminal(files, capsys, monkeypatch, columns):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("TERM", "xterm")
-    assert command("x.npy", "y.npy", "--chunk-size", 100) == 0
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
-    assert "700 of 700 rows" in shown
-    assert max(map(len, re.split(r"[\r\n]", shown))) <= columns
-
-
-def test_no_bar_in_a_pipe(files, capsys):
-    assert command("x.npy", "y.npy") == 0
-    assert capsys.readouterr().err == ""
 
 
 # Bad input.
@@ -358,7 +294,7 @@ def bad_inputs():
 
 
 @pytest.mark.parametrize(("arguments", "message"), bad_inputs(), ids=lambda v: str(v)[:40])
-def test_bad_input_is_one_line_that_says_what_to_do(arrays, files, capsys, arguments, message):
+def test_bad_input_is_one_line_that_says_what_to_do(arrays, files, arguments, message, fails):
     scores, target = arrays
     os.mkdir("folder")
     open("x.txt", "w").close()
@@ -384,51 +320,47 @@ def test_bad_input_is_one_line_that_says_what_to_do(arrays, files, capsys, argum
     bad[13] = 77
     np.save("bad.npy", bad)
     before = sorted(os.listdir())
-    assert message in fails(capsys, *arguments)
+    assert message in fails(*arguments)
     assert sorted(os.listdir()) == before  # nothing half-written
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_corrupt_chunk_is_named(arrays, files, capsys, version):
+def test_a_corrupt_chunk_is_named(arrays, files, version, fails):
     zarr_store("x.zarr", arrays[0], version, 90)
     chunk = "x.zarr/1.0" if version == 2 else "x.zarr/c/1/0"
     damage(chunk, 0, bytes(64))
-    line = fails(capsys, "x.zarr", "y.npy", "--chunk-size", 90)
+    line = fails("x.zarr", "y.npy", "--chunk-size", 90)
     assert "x.zarr: rows 90 to 179 cannot be read (" in line
     assert line.endswith("write or copy it again\n")
 
 
-def test_bad_parquet(arrays, files, capsys):
+def test_bad_parquet(arrays, files, fails):
     scores = arrays[0]
     parquet("bad.parquet", logits=[list(map(float, row)) for row in scores[:-1]] + [[1.0]])
     assert "bad.parquet: lists of column 'logits' have different lengths" in fails(
-        capsys, "bad.parquet", "y.npy"
+        "bad.parquet", "y.npy"
     )
     parquet("null.parquet", a=[1.0, None], b=[1.0, 2.0], y=[0, 1])
-    assert "column 'a' has empty values; fill or drop" in fails(
-        capsys, "null.parquet#a,b", "null.parquet"
-    )
+    assert "column 'a' has empty values; fill or drop" in fails("null.parquet#a,b", "null.parquet")
     parquet("two.parquet", a=[1.0], y=[0], z=[1])
     assert "cannot tell which columns hold the targets; name them" in fails(
-        capsys, "two.parquet#a", "two.parquet"
+        "two.parquet#a", "two.parquet"
     )
-    assert "has no column 'q'; its columns are a, y, z" in fails(
-        capsys, "two.parquet#q", "two.parquet#y"
-    )
+    assert "has no column 'q'; its columns are a, y, z" in fails("two.parquet#q", "two.parquet#y")
     with open("two.parquet", "r+b") as file:
         file.truncate(40)
-    assert "two.parquet: cannot be read (" in fails(capsys, "two.parquet", "y.npy")
+    assert "two.parquet: cannot be read (" in fails("two.parquet", "y.npy")
 
 
-def test_a_missing_reader_is_named(files, capsys, monkeypatch):
+def test_a_missing_reader_is_named(files, monkeypatch, fails):
     monkeypatch.setitem(sys.modules, "pyarrow.dataset", None)
     with open("x.parquet", "w") as file:
         file.write("PAR1")
-    assert "pip install 'mml_arrayapi[evaluate]'" in fails(capsys, "x.parquet", "y.npy")
+    assert "pip install 'mml_arrayapi[evaluate]'" in fails("x.parquet", "y.npy")
 
 
 @pytest.mark.parametrize("what", ["--checkpoint", "--report"])
-def test_a_full_disk(files, capsys, what):
+def test_a_full_disk(files, capsys, what, command):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
@@ -455,166 +387,3 @@ def test_the_functions_own_errors(arrays):
         mml.evaluate(scores, [])
     with pytest.raises(mml.InputError, match="checkpoint: only files can be resumed"):
         mml.evaluate(scores, target, checkpoint="unused")
-
-
-# Resuming.
-
-
-class Killed(Exception):
-    pass
-
-
-def stop_after(pieces):
-    def progress(done, rows):
-        nonlocal pieces
-        pieces -= 1
-        if not pieces:
-            raise Killed
-
-    return progress
-
-
-def test_resuming_gives_the_same_bits(files, wanted):
-    for _ in range(3):
-        with pytest.raises(Killed):
-            mml.evaluate(
-                "x.npy", "y.npy", chunk_size=60, checkpoint="ck", progress=stop_after(2), workers=1
-            )
-    lines = (files / "ck" / NAME).read_text().splitlines()
-    assert len(lines) == 1 + 6
-    steps = []
-    figures = mml.evaluate(
-        "x.npy",
-        "y.npy",
-        chunk_size=60,
-        checkpoint="ck",
-        progress=lambda done, _: steps.append(done),
-    )
-    assert figures == wanted
-    assert len(steps) == 6
-    steps.clear()
-    assert mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck") == wanted
-
-
-@pytest.mark.parametrize("torn", [b"", b"{", b"00000000 {}", b"\xff\xfe garbage"])
-def test_a_torn_last_line_is_dropped(files, wanted, torn):
-    with pytest.raises(Killed):
-        mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck", progress=stop_after(3))
-    journal = files / "ck" / NAME
-    journal.write_bytes(journal.read_bytes()[:-9] + torn)
-    assert mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck") == wanted
-    assert mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck") == wanted
-
-
-def test_a_damaged_journal_is_refused(files, capsys):
-    assert command("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60) == 0
-    capsys.readouterr()
-    damage(files / "ck" / NAME, 700, b"#")
-    line = fails(capsys, "x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60)
-    assert re.search(rf"ck/{NAME}: line \d is damaged; remove the file", line)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--p", 2), "was begun with p 1.0, but this run has 2.0; use the same, or another folder"),
-        (("--margin", 2), "was begun with margin 1.0, but this run has 2.0"),
-        (("--weight", "1,1,1,1,1,2"), "was begun with weight None, but this run has"),
-        (("--chunk-size", 61), "was begun with chunk size 60, but this run has 61"),
-        (
-            ("--backend", "generic"),
-            "was begun with kernel numpy-cpu, but this run has generic",
-        ),
-    ],
-)
-def test_another_journal_is_refused(files, capsys, options, message):
-    assert command("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60) == 0
-    capsys.readouterr()
-    arguments = ("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60, *options)
-    assert message in fails(capsys, *arguments)
-
-
-def test_a_changed_file_is_refused(arrays, files, capsys):
-    assert command("x.npy", "y.npy", "--checkpoint", "ck") == 0
-    capsys.readouterr()
-    np.save("y.npy", arrays[1][::-1])
-    line = fails(capsys, "x.npy", "y.npy", "--checkpoint", "ck")
-    assert "y.npy); give the same files, unchanged, or another folder" in line
-
-
-SLOW = """
-import time
-import mml_arrayapi as mml
-mml.evaluate("x.npy", "y.npy", chunk_size=7, checkpoint="ck", workers=1,
-             progress=lambda *_: time.sleep(0.02))
-"""
-
-
-def test_kill_9_of_the_client_and_resume(files, wanted):
-    process = subprocess.Popen([sys.executable, "-c", SLOW])
-    journal = files / "ck" / NAME
-    deadline = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert journal.read_bytes().count(b"\n") < 101
-    steps = []
-    figures = mml.evaluate(
-        "x.npy", "y.npy", chunk_size=7, checkpoint="ck", progress=lambda done, _: steps.append(done)
-    )
-    assert figures == wanted
-    assert 0 < len(steps) < 100
-
-
-# The report.
-
-
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.links, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_report_is_one_page_that_loads_nothing(files, wanted, capsys):
-    os.rename("x.npy", "<x>.npy")
-    assert command("<x>.npy", "y.npy", "--report", "r.html") == 0
-    text = (files / "r.html").read_text(encoding="utf-8")
-    page = Page()
-    page.feed(text)
-    assert page.links == []
-    assert "http" not in text
-    assert "url(" not in text.replace("url(#", "")
-    assert page.tags.count("svg") == 2
-    assert "Multi-class hinge loss of <x>.npy" in page.text
-    assert "<x>.npy rows 0 to 699 with y.npy rows 0 to 699" in page.text
-    assert repr(wanted.loss) in page.text
-    assert f"{100 * wanted.accuracy:.3f} %" in page.text
-    assert not [name for name in os.listdir() if name.endswith(".part")]
-
-
-@pytest.mark.parametrize(
-    "figures",
-    [
-        lambda: mml.evaluate(np.zeros((0, 3)), np.zeros(0, int)),
-        lambda: mml.evaluate(np.full((4, 2), np.nan), np.zeros(4, int), margin=0),
-        lambda: mml.evaluate(np.eye(200), np.arange(200), weight=-np.ones(200), margin=-3),
-        lambda: mml.evaluate(np.eye(1500) * 1e30, np.arange(1500)),
-    ],
-    ids=["empty", "nan", "negative", "many"],
-)
-def test_odd_evaluations_have_a_report_too(figures):
-    from mml_arrayapi.evaluation.report import to_html
-
-    page = Page()
-    page.feed(to_html(figures(), "x"))
-    assert "Multi-class hinge loss" in page.text

@@ -190,7 +190,7 @@ def tile_cases(scalar: int, classes: int) -> Iterator[Case]:
 
 def _faults(scalar: int, classes: int) -> Iterator[Case]:
     """Ignored rows, sums that leave the computing precision, rows that are NaN by a weight."""
-    for reduction in ("none", "mean", "sum"):
+    for reduction in ("none", "mean", "sum") if classes < 100 else ("mean",):
         for target, index in (("int64", -100), ("int64", 3), ("uint8", 255), ("uint64", 2**64 - 1)):
             yield Case(9, classes, reduction, target=target, ignore_index=index, ignored=(0, 5, 8))
         yield Case(4, classes, reduction, "own", ignore_index=-1, ignored=(0, 1, 2, 3))

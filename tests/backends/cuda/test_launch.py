@@ -4,8 +4,12 @@ import ctypes
 import math
 import re
 import struct
+import subprocess
+import sys
 import threading
 import types
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +63,21 @@ def test_constants_are_those_of_the_source():
     assert constants["UNIT"] == "8"
     assert f"UP = {cuda_plan.UP}" in cuda_plan.source()
     assert cuda_plan.COUNTING_BLOCKS <= cuda_plan.TILE_BLOCK  # a thread reads one block's count
+
+
+def test_the_source_is_read_from_a_zip_file_too(tmp_path):
+    folder = Path(cuda_plan.__file__).parent
+    with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
+        archive.writestr("zipped/__init__.py", "")
+        for name in ("plan.py", "margin_loss.cu"):
+            archive.write(folder / name, f"zipped/{name}")
+    program = "import sys; sys.path.insert(0, sys.argv[1])\nfrom zipped import plan\n"
+    program += "print(len(plan.source()), plan.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "zipped.zip")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith(f"{len(cuda_plan.source())} {tmp_path}")
 
 
 @pytest.mark.parametrize("scalar", [64, 32, 16, 17])

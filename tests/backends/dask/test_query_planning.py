@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dask
 import dask.array as da
 import numpy as np
 import pytest
-
-import mml_arrayapi as mml
 
 HERE = Path(__file__).parent
 PLANNED = "DASK_ARRAY__QUERY_PLANNING"

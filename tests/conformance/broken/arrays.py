@@ -9,7 +9,7 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "l
               "eq", "ne", "and_", "or_", "xor")  # fmt: skip
 _FUNCTIONS = ("any", "all", "argmax", "astype", "broadcast_to", "expand_dims", "isnan", "max", "min",
               "ones_like", "permute_dims", "reshape", "squeeze", "stack", "sum", "where",
-              "zeros_like")  # fmt: skip
+              "full_like", "zeros_like")  # fmt: skip
 _CREATION = ("arange", "asarray", "full", "ones", "zeros")
 _CONSTANTS = ("bool", "float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8",
               "uint16", "uint32", "uint64", "complex64", "complex128", "isdtype", "finfo", "iinfo",

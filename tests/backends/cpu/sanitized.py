@@ -1,0 +1,43 @@
+"""What test_sanitizers.py runs under sanitizers: every type, exponent and layout on exact buffers."""
+
+import importlib.util
+import itertools
+import sys
+
+import numpy as np
+
+spec = importlib.util.spec_from_file_location("_baseline", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+native.accept((np.ndarray,), None, np.empty, (np.float64, np.float32, np.float16))
+native.set_limit(lambda _: 3)
+rng = np.random.default_rng(0)
+LAYOUTS = (
+    np.ascontiguousarray,
+    np.asfortranarray,
+    lambda x: np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1],
+    lambda x: np.repeat(x, 3, 1)[:, ::3],
+)
+count = 0
+for dtype, p, (n, c), layout in itertools.product(
+    ("f8", "f4", "f2"),
+    (1, 2, 1.5),
+    ((1, 1), (3, 2), (9, 7), (70, 8), (65, 9), (20, 15), (5, 16), (6, 33), (3, 1001), (0, 4)),
+    LAYOUTS,
+):
+    x, y = layout(rng.normal(size=(n, c)).astype(dtype)), rng.integers(0, c, n).astype("i1")
+    weight = rng.random(c)
+    for reduction, given in itertools.product(("none", "mean"), (None, weight)):
+        how, grad = (p, 0.5, reduction, 3, -1, "nan"), np.empty_like(x)
+        loss = native.loss_and_grad(x, y, given, how, grad)
+        assert np.array_equal(loss, native.loss(x, y, given, how), equal_nan=True)
+        if p == 1:
+            bits, again = np.empty(native.row_bytes(x, how) * n, np.uint8), np.empty_like(x)
+            native.loss(x, y, given, how, None, bits)
+            native.grad(x, y, given, how, again, None, bits)
+            assert np.array_equal(grad, again, equal_nan=True)
+        count += 1
+x, y = rng.normal(size=(5000, 100)).astype("f4"), rng.integers(0, 100, 5000)
+for _ in range(20):  # on three threads
+    native.loss_and_grad(x, y, None, (2, 1.0, "mean", None, -1, "auto"), np.empty_like(x))
+print("served", count)

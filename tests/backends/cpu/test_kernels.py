@@ -1,0 +1,434 @@
+"""The kernels: every type, exponent, layout and reduction, and what they promise beside."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from .conftest import options
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+DTYPES = {
+    "float64": (np.dtype("float64"), 1e-14, 0),
+    "float32": (np.dtype("float32"), 1e-6, 0),
+    "float16": (np.dtype("float16"), 6e-4, 6e-8),
+    "bfloat16": (np.dtype(ml_dtypes.bfloat16), 5e-3, 0),
+}
+LAYOUTS = {
+    "rows": lambda x: x,
+    "fortran": np.asfortranarray,
+    "reversed": lambda x: np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1],
+    "strided": lambda x: np.repeat(np.repeat(x, 2, 0), 3, 1)[::2, ::3],
+    "fortran reversed": lambda x: np.asfortranarray(x[::-1])[::-1],
+    "unaligned": lambda x: unaligned(x),
+}
+SHAPES = (1, 1), (3, 2), (40, 8), (403, 9), (70, 16), (130, 33), (2, 100), (300, 5), (7, 2063)
+
+
+def unaligned(x):
+    """Copy an array to an odd address."""
+    memory = np.empty(x.nbytes + 1, np.uint8)[1:]
+    copy = memory.view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+@pytest.mark.parametrize("p", [1, 2, 1.5, 3], ids="p={}".format)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_form_matches_float64(native, reference, rng, dtype, layout, p):
+    kind, near, tiny = DTYPES[dtype]
+    for n, c in SHAPES:
+        x = LAYOUTS[layout](rng.normal(size=(n, c)).astype(kind))
+        y, upstream = rng.integers(0, c, n), rng.random(n)
+        for weight in (None, rng.normal(size=c).astype(np.float16)):
+            wanted = reference(x, y, p, 0.7, weight)
+            none, grad = options(p, 0.7, "none"), np.empty_like(x)
+            losses = native.loss(x, y, weight, none)
+            again = native.loss_and_grad(x, y, weight, none, grad, upstream)
+            assert losses.dtype == grad.dtype == x.dtype
+            for got in (losses, again):
+                assert (abs(wide(got) - wanted.losses) <= near * wanted.scale + tiny).all()
+            error = abs(wide(grad) - wanted.grad * upstream[:, None])
+            assert (error <= near * wanted.grad_scale + tiny).all()
+            for reduction, count in (("mean", n), ("sum", 1)):
+                total, bound = wanted.losses.sum() / count, wanted.scale.sum() / count
+                how = options(p, 0.7, reduction)
+                for got in (
+                    native.loss(x, y, weight, how),
+                    native.loss_and_grad(x, y, weight, how, grad, 2.0),
+                ):
+                    assert got.dtype == x.dtype
+                    assert abs(float(got) - total) <= near * bound + tiny
+                error = abs(wide(grad) - wanted.grad * 2 / count)
+                assert (error <= near * wanted.grad_scale * 2 / count + tiny).all()
+
+
+def test_sums_of_fractions(native):
+    x, y = np.asarray([[0.5, -1.25, 2.0], [8.0, 0.125, -3.0]]), np.asarray([1, 2])
+    z = [[Fraction(11, 4), None, Fraction(17, 4)], [Fraction(12), Fraction(33, 8), None]]
+    for p in (1, 2, 3):
+        losses = [sum(h**p for h in row if h is not None) / 3 for row in z]
+        got = native.loss(x, y, None, options(p))
+        assert float(got) == pytest.approx(float(sum(losses) / 2), rel=1e-15)
+
+
+@pytest.mark.parametrize("layout", ["rows", "fortran"])
+@pytest.mark.parametrize("c", [5, 12, 700])
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_nan_infinity_and_targets_out_of_range(native, dtype, p, c, layout):
+    inf, nan = math.inf, math.nan
+    x, y = np.zeros((75, c), dtype), np.zeros(75, np.int64)
+    x[:, 3] -= 1  # at the kink
+    x[3, c - 1] = x[8, 0] = nan
+    x[13, 0] = x[13, 2] = inf  # inf - inf
+    y[20], y[41] = c, -1
+    x[50, 1] = inf
+    x[60, 1:] = -inf  # masked classes cost nothing
+    x[61, 0] = inf
+    x = LAYOUTS[layout](x)
+    how, grad = options(p, reduction="none", check_target="nan"), np.empty_like(x)
+    losses = native.loss_and_grad(x, y, None, how, grad)
+    assert np.array_equal(losses, native.loss(x, y, None, how), equal_nan=True)
+    lost = np.isnan(losses)
+    assert np.flatnonzero(lost).tolist() == [3, 8, 13, 20, 41]
+    assert np.isnan(grad[lost]).all()
+    assert not np.isnan(grad[~lost]).any()
+    assert losses[50] == inf
+    assert losses[60] == losses[61] == 0
+    assert (grad[~lost, 3] == 0).all()
+    assert native.loss(x, y, None, options(p)) is None  # raised by whoever finds the words
+    mean, again = options(p, check_target="nan"), np.empty_like(x)
+    assert np.isnan(native.loss_and_grad(x, y, None, mean, again))
+    assert np.array_equal(np.isnan(again), np.isnan(grad))
+
+
+def test_one_class_costs_nothing_but_a_nan_stays(native):
+    x = np.array([[0.0], [math.nan], [math.inf], [-math.inf]])
+    losses = native.loss(x, np.zeros(4, int), None, options(reduction="none"))
+    np.testing.assert_array_equal(losses, [0, math.nan, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("c", [9, 16, 40, 700])
+def test_finite_answers_stay_finite(native, dtype, c):
+    large = 3e37 if dtype == "float32" else 1.7e308
+    for x, y in (
+        (np.full((64, c), 0, dtype), np.zeros(64, int)),
+        (np.full((1, c), 0, dtype), np.zeros(1, int)),
+    ):
+        x[:, 0] = -large
+        for layout, p in itertools.product(("rows", "fortran"), (1, 1.0)):
+            z, grad = LAYOUTS[layout](x), np.empty_like(x)
+            mean = native.loss_and_grad(z, y, None, options(p), grad)
+            assert float(mean) == pytest.approx(large * ((c - 1) / c), rel=1e-6)
+            assert float(native.loss(z, y, None, options(p))) == float(mean)
+            assert np.isfinite(grad).all()
+            weight = np.ones(c, dtype)
+            weight[0] = 0
+            assert native.loss(z, y, weight, options(p)) == 0
+            assert native.loss_and_grad(z, y, weight, options(p), grad) == 0
+            assert (grad == 0).all()
+    x = np.zeros((2, c), dtype)
+    x[:, 0] = -1e18 if dtype == "float32" else -1.2e154
+    grad = np.empty_like(x)
+    mean = native.loss_and_grad(x, np.zeros(2, int), None, options(2), grad)
+    z = float(x.dtype.type(0) - x[0, 0])
+    assert float(mean) == pytest.approx(z * (z * ((c - 1) / c)), rel=1e-6)
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_margin_that_the_dtype_cannot_hold_is_infinite(native, dtype, rng):
+    for c in (5, 10, 100):
+        x, y = rng.normal(size=(20, c)).astype(dtype), rng.integers(0, c, 20)
+        grad = np.empty_like(x)
+        assert native.loss_and_grad(x, y, None, options(margin=-1e39), grad) == 0
+        assert (grad == 0).all()
+        assert native.loss_and_grad(x, y, None, options(margin=1e39), grad) == math.inf
+        flat = np.zeros_like(x)  # in which each hinge is active: not 0 times infinity
+        assert native.loss(flat, y, np.full(c, 1e300), options()) == math.inf
+
+
+def test_the_margin_survives_large_scores(native):
+    # (x_j - x_y) + margin; reassociated, the margin of 1e-3 would vanish in scores of 1e5.
+    x = np.full((64, 100), 1e5, np.float32)
+    loss = native.loss(x, np.zeros(64, int), None, options(margin=1e-3))
+    assert float(loss) == pytest.approx(99e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 10**7), (2 * 10**5, 10)])
+@pytest.mark.parametrize("p", [1, 2])
+def test_sums_are_accurate_at_any_size(native, reference, shape, p, rng):
+    x, y = rng.random(shape, dtype=np.float32), rng.integers(0, shape[1], shape[0])
+    grad, wanted = np.empty_like(x), reference(x, y, p)
+    loss = native.loss_and_grad(x, y, None, options(p, reduction="sum"), grad)
+    assert float(loss) == pytest.approx(math.fsum(wanted.losses), rel=1e-6)
+    own = np.take_along_axis(grad, y[:, None], 1)
+    np.testing.assert_allclose(own, np.take_along_axis(wanted.grad, y[:, None], 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_16_bit_number_is_widened_and_rounded_exactly(native, dtype):
+    kind = DTYPES[dtype][0]
+    numbers = np.arange(2**16, dtype=np.uint16).view(kind)
+    for c in (2, 9, 64):
+        x = np.zeros((2**16, c), kind)
+        x[:, -1] = numbers
+        how = options(margin=0.0, reduction="none", check_target="nan")
+        losses = native.loss(x, np.zeros(2**16, int), None, how)
+        with np.errstate(all="ignore"):
+            exact = np.maximum(numbers.astype(np.float64), 0) / c
+            assert np.array_equal(losses, exact.astype(np.float32).astype(kind), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)])
+def test_targets_of_every_width(native, dtype, rng):
+    x, y = rng.normal(size=(50, 7)), rng.integers(0, 7, 50)
+    expected = native.loss(x, y, None, options())
+    z, limits = y.astype(dtype), np.iinfo(dtype)
+    assert native.loss(x, z, None, options()) == expected
+    assert native.loss(x, np.repeat(z, 3)[::3], None, options()) == expected
+    for value in {7, limits.max, limits.min, limits.max - 1} - {0}:
+        z[20] = value
+        assert native.loss(x, z, None, options()) is None
+        left = native.loss(x, z, None, options(ignore_index=int(value)))
+        assert left == native.loss(np.delete(x, 20, 0), np.delete(y, 20), None, options())
+        assert native.loss(x, z, None, options(ignore_index=int(value) + 2**64)) is None
+        assert np.isnan(native.loss(x, z, None, options(check_target="nan")))
+    assert native.loss(x, y, None, options(ignore_index=-(10**30))) == expected
+
+
+@pytest.mark.parametrize("c", [3, 9, 40])
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+def test_ignored_samples_count_for_nothing(native, reference, rng, c, p):
+    x, y = rng.normal(size=(90, c)).astype(np.float32), rng.integers(0, c, 90)
+    ignored = rng.random(90) < 0.3
+    y[ignored] = -100
+    x[ignored] = math.nan
+    wanted = reference(x[~ignored], y[~ignored], p)
+    grad, how = np.empty_like(x), options(p, ignore_index=-100)
+    loss = native.loss_and_grad(x, y, None, how, grad)
+    assert float(loss) == pytest.approx(wanted.losses.mean(), rel=1e-5)
+    assert (grad[ignored] == 0).all()
+    np.testing.assert_allclose(grad[~ignored], wanted.grad / (~ignored).sum(), rtol=1e-4, atol=1e-7)
+    losses = native.loss(x, y, None, options(p, reduction="none", ignore_index=-100))
+    assert (losses[ignored] == 0).all()
+    assert np.isfinite(losses).all()
+    y[:] = -100
+    assert np.isnan(native.loss_and_grad(x, y, None, how, grad))
+    assert (grad == 0).all()
+    assert native.loss(x, y, None, options(p, reduction="sum", ignore_index=-100)) == 0
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("c", [3, 9, 40])
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_row_whose_loss_is_nan_has_a_gradient_of_nan(native, weight, c, p, rng):
+    x, y = rng.normal(size=(40, c)).astype(np.float32), rng.integers(0, c, 40)
+    x[:5] = 0
+    x[:5, 0], y[:5] = 100, 0  # no hinge is active: 0 times infinity
+    weights = np.ones(c)
+    weights[0] = weight
+    how, grad = options(p, reduction="none"), np.empty_like(x)
+    losses = native.loss_and_grad(x, y, weights, how, grad)
+    assert np.isnan(losses[:5]).all()
+    assert np.array_equal(np.isnan(losses), np.isnan(grad).all(1))
+    assert np.array_equal(np.isnan(losses), np.isnan(grad).any(1))
+    assert np.array_equal(losses, native.loss(x, y, weights, how), equal_nan=True)
+    again = np.empty_like(x)
+    total = native.loss_and_grad(x, y, weights, options(p, reduction="sum"), again)
+    assert np.isnan(total)
+    assert np.array_equal(again, grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [1, 2, 7, 8, 9, 15, 16, 33, 1001])
+def test_backward_by_bits_equals_the_one_pass_gradient(native, rng, dtype, c):
+    kind = DTYPES[dtype][0]
+    x, y = rng.normal(size=(61, c)).astype(kind), rng.integers(0, c, 61)
+    x[5, -1] = x[7, 0] = math.nan
+    y[9], y[10] = c, -100
+    x[11] = x[11, 0]
+    upstream, weights = rng.normal(size=61), rng.random(c)
+    weights[y[20]] = math.inf
+    for layout, weight, reduction in itertools.product(
+        ("rows", "strided"), (None, weights), ("none", "mean", "sum")
+    ):
+        z = LAYOUTS[layout](x)
+        how = options(1, 0.5, reduction, -100, -1, "nan")
+        factor = upstream if reduction == "none" else -2.0
+        grad, again = np.empty_like(z), np.empty_like(z)
+        expected = native.loss_and_grad(z, y, weight, how, grad, factor)
+        bits = np.zeros(native.row_bytes(z, how) * 61, np.uint8)
+        loss = native.loss(z, y, weight, how, None, bits)
+        assert np.array_equal(loss, expected, equal_nan=True)
+        assert native.grad(z, y, weight, how, again, factor, bits) is again
+        assert np.array_equal(again, grad, equal_nan=True)
+        assert native.grad(z, y, weight, how, again, factor) is again
+        assert np.array_equal(again, grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_classes_on_any_axis_and_batches_that_no_stride_walks(native, reference, rng, axis):
+    x = rng.normal(size=(4, 5, 6, 7)).astype(np.float32)[::2, :, 1:4]
+    y = rng.integers(0, x.shape[axis], np.delete(x.shape, axis))
+    grad = np.empty_like(x)
+    losses = native.loss_and_grad(x, y, None, options(reduction="none", axis=axis), grad)
+    flat = np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+    wanted = reference(flat, y.reshape(-1))
+    assert losses.shape == y.shape
+    assert (abs(losses.reshape(-1) - wanted.losses) <= 1e-6 * wanted.scale).all()
+    moved = np.moveaxis(grad, axis, -1).reshape(flat.shape)
+    assert (abs(moved - wanted.grad) <= 1e-6 * wanted.grad_scale).all()
+
+
+def test_one_sample_spellings(native):
+    x, one = np.asarray([0.5, 0.0, -2.0]), 1 / 6
+    for z, y in (
+        (x, np.asarray(0)),
+        (x, np.asarray([0])),
+        (x[None], np.asarray([0])),
+        (x[None], np.asarray(0)),
+    ):
+        assert float(native.loss(z, y, None, options())) == pytest.approx(one)
+        assert native.loss(z, y, None, options(reduction="none")).shape == y.shape
+    assert native.loss(np.asarray(3.0), np.asarray(0), None, options()) == 0
+    empty = np.empty((0, 3))
+    assert np.isnan(native.loss(empty, np.empty(0, int), None, options()))
+    assert native.loss(empty, np.empty(0, int), None, options(reduction="sum")) == 0
+    assert native.loss(empty, np.empty(0, int), None, options(reduction="none")).shape == (0,)
+
+
+@pytest.mark.parametrize("c", [5, 12, 1000])
+def test_bits_depend_on_nothing_but_the_numbers(native, rng, monkeypatch, c):
+    x, y = rng.normal(size=(400_000 // c, c)).astype(np.float32), rng.integers(0, c, 400_000 // c)
+    grad, again = np.empty_like(x), np.empty_like(x)
+    first = native.loss_and_grad(x, y, None, options(2), grad)
+    for count in ("1", "2", "3", "7"):
+        monkeypatch.setenv("MML_ARRAYAPI_NUM_THREADS", count)
+        for z in (x, unaligned(x)):
+            assert native.loss_and_grad(z, y, None, options(2), again).tobytes() == first.tobytes()
+            assert again.tobytes() == grad.tobytes()
+    few, some = x[:20], y[:20]
+    before = native.loss(few, some, None, options())
+    assert {float(native.loss(few, some, None, options())) for _ in range(2000)} == {float(before)}
+
+
+def test_read_only_and_memory_mapped_arrays(native, rng, tmp_path):
+    x, y = rng.normal(size=(30, 9)), rng.integers(0, 9, 30)
+    expected = native.loss(x, y, None, options())
+    x.setflags(write=False)
+    y.setflags(write=False)
+    assert native.loss(x, y, None, options()) == expected
+    np.save(tmp_path / "x.npy", x)
+    assert native.loss(np.load(tmp_path / "x.npy", mmap_mode="r"), y, None, options()) == expected
+
+
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_classes_in_parts(native, reference, rng, dtype, p):
+    kind, near, tiny = DTYPES[dtype]
+    computing = np.float64 if dtype == "float64" else np.float32
+    x, y, upstream = rng.normal(size=(50, 90)).astype(kind), rng.integers(0, 90, 50), rng.random(50)
+    y[7], y[8] = 90, -5
+    how, edges = options(p, ignore_index=-5), ((0, 3), (3, 40), (40, 90))
+    parts = [np.ascontiguousarray(x[:, a:b]) for a, b in edges]
+    own = np.zeros(50, computing)
+    for (a, _), part in zip(edges, parts, strict=True):
+        own += native.own_scores(part, y, how, a, np.empty(50, computing))
+    own[7] = math.nan
+    sums, slopes = np.zeros(50), np.zeros(50)
+    for (a, _), part in zip(edges, parts, strict=True):
+        one, two = np.empty(50), np.empty(50)
+        assert native.part_sums(part, y, how, a, own, one, two) is one
+        sums, slopes = sums + one, slopes + two
+    good = np.ones(50, bool)
+    good[[7, 8]] = False
+    wanted = reference(x[good], y[good], p)
+    assert (abs(sums[good] / 90 - wanted.losses) <= 1e-6 * wanted.scale).all()
+    assert np.isnan(sums[7])
+    assert np.isnan(slopes[7])
+    assert sums[8] == slopes[8] == 0
+    scale, grads = upstream / 90, []
+    for (a, _), part in zip(edges, parts, strict=True):
+        grads.append(np.empty_like(part))
+        got = native.part_grad(part, y, how, a, (own, slopes, scale), grads[-1])
+        assert got is grads[-1]
+    grad = wide(np.concatenate(grads, 1))
+    error = abs(grad[good] - wanted.grad * upstream[good, None])
+    assert (error <= near * wanted.grad_scale + tiny).all()
+    assert np.isnan(grad[7]).all()
+    assert (grad[8] == 0).all()
+
+
+class Sub(np.ndarray):
+    """A subclass, which may mean something else."""
+
+
+def test_what_is_declined(native):
+    x, y, w = np.zeros((4, 3)), np.zeros(4, int), np.ones(3)
+    assert native.loss(x, y, w, options()) is not None
+    for other in (
+        x.view(Sub),
+        np.ma.masked_array(x),
+        x.astype(">f8"),
+        x.astype(int),
+        x.astype(bool),
+        x.astype(complex),
+        x.astype("g"),
+        x.tolist(),
+        None,
+        x[:, :0],
+        x[None],
+    ):
+        assert native.loss(other, y, w, options()) is None, type(other)
+    for other in (y.astype(float), y.astype(bool), y.astype(">i8"), y[:3], y[:, None], [0] * 4):
+        assert native.loss(x, other, w, options()) is None, other
+    for other in (w[:2], w[None], w.astype(int), w.astype(">f4"), [1.0] * 3):
+        assert native.loss(x, y, other, options()) is None, other
+    for other in (
+        options(p=0.5),
+        options(p=math.nan),
+        options(p=math.inf),
+        options(p=True),
+        options(p="1"),
+        options(p=10**400),
+        options(margin=math.inf),
+        options(margin=None),
+        options(reduction="max"),
+        options(reduction=1),
+        options(ignore_index=1.0),
+        options(ignore_index=True),
+        options(axis=2),
+        options(axis=-3),
+        options(axis=1.0),
+        options(axis=2**70),
+        options(check_target=True),
+        options(check_target="yes"),
+        options()[:5],
+        list(options()),
+    ):
+        assert native.loss(x, y, w, other) is None, other
+    none = options(reduction="none")
+    for grad in (x[:2].copy(), x.astype(np.float32), x.T.copy(), x.tolist(), None):
+        assert native.loss_and_grad(x, y, w, options(), grad) is None
+    fixed = x.copy()
+    fixed.setflags(write=False)
+    assert native.loss_and_grad(x, y, w, options(), fixed) is None
+    for upstream in (np.ones(3), np.ones((4, 1)), 1.0, "1", np.ones(4, int)):
+        assert native.loss_and_grad(x, y, w, none, x.copy(), upstream) is None, upstream
+    for upstream in (np.ones(4), "1", 10**400):
+        assert native.loss_and_grad(x, y, w, options(), x.copy(), upstream) is None, upstream
+    for bits in (np.empty(3, np.uint8), np.empty(4, np.int8), b"1234"):
+        assert native.loss(x, y, w, options(), None, bits) is None
+    with pytest.raises(TypeError, match="positional arguments"):
+        native.loss(x, y)

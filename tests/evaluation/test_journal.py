@@ -1,0 +1,180 @@
+"""The journal: resuming, damage, locks."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import mml_arrayapi as mml
+from mml_arrayapi.evaluation.journal import NAME
+
+
+def damage(path, start, data):
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+class Killed(Exception):
+    pass
+
+
+def stop_after(pieces):
+    def progress(done, rows):
+        nonlocal pieces
+        pieces -= 1
+        if not pieces:
+            raise Killed
+
+    return progress
+
+
+def test_resuming_gives_the_same_bits(files, wanted):
+    for _ in range(3):
+        with pytest.raises(Killed):
+            mml.evaluate(
+                "x.npy", "y.npy", chunk_size=60, checkpoint="ck", progress=stop_after(2), workers=1
+            )
+    lines = (files / "ck" / NAME).read_text().splitlines()
+    assert len(lines) == 1 + 6
+    steps = []
+    figures = mml.evaluate(
+        "x.npy",
+        "y.npy",
+        chunk_size=60,
+        checkpoint="ck",
+        progress=lambda done, _: steps.append(done),
+    )
+    assert figures == wanted
+    assert len(steps) == 6
+    steps.clear()
+    assert mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck") == wanted
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b"00000000 {}", b"\xff\xfe garbage"])
+def test_a_torn_last_line_is_dropped(files, wanted, torn):
+    with pytest.raises(Killed):
+        mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck", progress=stop_after(3))
+    journal = files / "ck" / NAME
+    journal.write_bytes(journal.read_bytes()[:-9] + torn)
+    assert mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck") == wanted
+    assert mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck") == wanted
+
+
+def test_a_damaged_journal_is_refused(files, capsys, fails, command):
+    assert command("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60) == 0
+    capsys.readouterr()
+    damage(files / "ck" / NAME, 700, b"#")
+    line = fails("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60)
+    assert re.search(rf"ck/{NAME}: line \d is damaged; remove the file", line)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--p", 2), "was begun with p 1.0, but this run has 2.0; use the same, or another folder"),
+        (("--margin", 2), "was begun with margin 1.0, but this run has 2.0"),
+        (("--weight", "1,1,1,1,1,2"), "was begun with weight None, but this run has"),
+        (("--chunk-size", 61), "was begun with chunk size 60, but this run has 61"),
+        (
+            ("--backend", "generic"),
+            "was begun with kernel numpy-cpu, but this run has generic",
+        ),
+    ],
+)
+def test_another_journal_is_refused(files, capsys, options, message, fails, command):
+    assert command("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60) == 0
+    capsys.readouterr()
+    arguments = ("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60, *options)
+    assert message in fails(*arguments)
+
+
+def test_a_changed_file_is_refused(arrays, files, capsys, fails, command):
+    assert command("x.npy", "y.npy", "--checkpoint", "ck") == 0
+    capsys.readouterr()
+    np.save("y.npy", arrays[1][::-1])
+    line = fails("x.npy", "y.npy", "--checkpoint", "ck")
+    assert "y.npy); give the same files, unchanged, or another folder" in line
+
+
+SLOW = """
+import time
+import mml_arrayapi as mml
+mml.evaluate("x.npy", "y.npy", chunk_size=7, checkpoint="ck", workers=1,
+             progress=lambda *_: time.sleep(0.02))
+"""
+
+
+def test_kill_9_of_the_client_and_resume(files, wanted):
+    process = subprocess.Popen([sys.executable, "-c", SLOW])
+    journal = files / "ck" / NAME
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert journal.read_bytes().count(b"\n") < 101
+    steps = []
+    figures = mml.evaluate(
+        "x.npy", "y.npy", chunk_size=7, checkpoint="ck", progress=lambda done, _: steps.append(done)
+    )
+    assert figures == wanted
+    assert 0 < len(steps) < 100
+
+
+# One at a time.
+
+
+AT_ONCE = """
+import sys
+import mml_arrayapi as mml
+try:
+    print(mml.evaluate("x.npy", "y.npy", chunk_size=7, checkpoint="ck").loss)
+except mml.InputError as error:
+    print(error)
+"""
+
+
+def test_runs_that_start_at_once(files, wanted):
+    runs = [
+        subprocess.Popen([sys.executable, "-c", AT_ONCE], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [run.communicate()[0].strip() for run in runs]
+    lost = [line for line in said if line != repr(wanted.loss)]
+    assert len(lost) < 4
+    assert all("journal.jsonl: is in use by another evaluation; wait" in line for line in lost)
+    assert (files / "ck" / NAME).read_bytes().count(b'"version"') == 1
+    assert mml.evaluate("x.npy", "y.npy", chunk_size=7, checkpoint="ck") == wanted
+
+
+def test_a_journal_in_use_is_refused(files, wanted):
+    messages = []
+
+    def again(done, rows):
+        if not messages:
+            with pytest.raises(mml.InputError, match="is in use by another evaluation") as caught:
+                mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck")
+            messages.append(caught)
+
+    options = {"chunk_size": 60, "checkpoint": "ck"}
+    assert mml.evaluate("x.npy", "y.npy", progress=again, **options) == wanted
+    assert messages
+    assert mml.evaluate("x.npy", "y.npy", **options) == wanted
+
+
+def test_a_journal_of_an_older_version_is_refused(files, fails):
+    (files / "ck").mkdir()
+    (files / "ck" / NAME).write_text("")
+    import zlib
+
+    text = b'{"p":1}'
+    (files / "ck" / NAME).write_bytes(b"%08x %s\n" % (zlib.crc32(text), text))
+    line = fails("x.npy", "y.npy", "--checkpoint", "ck")
+    assert "journal.jsonl: the first line is damaged; remove the file, and evaluate" in line

@@ -1,0 +1,143 @@
+"""Dask's clients and clusters as schedulers; processes that are killed or interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import mml_arrayapi as mml
+from mml_arrayapi.evaluation import cluster as module
+from mml_arrayapi.evaluation.journal import NAME
+
+distributed = pytest.importorskip("distributed")
+psutil = pytest.importorskip("psutil")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of distributed, when workers are killed
+    pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX signals"),
+]
+
+PROGRAM = """
+import time
+import mml_arrayapi as mml
+if __name__ == "__main__":
+    mml.evaluate("x.npy", "y.npy", chunk_size=10, checkpoint="ck", scheduler="processes",
+                 workers=2, progress=lambda *_: time.sleep(0.05))
+"""
+
+
+@pytest.fixture
+def running(files):
+    """A program in a session of its own, with a few batches finished; its children too."""
+    (files / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    journal = files / "ck" / NAME
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    yield process, children
+    _, left = psutil.wait_procs(children, timeout=0)
+    for orphan in left:
+        orphan.kill()
+
+
+@pytest.mark.parametrize("end", ["kill -9", "Ctrl-C", "worker"])
+def test_no_orphans_and_the_same_bits_after_resuming(files, wanted, running, end):
+    process, children = running
+    if end == "kill -9":
+        process.kill()
+    elif end == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        max(children, key=lambda child: child.create_time()).kill()
+    process.wait(timeout=60)
+    assert process.returncode == {"kill -9": -9, "Ctrl-C": -2, "worker": 0}[end]
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert left == []
+    steps = []
+    options = {"chunk_size": 10, "checkpoint": "ck", "progress": lambda *_: steps.append(1)}
+    assert mml.evaluate("x.npy", "y.npy", **options) == wanted
+    assert (len(steps) == 0) == (end == "worker")
+
+
+def noted(block):
+    with open("calls", "a") as file:  # a worker may have a copy of any list
+        file.write("x")
+    return block
+
+
+def test_clients_and_clusters(arrays, files, wanted):
+    da = pytest.importorskip("dask.array")
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    with (
+        distributed.LocalCluster(processes=False, **options) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        for scheduler in (client, cluster, cluster.scheduler_address):
+            assert mml.evaluate("x.npy", "y.npy", scheduler=scheduler, chunk_size=100) == wanted
+        lazy = [da.from_array(a, chunks=100) for a in arrays]
+        assert mml.evaluate(*lazy, scheduler=client) == wanted
+        made = lazy[0].map_blocks(noted, dtype=np.float32, meta=np.empty((0, 0), np.float32))
+        assert mml.evaluate(made, lazy[1], scheduler=client, chunk_size=10) == wanted
+        assert (files / "calls").read_text() == "x" * 7
+        assert client.status == "running"  # the caller's own
+    with pytest.raises(
+        TypeError, match="scheduler must be 'threads', 'processes', an address, or a"
+    ):
+        mml.evaluate(*arrays, scheduler=3)
+
+
+def test_a_program_without_a_guard(files):
+    (files / "program.py").write_text(
+        "import mml_arrayapi as mml\n"
+        "print(mml.evaluate('x.npy', 'y.npy', scheduler='processes', workers=1).loss)\n"
+    )
+    made = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True)
+    assert made.returncode == 1
+    assert "WorkerError: the worker processes do not start (" in made.stderr.splitlines()[-1]
+    assert 'call evaluate() below `if __name__ == "__main__":`' in made.stderr.splitlines()[-1]
+
+
+def test_memory_limits_the_workers(monkeypatch):
+    monkeypatch.setattr(module, "_allowed_cpus", lambda: 64)
+    monkeypatch.setattr(module, "_allowed_memory", lambda: 2**30)
+    assert module._affordable(2**24, 0) == 6
+    assert module._affordable(2**24, module.PER_PROCESS) == 1
+    assert module._affordable(2**34, 0) == 1
+    monkeypatch.setattr(module, "_allowed_memory", lambda: 2**40)
+    assert module._affordable(2**24, 0) == 64
+
+
+def test_the_memory_of_a_control_group_counts(monkeypatch, tmp_path):
+    import builtins
+
+    real = open
+    told = {
+        "/proc/self/cgroup": "0::/box/inner\n4:memory:/job\n",
+        "/sys/fs/cgroup/box/memory.max": "123456789\n",
+        "/sys/fs/cgroup/box/inner/memory.max": "max\n",
+        "/sys/fs/cgroup/memory/job/memory.limit_in_bytes": "999999999\n",
+    }
+
+    def fake(path, *arguments, **keywords):
+        if str(path).startswith(("/proc/self", "/sys/fs")):
+            if path not in told:
+                raise FileNotFoundError(path)
+            place = tmp_path / "told"
+            place.write_text(told[path])
+            return real(place, *arguments, **keywords)
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "open", fake)
+    assert module._allowed_memory() == 123456789
+    del told["/sys/fs/cgroup/box/memory.max"]
+    assert module._allowed_memory() == 999999999

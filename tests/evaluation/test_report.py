@@ -1,0 +1,265 @@
+"""The report, the comparison, the progress bar, and where things are written."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import mml_arrayapi as mml
+from mml_arrayapi.evaluation.journal import write_whole
+from mml_arrayapi.evaluation.report import to_html
+
+N, C = 700, 6
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text, self.scripts = [], [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data):
+        if self.lasttag == "script":
+            self.scripts += data
+        self.text += data
+
+    @property
+    def data(self):
+        """What the table's script shows."""
+        return json.loads(re.search(r"const DATA = (\[.*?\]), PAGE", self.scripts, re.DOTALL)[1])
+
+
+def test_the_report_is_one_page_that_loads_nothing(arrays, files, wanted, command):
+    os.rename("x.npy", "<x>.npy")
+    names = [f"<class {c}>" for c in "abcdef"]
+    with open("names.json", "w") as file:
+        json.dump(names, file)
+    assert command("<x>.npy", "y.npy", "--report", "r.html", "--class-names", "names.json") == 0
+    with open("r.html", encoding="utf-8") as file:
+        text = file.read()
+    page = Page(text)
+    assert [link for link in page.links if not link.startswith("#")] == []
+    assert "http" not in text
+    assert "url(" not in text.replace("url(#", "")
+    assert page.tags.count("svg") == 2
+    assert "prefers-color-scheme: dark" in text
+    assert "var(--ink)" in text[text.index("<svg") :]
+    assert "Multi-class hinge loss of <x>.npy" in page.text
+    assert "<x>.npy rows 0 to 699 with y.npy rows 0 to 699" in page.text
+    assert "mml-arrayapi" in page.text
+    assert repr(wanted.loss) in page.text
+    assert f"{100 * wanted.accuracy:.3f} %" in page.text
+    worst = wanted.worst[0]
+    assert f"{names[worst.target]}: {worst.score:.6g}" in page.text
+    target, other, count = wanted.confusions[0]
+    assert re.search(rf"{names[target]}\s*{names[other]}\s*{count}\s", page.text)
+    assert [row[0] for row in page.data] == names
+    assert [row[2] for row in page.data] == [one.loss for one in wanted.classes]
+
+
+@pytest.mark.parametrize("n_classes", [1000, 100_000])
+def test_many_classes_stay_readable(n_classes):
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, n_classes, 300)
+    scores = rng.standard_normal((300, n_classes)).astype(np.float32)
+    scores[7] = np.nan
+    figures = mml.evaluate(scores, target)
+    text = to_html(figures, "x")
+    page = Page(text)
+    assert len(text) < 400_000
+    assert len(page.data) == len(set(target.tolist()))
+    assert page.data[0][2] == "NaN"  # first what has no number
+    assert page.tags.count("tr") < 260
+    assert "1 classes without a finite mean loss are not drawn" in page.text
+    assert "1 of 300: scores (1)" in " ".join(page.text.split())
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        lambda: mml.evaluate(np.zeros((0, 3)), np.zeros(0, int)),
+        lambda: mml.evaluate(np.full((4, 2), np.nan), np.zeros(4, int), margin=0),
+        lambda: mml.evaluate(np.full((4, 2), np.inf), np.zeros(4, int)),
+        lambda: mml.evaluate(np.eye(200), np.arange(200), weight=-np.ones(200), margin=-3),
+        lambda: mml.evaluate(np.eye(1500) * 1e30, np.arange(1500)),
+        lambda: mml.evaluate(np.eye(3) * 1e308, np.arange(3), p=1.01),
+        lambda: mml.evaluate(np.eye(3) * 1e-300, np.arange(3), margin=1e-300),
+        lambda: mml.evaluate(np.zeros((3, 1)), np.zeros(3, int)),
+        lambda: mml.evaluate(np.zeros((3, 4)), np.zeros(3, int), ignore_index=0),
+    ],
+    ids=["empty", "nan", "inf", "negative", "many", "huge", "tiny", "one", "ignored"],
+)
+def test_odd_evaluations_have_a_report_too(figures):
+    assert "Multi-class hinge loss" in Page(to_html(figures(), "x")).text
+
+
+def test_comparison(arrays, files, command, fails, capsys):
+    np.save("old.npy", arrays[0] * np.float32(0.5))
+    assert command("old.npy", "y.npy", "--json") == 0
+    with open("old.json", "w") as file:
+        file.write(capsys.readouterr().out)
+    before = mml.evaluate("old.npy", "y.npy")
+    assert command("x.npy", "y.npy", "--compare", "old.json", "--report", "r.html") == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"\nloss +\S+ +{before.loss:.6g} +[+-]0\.\d+\n", out)
+    with open("r.html") as file:
+        page = Page(file.read())
+    assert f"{before.loss:.6g} before" in page.text
+    assert [row[5] for row in page.data] == [one.loss for one in before.classes]
+    for text in ("{}", "[]", "no", '{"schema": 1}'):
+        with open("bad.json", "w") as file:
+            file.write(text)
+        assert "bad.json: holds no figures to compare with" in fails(
+            "x.npy", "y.npy", "--compare", "bad.json"
+        )
+
+
+def test_class_names(arrays, files, fails, command, capsys):
+    with open("names", "w") as file:
+        file.write("\n".join("abcdef") + "\n")
+    assert command("x.npy", "y.npy", "--class-names", "names") == 0
+    assert re.search(r"\n +a +\d+", capsys.readouterr().out)
+    with open("names", "a") as file:
+        file.write("g\n")
+    for path, message in (
+        ("names", "names: has 7 names, but the scores have 6 classes"),
+        ("none", "none: the names of the classes cannot be read ("),
+        ("x.npy", "x.npy: the names of the classes cannot be read ("),
+    ):
+        assert message in fails("x.npy", "y.npy", "--class-names", path)
+    with pytest.raises(mml.InputError, match="class_names: must be a list of names, one per class"):
+        mml.evaluate(*arrays, class_names=[1, 2])
+
+
+# Where the report is written.
+
+
+def test_a_report_that_cannot_be_written_is_found_before_the_work(files, fails, monkeypatch):
+    os.mkdir("folder")
+    monkeypatch.setattr(mml.evaluation.command, "evaluate", lambda *a, **k: pytest.fail("worked"))
+    for path, message in (
+        ("no/r.html", "no/r.html: cannot be written (No such file or directory); free some space"),
+        ("folder", "folder: cannot be written (it is a folder)"),
+    ):
+        assert message in fails("x.npy", "y.npy", "--report", path)
+    assert sorted(os.listdir()) == ["folder", "x.npy", "y.npy"]
+
+
+def test_a_missing_library_of_the_report_is_found_before_the_work(files, fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = fails("x.npy", "y.npy", "--report", "r.html")
+    assert (
+        "--report: needs matplotlib, which cannot be imported; pip install 'mml_arrayapi[ev" in line
+    )
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_the_umask(files, mask):
+    before = os.umask(mask)
+    try:
+        write_whole("r.html", "text")
+        assert stat.S_IMODE(os.stat("r.html").st_mode) == 0o666 & ~mask
+        os.chmod("r.html", 0o640)
+        write_whole("r.html", "more")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat("r.html").st_mode) == 0o640
+
+
+def test_a_symbolic_link_stays_one(files, command):
+    os.mkdir("elsewhere")
+    os.symlink("elsewhere/r.html", "r.html")
+    for _ in range(2):
+        assert command("x.npy", "y.npy", "--report", "r.html") == 0
+        assert os.path.islink("r.html")
+        assert os.listdir("elsewhere") == ["r.html"]
+    assert command("x.npy", "y.npy", "--report", os.devnull) == 0
+
+
+def test_names_that_are_not_utf8(arrays, files, command, capsysbinary):
+    name = os.fsdecode(b"caf\xe9.npy")
+    os.rename("x.npy", name)
+    assert command(name, "y.npy", "--report", "r.html", "--checkpoint", "ck") == 0
+    assert b"caf\\udce9.npy rows" in capsysbinary.readouterr().out
+    with open("r.html", encoding="utf-8") as file:
+        assert "caf\\udce9.npy" in file.read()
+    assert command("caf*.npy", "y.npy", "--json", "--checkpoint", "ck") == 0
+    assert (
+        json.loads(capsysbinary.readouterr().out)["pairing"][0]["scores"]["name"]
+        == "caf\\udce9.npy"
+    )
+
+
+# The progress bar.
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_progress_bar_fits_the_terminal(files, command, capsys, monkeypatch, columns):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    assert command("x.npy", "y.npy", "--chunk-size", 100) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "700 of 700 rows" in shown
+    assert max(map(len, re.split(r"[\r\n]", shown))) <= columns
+
+
+def test_no_bar_in_a_pipe(files, command, capsys):
+    assert command("x.npy", "y.npy") == 0
+    assert capsys.readouterr().err == ""
+    mml.evaluate("x.npy", "y.npy", progress=True)
+    assert capsys.readouterr().err == ""
+
+
+# A bare installation.
+
+
+BARE = """
+import sys
+for name in {missing}:
+    sys.modules[name] = None
+from mml_arrayapi.cli import main
+sys.exit(main(["evaluate", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "message"),
+    [
+        (["numpy"], ["x.npy", "y.npy"], "evaluate: needs numpy"),
+        (["fsspec", "fsspec.core"], ["s3://b/x.npy", "y.npy"], "s3://b/x.npy: needs fsspec"),
+        (["pyarrow", "pyarrow.dataset"], ["x.parquet", "y.npy"], "x.parquet: needs pyarrow"),
+        (["h5py"], ["x.h5", "y.npy"], "x.h5: needs h5py"),
+        (["zarr"], ["x.zarr.zip", "y.npy"], "x.zarr.zip: needs zarr"),
+        (["distributed"], ["x.npy", "y.npy", "--scheduler", "processes"], "processes: needs dist"),
+    ],
+    ids=lambda v: str(v[0]) if isinstance(v, list) else "",
+)
+def test_what_is_missing_is_one_sentence(files, missing, arguments, message):
+    for name in ("x.parquet", "x.h5", "x.zarr.zip"):
+        with open(name, "w") as file:
+            file.write("text")
+    code = BARE.format(missing=missing)
+    made = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert made.returncode == 2
+    assert message in made.stderr
+    assert "pip install 'mml_arrayapi[evaluate]'" in made.stderr
+    assert made.stderr.count("\n") == 1
+
+
+def test_numpy_alone_suffices_for_npy(files, wanted):
+    missing = ["fsspec", "fsspec.core", "dask", "distributed", "rich", "jinja2", "pyarrow", "zarr"]
+    code = BARE.format(missing=missing)
+    arguments = [sys.executable, "-c", code, "x.npy", "y.npy"]
+    made = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert repr(wanted.loss) in made.stdout
