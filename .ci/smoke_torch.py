@@ -55,7 +55,9 @@ def main() -> int:
     """Run each first call in a process of its own."""
     programs = dict(FIRST_CALLS)
     export = programs.pop("export")
-    programs |= {f"export, strict={strict}": export.format(strict=strict) for strict in (True, False)}
+    programs |= {
+        f"export, strict={strict}": export.format(strict=strict) for strict in (True, False)
+    }
     failed = 0
     for name, program in programs.items():
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""PyTorch on the CPU: ours and PyTorch's own loss, eager and under ``torch.compile(fullgraph=True)``.
+"""PyTorch on the CPU: ours and PyTorch's own loss, eager and compiled.
 
 ``python benchmarks/compile.py`` prints a table of medians in microseconds; the calls of a row are
 measured in turns, in one process.

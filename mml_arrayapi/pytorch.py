@@ -8,6 +8,8 @@ and ``reduce``, and saved state are PyTorch's. What the numbers are is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mml_arrayapi import loss as _loss
@@ -63,10 +65,8 @@ def multi_margin_loss(
     >>> multi_margin_loss(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]), 2)
     tensor(0.1525)
     """
-    reduction = reduction_name(size_average, reduce, reduction)
-    return _loss.multi_margin_loss(  # type: ignore[no-any-return]
-        input, target, p=p, margin=margin, weight=weight, reduction=reduction
-    )
+    name: Any = reduction_name(size_average, reduce, reduction)
+    return _loss.multi_margin_loss(input, target, p=p, margin=margin, weight=weight, reduction=name)
 
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):

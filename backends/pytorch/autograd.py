@@ -114,7 +114,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
             if input.requires_grad:
                 if target.ndim + 1 != input.ndim:  # one sample, spelled in another way
                     return None
-                return _Loss.apply(input, target, weight, options, options[0] == 1, engine)  # type: ignore[no-any-return]
+                return _Loss.apply(input, target, weight, options, options[0] == 1, engine)
         made = engine.loss(input, target, weight, options, False)
         return None if made is None else made[0]
 
@@ -124,11 +124,11 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         if result is not None:
             return result
         keep_mask = problem.p == 1 and problem.input.requires_grad and is_grad_enabled()
-        return _loss(*arguments, *options, keep_mask)[0]  # type: ignore[no-any-return]
+        return _loss(*arguments, *options, keep_mask)[0]
 
     def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor, Tensor]:
         (input, target, weight), options = _arguments(problem)
-        return _loss_and_grad(input, target, weight, grad_output, *options)  # type: ignore[no-any-return]
+        return _loss_and_grad(input, target, weight, grad_output, *options)
 
     _implement(engine)
     on_types = dict.fromkeys(state.PLAIN, direct)
@@ -206,14 +206,14 @@ def _empty_mask(engine: Engine, input: Tensor, target: Tensor, options: Options)
 
 
 def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
-    return _formula().loss(_problem(input, target, weight, options))  # type: ignore[no-any-return]
+    return _formula().loss(_problem(input, target, weight, options))
 
 
 def _formula_loss_and_grad(
     input: Any, target: Any, weight: Any, grad_output: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
     problem = _problem(input, target, weight, options)
-    return _formula().loss_and_grad(problem, grad_output)  # type: ignore[no-any-return]
+    return _formula().loss_and_grad(problem, grad_output)
 
 
 def _formula() -> Any:
@@ -245,14 +245,14 @@ def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Ten
 
 
 @torch.library.register_fake(_gradient, lib=_library)
-def _fake_gradient(grad_output: Any, input: Any, *_: Any) -> Tensor:  # noqa: ARG001
+def _fake_gradient(_: Any, input: Any, *__: Any) -> Tensor:
     return torch.empty_like(input)
 
 
 @torch.library.register_fake(_loss_and_grad, lib=_library)
 def _fake_loss_and_grad(
-    input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
-) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    input: Any, target: Any, weight: Any, _: Any, *options: Any
+) -> tuple[Tensor, Tensor]:
     return _fake_loss(input, target, weight, *options, False)[0], torch.empty_like(input)
 
 
@@ -267,9 +267,9 @@ def _autograd_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple
         return _formula_loss(input, target, weight, options), _no_mask(input)
     if is_grad_enabled() and input.requires_grad:
         with single_level():
-            return _Loss.apply(input, target, weight, options, keep_mask, None)  # type: ignore[no-any-return]
+            return _Loss.apply(input, target, weight, options, keep_mask, None)
     with below_autograd():
-        return _loss(input, target, weight, *options, keep_mask)  # type: ignore[no-any-return]
+        return _loss(input, target, weight, *options, keep_mask)
 
 
 def _autograd_gradient(
@@ -280,9 +280,9 @@ def _autograd_gradient(
     arguments = grad_output, input, target, weight, mask
     if is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
         with single_level():
-            return _Gradient.apply(*arguments, options)  # type: ignore[no-any-return]
+            return _Gradient.apply(*arguments, options)
     with below_autograd():
-        return _gradient(*arguments, *options)  # type: ignore[no-any-return]
+        return _gradient(*arguments, *options)
 
 
 def _autograd_loss_and_grad(
@@ -296,7 +296,7 @@ def _autograd_loss_and_grad(
         upstream = torch.ones_like(loss) if grad_output is None else grad_output
         return loss, _gradient(upstream, input, target, weight, None, *options)
     with below_autograd():
-        return _loss_and_grad(input, target, weight, grad_output, *options)  # type: ignore[no-any-return]
+        return _loss_and_grad(input, target, weight, grad_output, *options)
 
 
 def _formula_must_follow(weight: Tensor | None) -> bool:
@@ -354,12 +354,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     options = p, margin, reduction, ignore_index, axis % input.ndim, "nan"  # the loss has looked
     if state.is_mapped(grad_output):
         return _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
-    if ctx.engine is not None and ordinary() and not is_grad_enabled():
-        if all(tensor is None or readable(tensor) for tensor in arguments):
-            grad = ctx.engine.grad(*arguments, options)
-            if grad is not None:
-                return grad
-    return _gradient(*arguments, *options)  # type: ignore[no-any-return]
+    simply = ctx.engine is not None and ordinary() and not is_grad_enabled()
+    if simply and all(tensor is None or readable(tensor) for tensor in arguments):
+        grad: Tensor | None = ctx.engine.grad(*arguments, options)
+        if grad is not None:
+            return grad
+    return _gradient(*arguments, *options)
 
 
 def _as_saved(
@@ -393,15 +393,15 @@ class _Gradient(state.SingleLevelFunction):
         ctx.save_for_backward(grad_output, input, target, weight)
         ctx.options = options
         with torch.enable_grad(), below_autograd():
-            return _gradient(grad_output, input, target, weight, mask, *options)  # type: ignore[no-any-return]
+            return _gradient(grad_output, input, target, weight, mask, *options)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
-        saved, options = ctx.saved_tensors, ctx.options
+        arguments = tangent, *ctx.saved_tensors, ctx.options
         of_upstream, of_input, *_ = ctx.needs_input_grad
         return (
-            _for_upstream(tangent, *saved, options) if of_upstream else None,
-            _for_input(tangent, *saved, options) if of_input and options[0] != 1 else None,
+            _for_upstream(*arguments) if of_upstream else None,
+            _for_input(*arguments) if of_input and ctx.options[0] != 1 else None,
             *(None,) * 4,
         )
 
@@ -432,8 +432,8 @@ def _for_input(
 ) -> Tensor:
     """Return the gradient of ``sum(tangent * gradient)`` for ``input``: the Hessian times tangent.
 
-    With ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0`` it is
-    ``c_j * (tangent_j - tangent_y)``, and for the target minus the sum of the others.
+    It is ``c_j * (tangent_j - tangent_y)``, and for the target minus the sum of the others, with
+    ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0``.
     """
     p, margin, reduction, ignore_index, axis, _ = options
     wide = torch.promote_types(input.dtype, torch.float32)

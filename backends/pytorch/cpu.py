@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, empty_like, get_num_threads
@@ -56,10 +55,8 @@ def grad(
 ) -> Tensor | None:
     """Compute the gradient; see :class:`Engine`."""
     into = empty_like(input, requires_grad=False)
-    bits = mask[:-1] if _is_written(mask, input, target, options) else None
-    return native.grad(  # type: ignore[no-any-return]
-        input, target, weight, options, into, grad_output, bits, get_num_threads
-    )
+    bits = _written(mask, input, target, options)
+    return native.grad(input, target, weight, options, into, grad_output, bits, get_num_threads)
 
 
 def loss_and_grad(
@@ -83,11 +80,12 @@ def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]
     return (rows * ((n_classes + 7) // 8) + 1,)
 
 
-def _is_written(mask: Tensor | None, input: Tensor, target: Tensor, options: Options) -> bool:
+def _written(mask: Tensor | None, input: Tensor, target: Tensor, options: Options) -> Tensor | None:
+    """Return the bits of a mask that has been written for such an input, or None."""
     if mask is None or mask.dtype is not torch.uint8:
-        return False
+        return None
     shape = mask_shape(input.dtype, target.numel(), input.shape[options[4]])
-    return mask.shape == shape and bool(mask[-1])
+    return mask[:-1] if mask.shape == shape and mask[-1] else None
 
 
 def _new_mask(input: Tensor, options: Options) -> Tensor | None:

@@ -18,8 +18,9 @@ try:
     from mml_arrayapi.backends.cuda import driver
 
     MISSING = None
-except ImportError as error:  # the kernels must load without it: torch.compile traces past them
-    driver, MISSING = None, f"cannot be imported: {error}"
+except ImportError as error:  # nothing that fails may be imported where torch.compile traces
+    driver = None  # type: ignore[assignment]
+    MISSING = f"cannot be imported: {error}"
 
 DEVICE = "cuda"
 SCALARS = {getattr(torch, name): scalar for name, scalar in plan.SCALARS.items()}

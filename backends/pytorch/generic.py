@@ -7,6 +7,7 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
+from torch import Tensor
 
 from mml_arrayapi import formula
 from mml_arrayapi.backends.pytorch import state
@@ -14,7 +15,6 @@ from mml_arrayapi.backends.pytorch.state import arange
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import widest
 
-Tensor = torch.Tensor
 WIDE = (torch.int64, torch.float64)
 
 
@@ -139,7 +139,7 @@ def loss(problem: Problem) -> Tensor:
     if _followed(problem):
         function = _Compiled if torch.compiler.is_compiling() else _Loss
         tensors = problem.input, problem.target, problem.weight
-        return function.apply(*tensors, _Call(problem))  # type: ignore[no-any-return]
+        return function.apply(*tensors, _Call(problem))
     return formula.loss(problem)
 
 
