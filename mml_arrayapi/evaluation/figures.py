@@ -285,9 +285,7 @@ def figures_of(
     -------
     Evaluation
     """
-    total = ExactSum()
-    for c in range(len(state.sums)):
-        total.merge(_sum(state, c))
+    total = ExactSum(sum(state.sums), *(int(state.counts[i].sum()) for i in (0, 3, 4, 5)))
     (samples, weight), (_, correct), (_, inside) = (state.total(kind) for kind in range(3))
     mean = _over(total, weight, weighted=bool(state.weights))
     return Evaluation(
@@ -299,7 +297,7 @@ def figures_of(
         p=loss.p,
         margin=loss.margin,
         kernel=kernel,
-        classes=tuple(_class_figures(state, c) for c in range(len(state.sums))),
+        classes=_class_figures(state),
         unit=loss.unit,
         histogram=tuple(sorted(state.histogram.items())),
         undefined=samples - sum(state.histogram.values()),
@@ -329,17 +327,15 @@ def _worst(sample: Any, data: Dataset) -> WorstSample:
     )
 
 
-def _sum(state: MetricState, c: int) -> ExactSum:
-    count, nan, plus, minus = (int(state.counts[i, c]) for i in (0, 3, 4, 5))
-    return ExactSum(state.sums[c], count, nan, plus, minus)
-
-
-def _class_figures(state: MetricState, c: int) -> ClassFigures:
-    counts = [int(n) for n in state.counts[:3, c]]
-    weights = [row[c] for row in state.weights] or counts
-    mean = _over(_sum(state, c), weights[0], weighted=bool(state.weights))
-    shares = (_share(n, weights[0]) for n in weights[1:])
-    return ClassFigures(counts[0], mean, *shares)
+def _class_figures(state: MetricState) -> tuple[ClassFigures, ...]:
+    made = [ClassFigures(0, math.nan, math.nan, math.nan)] * state.n_classes
+    weighted = bool(state.weights)
+    for c in state.counts[0].nonzero()[0].tolist():
+        count, right, inside, *odd = state.counts[:, c].tolist()
+        weight, right, inside = [row[c] for row in state.weights] or (count, right, inside)
+        mean = _over(ExactSum(state.sums[c], count, *odd), weight, weighted=weighted)
+        made[c] = ClassFigures(count, mean, _share(right, weight), _share(inside, weight))
+    return tuple(made)
 
 
 def _over(total: ExactSum, weight: int, *, weighted: bool) -> float:
