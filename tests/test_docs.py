@@ -107,7 +107,18 @@ def test_commands_exist_with_their_options(line):
             pytest.fail(f"{line!r}: is {name} a command?")
 
 
-KNOWN = {"eval", "git", "nox", "pip", "pre-commit", "pytest", "python3.11", "ruff", "torchrun"}
+KNOWN = {
+    "eval",
+    "git",
+    "nox",
+    "pip",
+    "pre-commit",
+    "pytest",
+    "python",
+    "python3.11",
+    "ruff",
+    "torchrun",
+}
 
 
 def test_every_public_function_has_an_example():
