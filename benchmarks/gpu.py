@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -287,9 +288,8 @@ class Results:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = (
-            self.folder / f"gpu-{self.about['device'].replace(' ', '-')}-{self.about['date'][:10]}"
-        )
+        device = re.sub(r"\W+", "-", self.about["device"])
+        path = self.folder / f"gpu-{device}-{self.about['date'][:10]}"
         facts = "\n".join(f"- {key}: {value}" for key, value in self.about.items())
         path.with_suffix(".md").write_text(
             f"# The loss on {self.about['device']}\n\n{facts}\n"
@@ -321,7 +321,7 @@ def machine(dry: bool, commit: str | None) -> dict[str, str]:
     except ImportError:
         cupy_version = "not installed"
     return {
-        "device": "no GPU (dry run)" if dry else torch.cuda.get_device_name(0),
+        "device": "no GPU, dry run" if dry else torch.cuda.get_device_name(0),
         "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
