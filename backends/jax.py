@@ -20,13 +20,13 @@ from jax.custom_derivatives import SymbolicZero
 from mml_arrayapi import formula
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
-from mml_arrayapi.validation import settle_targets
+from mml_arrayapi.validation import check_targets
 
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
 WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
 
 
-def sight(array: jax.Array) -> str:
+def value_access(array: jax.Array) -> str:
     """Tell whether an array's values can be read: "host", "device" or "traced"."""
     if isinstance(array, jax.core.Tracer):
         return TRACED
@@ -38,14 +38,14 @@ def on_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def place(array: jax.Array) -> frozenset[Any] | None:
+def device_key(array: jax.Array) -> frozenset[Any] | None:
     """Return the devices that an array is bound to, however it is sharded over them."""
     if isinstance(array, jax.core.Tracer) or not array.committed:
         return None
     return frozenset(array.devices())
 
 
-def unusable(array: Any) -> str | None:
+def unsupported_layout(array: Any) -> str | None:
     """Tell what an object of JAX is that is no array, or None."""
     return None if isinstance(array, jax.Array) else f"a {type(array).__name__} of JAX"
 
@@ -124,12 +124,12 @@ def loss_and_grad(problem: Problem, grad_output: jax.Array | None) -> tuple[jax.
 
 
 def _kernel_loss(problem: Problem) -> jax.Array:
-    call, arrays = _split(settle_targets(problem))
+    call, arrays = _split(check_targets(problem))
     return _compiled_loss(call, *arrays)
 
 
 def _kernel_loss_and_grad(problem: Problem, grad_output: Any) -> Any:
-    call, arrays = _split(settle_targets(problem))
+    call, arrays = _split(check_targets(problem))
     return _compiled_loss_and_grad(call, grad_output, *arrays)
 
 
@@ -148,8 +148,8 @@ KERNEL = Kernel(
 
 ROW: dict[str, Any] = {
     "on_host": on_host,
-    "place": place,
-    "unusable": unusable,
+    "device_key": device_key,
+    "unsupported_layout": unsupported_layout,
     "widest": widest,
     "take": take,
     "put": put,

@@ -35,7 +35,7 @@ def relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0, out=x)
 
 
-def unusable(array: np.ndarray) -> str | None:
+def unsupported_layout(array: np.ndarray) -> str | None:
     """Tell what an array is whose meaning would be lost, or None."""
     if isinstance(array, np.ma.MaskedArray):
         return "a masked array, whose mask would be lost; call its filled() or compressed()"
@@ -47,7 +47,7 @@ def unusable(array: np.ndarray) -> str | None:
 
 
 ROW: dict[str, Any] = {
-    "unusable": unusable,
+    "unsupported_layout": unsupported_layout,
     "widest": lambda _: (np.int64, np.float64),
     "take": take,
     "put": put,

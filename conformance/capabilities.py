@@ -12,7 +12,7 @@ from mml_arrayapi import formula, libraries, validation
 from mml_arrayapi.conformance.context import DTYPES, INTEGERS, Context
 from mml_arrayapi.libraries import DEVICE, HOST, LAZY, TRACED
 
-_SIGHT = {
+_VALUE_ACCESS = {
     HOST: "at hand: a target out of range raises",
     DEVICE: "on a device: a target out of range gives NaN",
     TRACED: "not known while computing: a target out of range gives NaN",
@@ -66,7 +66,7 @@ def capabilities(contexts: Sequence[Context]) -> dict[str, Any]:
         "functions_missing": [name for name in functions_needed() if not hasattr(xp, name)],
         "dtypes": [name for name in (*DTYPES, *INTEGERS) if first.has_dtype(name)],
         "dtypes_missing": [name for name in (*DTYPES, *INTEGERS) if not first.has_dtype(name)],
-        "values": _SIGHT[first.sight],
+        "values": _VALUE_ACCESS[first.value_access],
         "kernels": {c.dtype: _kernel(c) for c in contexts if c.has_dtype(c.dtype)},
         "instead": _instead(first),
     }

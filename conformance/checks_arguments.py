@@ -77,7 +77,7 @@ def _call(ctx: Context, faults: set[str]) -> Any:
         reduction="average" if "reduction" in faults else "mean",
         p=0.5 if "p" in faults else 1,
         margin=float("inf") if "margin" in faults else 1.0,
-        check_target="auto" if ctx.sight == TRACED else "raise",
+        check_target="auto" if ctx.value_access == TRACED else "raise",
     )
 
 
@@ -88,7 +88,7 @@ def _says(error: Exception, words: tuple[str, ...]) -> None:
 
 
 def _possible(ctx: Context) -> tuple[_Fault, ...]:
-    return _FAULTS[:-1] if ctx.sight == TRACED else _FAULTS
+    return _FAULTS[:-1] if ctx.value_access == TRACED else _FAULTS
 
 
 @check(TOPIC)

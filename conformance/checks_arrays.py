@@ -122,7 +122,7 @@ def nothing_is_computed_before_it_is_asked_for(ctx: Context) -> None:
     if not ctx.lazy:
         raise NotRun(f"arrays of {ctx.library} are not lazy")
     x, weight = ctx.array([[0.0, 1.0], [0.5, 2.0]]), ctx.array([1.0, 2.0])
-    modes = ["auto", "nan", "raise"] if ctx.sight == LAZY else ["auto", "nan"]
+    modes = ["auto", "nan", "raise"] if ctx.value_access == LAZY else ["auto", "nan"]
     for target in ([0, 1], [0, 2]):
         y = ctx.integers(target)
         for mode in modes:

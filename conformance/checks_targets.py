@@ -36,7 +36,7 @@ def _scores(ctx: Context) -> Any:
 
 
 def _needs_values(ctx: Context) -> None:
-    if ctx.sight == TRACED:
+    if ctx.value_access == TRACED:
         raise NotRun(f"arrays of {ctx.library} have no values to look at")
 
 
@@ -111,7 +111,7 @@ def check_target_auto_raises_or_gives_nan(ctx: Context) -> None:
         if not ctx.has_dtype(dtype):
             continue
         y = ctx.integers([0, value, 2, 4], dtype)
-        if ctx.sight in (HOST, LAZY):
+        if ctx.value_access in (HOST, LAZY):
             _invalid(ctx, ctx.loss, _scores(ctx), y)
         else:
             loss = ctx.read(ctx.loss(_scores(ctx), y))
@@ -123,7 +123,7 @@ def check_target_auto_raises_or_gives_nan(ctx: Context) -> None:
 def valid_targets_pass_in_every_mode(ctx: Context) -> None:
     """The first and the last class are accepted, and give one loss in all modes."""
     y = ctx.integers([0, 4, 1, 0])
-    modes = ["auto", "nan"] if ctx.sight == TRACED else ["auto", "nan", "raise"]
+    modes = ["auto", "nan"] if ctx.value_access == TRACED else ["auto", "nan", "raise"]
     losses = [ctx.read(ctx.loss(_scores(ctx), y, check_target=mode)) for mode in modes]
     if len(set(losses)) != 1:
         raise Fail(f"check_target of {modes} gives {losses}")

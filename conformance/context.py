@@ -96,10 +96,10 @@ class Context:
         library = library_of("input", sample)
         self.library = library.name
         try:
-            self.sight = library.sight(sample)
+            self.value_access = library.value_access(sample)
         except AttributeError:  # a function is missing: the checks will name it
-            self.sight = HOST
-        self.lazy = self.sight in (LAZY, TRACED) or hasattr(sample, "compute")
+            self.value_access = HOST
+        self.lazy = self.value_access in (LAZY, TRACED) or hasattr(sample, "compute")
         self._type = type(sample)
         self.begin("")
 

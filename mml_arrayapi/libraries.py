@@ -44,17 +44,17 @@ class Library:
         The short name, as in kernels' ``library``: ``"numpy"``, ``"torch"`` ...
     namespace : module
         The array API namespace.
-    sight : callable
-        ``sight(array)`` is one of :data:`HOST`, :data:`DEVICE`, :data:`TRACED`, :data:`LAZY`.
+    value_access : callable
+        ``value_access(array)``: :data:`HOST`, :data:`DEVICE`, :data:`TRACED` or :data:`LAZY`.
     on_host : callable
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
-    place : callable
-        ``place(array)``: what must be equal for arrays to be used together; None fits anything.
-    settle : callable or None
-        For a lazy library, ``settle(problem)``: the problem with arrays of the library only, whose
+    device_key : callable
+        ``device_key(array)``: what must be equal for arrays to be used together; None fits any.
+    check_targets_lazily : callable or None
+        For a lazy library: the problem with arrays of the library only, whose
         targets raise when they are computed, if ``check_target`` says so.
-    unusable : callable
-        ``unusable(array)``: what an array that isn't dense is, in words; None for one that is.
+    unsupported_layout : callable
+        What an array that isn't dense is, in words; None for one that is.
     kinds : mapping
         The kinds of the common dtypes, ``"real floating"`` or ``"integral"``; ``isdtype()`` takes
         microseconds to find them.
@@ -85,17 +85,17 @@ class Library:
 
     name: str
     namespace: Namespace
-    sight: Callable[[Array], str]
+    value_access: Callable[[Array], str]
     on_host: Callable[[Array], Array]
-    place: Callable[[Array], Any]
+    device_key: Callable[[Array], Any]
     widest: Callable[[Array], tuple[Any, Any]]
     take: Callable[[Array, Array, int], Array]
     put: Callable[[Array, Array, Array | float, int], Array]
     relu: Callable[[Array], Array]
     kinds: Mapping[Any, str]
     runs: bool = False
-    settle: Callable[[Problem], Problem] | None = None
-    unusable: Callable[[Array], str | None] = lambda _: None
+    check_targets_lazily: Callable[[Problem], Problem] | None = None
+    unsupported_layout: Callable[[Array], str | None] = lambda _: None
     device: Callable[[Array], Any] = device_of
     compute: Callable[..., tuple[Array, ...]] | None = None
     loss: Callable[[Problem], Array] | None = None
@@ -103,7 +103,7 @@ class Library:
     cast: Callable[[Array], Array] | None = None
 
 
-def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
+def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Library:
     """Make the row of a library that follows the standard and needs nothing else.
 
     The standard has no assignment by index, and its gather is eager or missing in several
@@ -131,9 +131,9 @@ def plain(name: str, xp: Namespace, sight: Callable[[Array], str]) -> Library:
     return Library(
         name,
         xp,
-        sight,
+        value_access,
         on_host=lambda array: array,
-        place=device_of,
+        device_key=device_of,
         widest=lambda array: widest(xp, array),
         take=take,
         put=put,
@@ -187,7 +187,12 @@ def _dask() -> Library:
 
     wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
-    row = replace(row, settle=check_targets_lazily, unusable=unsupported_layout, compute=compute)
+    row = replace(
+        row,
+        check_targets_lazily=check_targets_lazily,
+        unsupported_layout=unsupported_layout,
+        compute=compute,
+    )
     return replace(row, widest=lambda _: wide, relu=lambda x: xp.maximum(x, 0))
 
 
@@ -197,7 +202,7 @@ def _jax() -> Library:
     from mml_arrayapi.backends import jax as values
 
     # JAX moves arrays of no particular device beside any other.
-    return replace(plain("jax", xp, values.sight), device=lambda _: None, **values.ROW)
+    return replace(plain("jax", xp, values.value_access), device=lambda _: None, **values.ROW)
 
 
 def _array_api_strict() -> Library:

@@ -31,7 +31,7 @@ from mml_arrayapi import backends as built_in
 from mml_arrayapi import formula, overrides
 from mml_arrayapi.kernel import Array, Kernel, Problem
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import settle_targets
+from mml_arrayapi.validation import check_targets
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -45,12 +45,12 @@ def _never_refuses(problem: Problem) -> str | None:  # noqa: ARG001
 
 def _generic_loss(problem: Problem) -> Array:
     run = library_of("input", problem.input).loss or formula.loss
-    return run(settle_targets(problem))
+    return run(check_targets(problem))
 
 
 def _generic_loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
     run = library_of("input", problem.input).loss_and_grad or formula.loss_and_grad
-    return run(settle_targets(problem), grad_output)
+    return run(check_targets(problem), grad_output)
 
 
 GENERIC = Kernel(

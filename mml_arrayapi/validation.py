@@ -248,7 +248,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
     return grad_output
 
 
-def settle_targets(problem: Problem) -> Problem:
+def check_targets(problem: Problem) -> Problem:
     """Do what ``check_target`` says, before or (lazy libraries) within the computation.
 
     Parameters
@@ -267,8 +267,8 @@ def settle_targets(problem: Problem) -> Problem:
         With the first offending position.
     """
     library = library_of("input", problem.input)
-    if library.settle is not None:
-        return library.settle(problem)
+    if library.check_targets_lazily is not None:
+        return library.check_targets_lazily(problem)
     if problem.check_target == "raise":
         target, n_classes = library.on_host(problem.target), problem.input.shape[problem.axis]
         raise_invalid_target(target, n_classes, problem.ignore_index)
@@ -383,7 +383,7 @@ def _check_together(
             f"{argument} must come from the same library as input, but {argument} is of "
             f"{library.name} and input is of {input_library}{_conversion(argument, library, input)}"
         )
-    ours, theirs = library.place(array), library.place(input)
+    ours, theirs = library.device_key(array), library.device_key(input)
     if ours is not None and theirs is not None and ours != theirs:
         raise TypeError(
             f"{argument} must be on the same device as input, but {argument} is on {ours} and "
@@ -395,10 +395,10 @@ def _resolve(check_target: str, library: Library, target: Array) -> str:
     """Decide whether targets out of range raise or give NaN."""
     if check_target == "nan":
         return "nan"
-    sight = library.sight(target)
+    value_access = library.value_access(target)
     if check_target == "auto":
-        return "raise" if sight in (HOST, LAZY) else "nan"
-    if sight == TRACED:
+        return "raise" if value_access in (HOST, LAZY) else "nan"
+    if value_access == TRACED:
         raise ValueError(
             "check_target='raise' needs the values of target, but target is being traced (jit, "
             "vmap, compile, meta or fake tensors) and has none yet; accepted here are 'auto' and "
@@ -421,7 +421,7 @@ def _shape(argument: str, array: Array) -> tuple[Any, ...]:
         shape = tuple(array.shape)
     except Exception:  # noqa: BLE001 (each library has its own for arrays that have no shape)
         raise TypeError(f"{argument} must be an array, but is {_a(array)}") from None
-    if (form := library_of(argument, array).unusable(array)) is not None:
+    if (form := library_of(argument, array).unsupported_layout(array)) is not None:
         raise TypeError(f"{argument} must be a dense array, but is {form}")
     return shape
 

@@ -91,7 +91,7 @@ def unsupported_layout(array: da.Array) -> str | None:
     meta = array._meta
     if isinstance(meta, np.ma.MaskedArray):
         return "a Dask array of masked chunks"
-    form = library_of("input", meta).unusable(meta)
+    form = library_of("input", meta).unsupported_layout(meta)
     return None if form is None else f"a Dask array whose chunks are {form}"
 
 

@@ -28,7 +28,7 @@ from mml_arrayapi.backends.pytorch.state import (
     under_autocast,
 )
 from mml_arrayapi.kernel import Kernel, Options, Problem
-from mml_arrayapi.validation import settle_targets
+from mml_arrayapi.validation import check_targets
 
 LARGEST = 2**63 - 1  # what an operator's integers hold
 
@@ -229,7 +229,7 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
     problem = Problem(
         xp, "torch", input, target, weight, p, margin, reduction, axis, check_target, ignore_index
     )
-    return settle_targets(problem)
+    return check_targets(problem)
 
 
 # What the operators return in shape and type alone, for compilers and tensors without values.

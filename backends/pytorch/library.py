@@ -19,7 +19,7 @@ from mml_arrayapi.libraries import plain
 LIBRARY = replace(
     plain("torch", xp, state.value_access),
     on_host=state.on_host,
-    unusable=state.unsupported_layout,
+    unsupported_layout=state.unsupported_layout,
     **generic.ROW,
     cast=state.under_autocast,
 )
