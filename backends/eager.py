@@ -29,7 +29,7 @@ def loss(problem: Problem) -> Array:
 def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
     """Compute loss and gradient as :func:`mml_arrayapi.formula.loss_and_grad` does."""
     with np.errstate(all="ignore"):
-        upstream = formula.upstream(problem, grad_output)
+        upstream: Any = formula.upstream(problem, grad_output)
         grad = problem.xp.empty_like(problem.input)
         parts = []
         for where, tile in _tiles(problem):

@@ -130,10 +130,10 @@ class LossAccumulator:
             ignore_index=self.ignore_index,
             check_target="raise",
         )
-        losses, target, factors = _together(losses, target, sample_weight)
-        factors = None if factors is None else _check_sample_weight(factors, target.shape)
+        losses, classes, factors = _together(losses, target, sample_weight)
+        factors = None if factors is None else _check_sample_weight(factors, classes.shape)
         if self.ignore_index is not None:
-            kept = target != self.ignore_index
+            kept = classes != self.ignore_index
             losses, factors = losses[kept], None if factors is None else factors[kept]
         batch = _Totals(ExactSum(), ExactSum())
         if factors is None:
@@ -294,7 +294,7 @@ def _check_sample_weight(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndar
     return weights
 
 
-def _product(losses: np.ndarray, factors: np.ndarray) -> np.ndarray:
+def _product(losses: Any, factors: Any) -> Any:
     import numpy as np
 
     with np.errstate(all="ignore"):  # infinite losses, and those beyond float64

@@ -135,10 +135,10 @@ def _run(
     if kernel is not GENERIC and block.dtype == dtype:
         if scale is None:
             return Rows(kernel.loss(problem), n_ignored, ran(kernel.name)), None
-        losses, grad = kernel.loss_and_grad(problem, scale)
-        return Rows(losses, n_ignored, ran(kernel.name)), grad
+        losses, whole = kernel.loss_and_grad(problem, scale)
+        return Rows(losses, n_ignored, ran(kernel.name)), whole
     losses = xp.empty(target.shape, dtype=dtype)
-    grad = None if scale is None else xp.empty_like(block)
+    grad: Any = None if scale is None else xp.empty_like(block)
     for where, rows in _tiles(block.shape, call.axis):
         tile = xp.astype(block[where], dtype, copy=False)
         problem, kernel = _chosen(tile, target[rows], weight, call)
@@ -446,7 +446,7 @@ def _scale(block: Array, target: Array, upstream: Any, share: Any) -> Array:
 
 def number_of_rows(target: Array, *, call: Call) -> int:
     """Return how many samples of a block are not ignored."""
-    return math.prod(target.shape) - _count(ignored(target, call.options.ignore_index))
+    return int(math.prod(target.shape) - _count(ignored(target, call.options.ignore_index)))
 
 
 def added(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:

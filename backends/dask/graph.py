@@ -135,12 +135,14 @@ class _Graph:
     def _upstream(self, problem: Problem, grad_output: Array | None) -> tuple[Any, ...]:
         """Arguments that hold what the gradient is multiplied with, and each sample's share."""
         reduction = self.call.options.reduction
-        if grad_output is None:
-            upstream = None, None
-        elif reduction == "none":
-            upstream = match_rows(problem, grad_output), self.rows
-        else:
-            upstream = in_one_chunk(grad_output), ()
+        upstream: tuple[Any, Any] = None, None
+        if grad_output is not None:
+            whole = reduction != "none"
+            upstream = (
+                (in_one_chunk(grad_output), ())
+                if whole
+                else (match_rows(problem, grad_output), self.rows)
+            )
         share: tuple[Any, Any] = 1.0, None
         if reduction == "mean":
             if unknown(self.target) or self.call.options.ignore_index is not None:

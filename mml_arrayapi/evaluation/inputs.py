@@ -213,9 +213,9 @@ class Batch(NamedTuple):
 
     start: int
     stop: int
-    scores: tuple[ShardSlice]
-    targets: tuple[ShardSlice, ...]
-    weights: tuple[ShardSlice, ...]
+    scores: tuple[Any, ...]  # one ShardSlice
+    targets: tuple[Any, ...]  # as many as there are shards
+    weights: tuple[Any, ...]
 
 
 class Dataset(NamedTuple):

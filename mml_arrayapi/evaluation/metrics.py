@@ -322,8 +322,8 @@ def _count(
     if not finite.all():
         for row, odd in enumerate((np.isnan(values), values == math.inf, values == -math.inf), 3):
             made.counts[row] = np.bincount(groups[odd], minlength=n)
-    added = (values, groups) if finite.all() else (values[finite], groups[finite])
-    made.sums = exact_sums(*added, n_groups=n)
+    kept = slice(None) if finite.all() else finite
+    made.sums = exact_sums(values[kept], groups[kept], n)
     if weights is not None:
         every = np.ones(len(groups), bool)
         chosen = (every, right, inside)
@@ -395,12 +395,12 @@ def _worst(
     made = []
     for row in rows.tolist():
         own, c = scores[row].astype(np.float64), int(target[row])
-        score, highest = float(own[c]), []
+        score, shown = float(own[c]), []
         for _ in range(min(SHOWN_SCORES, len(own))):
             best = int(np.argmax(own))
-            highest.append((best, float(own[best])))
+            shown.append((best, float(own[best])))
             own[best] = -math.inf
-        made.append(Sample(-float(losses[row]), int(places[row]), c, score, tuple(highest)))
+        made.append(Sample(-float(losses[row]), int(places[row]), c, score, tuple(shown)))
     return made
 
 
@@ -428,11 +428,11 @@ def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
     return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
 
 
-def _leading_bits(values: np.ndarray, bits: Any, shift: int) -> np.ndarray:
+def _leading_bits(values: np.ndarray, bits: Any, shift: int) -> Any:
     """Return floats' bits but the last ``shift``, rounded down, as integers of the same order."""
     import numpy as np
 
-    told = values.view(bits)
+    told: Any = values.view(bits)
     sign = told >> (8 * told.itemsize - 1)
     told = told & np.iinfo(bits).max
     told ^= sign
@@ -465,7 +465,8 @@ def _look_at(
 
     n, n_classes = scores.shape
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    losses, own, highest = (np.empty(n, dtype) for _ in range(3))
+    columns: Any = np.empty((3, n), dtype)
+    losses, own, highest = columns
     rival = np.empty(n, np.int8) if n_classes <= FEW_CLASSES else None
     step, small = max(1, BLOCK // n_classes), max(1, TILE // n_classes)
     options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
