@@ -33,7 +33,7 @@ STRICT = "array_api_strict"
 # Title, options, environment: each library as it comes, and what else two of them can be.
 SUPPORTED = (
     *((name, ("--xp", name), {}) for name in libraries_of_the_package.SUPPORTED),
-    ("jax, x64", ("--xp", "jax"), {"JAX_ENABLE_X64": "1"}),
+    ("jax, x64", ("--xp", "jax", "--dtype", "float64"), {"JAX_ENABLE_X64": "1"}),
     (f"{STRICT}, no_float64", ("--xp", STRICT, "--device", "no_float64"), {}),
 )
 
