@@ -22,6 +22,7 @@ from torch.utils._device import DeviceContext
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # of exactly these types; what holds memory of its own
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu")
 _RECORDED = (*PLAIN, FakeTensor, FunctionalTensor)  # what compilers trace with
 
 # A call of a name with dots costs half as much again as one without: of 3 microseconds.
@@ -142,7 +143,8 @@ def value_access(tensor: torch.Tensor) -> str:
 
 def under_autocast(input: torch.Tensor) -> torch.Tensor:
     """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
-    if input.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    kind = input.device.type  # PyTorch raises for types that have no autocast, such as meta
+    if input.itemsize == 2 and kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         return input.float()
     return input
 

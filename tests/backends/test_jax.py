@@ -81,7 +81,8 @@ def test_targets_out_of_range(batch):
 
 
 def test_with_64_bit_types(batch):
-    enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # JAX before 0.8
+    # The second is that of JAX before 0.8.
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     with enable_x64(True):
         scores = jnp.asarray(np.asarray(batch[0]), dtype=jnp.float64)
         target = jnp.asarray(np.asarray(batch[1]), dtype=jnp.int64)

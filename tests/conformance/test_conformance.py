@@ -11,7 +11,7 @@ import pytest
 from mml_arrayapi.conformance import Context, Result, all_checks, capabilities, report
 from mml_arrayapi.conformance.command import add_arguments
 from mml_arrayapi.conformance.page import as_html
-from mml_arrayapi.conformance.suite import EXPECTED, FAIL, NOT_RUN, PASS, UNSUPPORTED
+from mml_arrayapi.conformance.suite import FAIL, NOT_RUN, PASS, UNSUPPORTED
 
 ALL = ("float32", "float64", "float16", "bfloat16")
 
@@ -42,16 +42,6 @@ BRIEFLY = (
     "weight is used in the computing precision",
     "results have the dtype of input",
 )
-
-ARGMAX = "array-api-strict's argmax gives int64 on a device that has none"
-EXPECTED_FAILURES = {
-    "array_api_strict no_x64": {
-        "check target raise raises": ARGMAX,
-        "error names the first position value and number of classes": ARGMAX,
-        "check target auto raises or gives nan": ARGMAX,
-        "faults raise and name what is accepted": ARGMAX,
-    },
-}
 
 
 @contextlib.contextmanager
@@ -94,9 +84,7 @@ def cases():
 def test_libraries(configuration, check, dtype):
     with state_of(configuration) as name:
         context = Context(name, dtype=dtype, **CONFIGURATIONS[configuration][1])
-        result = check(context, EXPECTED_FAILURES.get(configuration))
-    if result.state == EXPECTED:
-        pytest.xfail(result.reason)
+        result = check(context)
     if result.state in (NOT_RUN, UNSUPPORTED):
         pytest.skip(result.reason)
     assert result.state == PASS, str(result)

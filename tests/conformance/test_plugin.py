@@ -30,6 +30,8 @@ def session(pytester):
             "no:cacheprovider",
             "-W",
             "ignore::pytest.PytestAssertRewriteWarning",
+            "-p",
+            "no:unraisableexception",  # of what other tests of this process have left behind
         ]
         return pytester.runpytest_inprocess(
             "--pyargs", "mml_arrayapi.conformance", *common, "-k", select, *library, *words
