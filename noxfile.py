@@ -14,7 +14,7 @@ PINNED = ("-c", "constraints.txt")
 
 @nox.session(python=PYTHONS)
 def tests(session):
-    """Run the tests in random order; further words go to pytest."""
+    """Run the tests; further words go to pytest."""
     session.install(*PINNED, "-e", ".[all,test]")
     session.run("pytest", "-n", "auto", "--dist", "loadfile", *session.posargs)
 
