@@ -103,7 +103,7 @@ def candidates(shape, dtype, p, gradient):
         z = torch.where((z > 0) & (torch.arange(x.shape[1]) != y[:, None]), z, 0)
         return (z**p).mean().to(x.dtype)
 
-    torch._dynamo.reset()  # else it gives up compiling after eight rows of the table
+    torch.compiler.reset()  # else it gives up compiling after eight rows of the table
     compiled = torch.compile(formula, dynamic=False)
     calls = {}
     if gradient:

@@ -37,7 +37,7 @@ def candidates(shape, dtype, options, backward):
     y = torch.randint(0, shape[1], shape[:1], generator=generator)
     weight = torch.rand(shape[1], generator=generator).to(x.dtype) if weighted else None
     keywords = {"p": p, "weight": weight, "reduction": reduction}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     functions = {"mml torch": mml.multi_margin_loss, "compile": torch.compile(eager)}
     if dtype != "bfloat16":
         functions["eager"] = eager

@@ -285,11 +285,11 @@ def _library_without_row(argument: str, array: Array) -> Library:
     if name in LIBRARIES:
         return LIBRARIES[name]()
     if name not in _by_namespace:
-        _by_namespace[name] = plain(name, xp, _stranger_sight)
+        _by_namespace[name] = plain(name, xp, _stranger_value_access)
     return _by_namespace[name]
 
 
-def _stranger_sight(array: Array) -> str:
+def _stranger_value_access(array: Array) -> str:
     """Read values only where that is plainly free: an eager array that says it is on the CPU."""
     from array_api_compat import is_lazy_array
 

@@ -100,7 +100,7 @@ def _run(problem: Problem, operation: str, upstream: Array | None, grad: Array |
         arrays["flag"] = cupy.full((), cuda_plan.FAR, np.int64)
     _launch(plan, tuple(_address(arrays.get(name)) for name in cuda_plan.ADDRESSES), device)
     if "flag" in arrays and int(arrays["flag"]) != cuda_plan.FAR:
-        raise_invalid_target(cupy.asnumpy(problem.target), classes)
+        raise_invalid_target(cupy.asnumpy(problem.target), classes, problem.ignore_index)
     return loss
 
 
