@@ -22,6 +22,8 @@ TILE = 2**17  # elements
 def loss(problem: Problem) -> Array:
     """Compute the loss as :func:`mml_arrayapi.formula.loss` does."""
     with np.errstate(all="ignore"):
+        if _is_small(problem):
+            return formula.loss(problem)
         parts = [formula.losses(tile) for _, tile in _tiles(problem)]
         return formula.reduce(problem, _joined(problem, parts))
 
@@ -29,6 +31,8 @@ def loss(problem: Problem) -> Array:
 def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
     """Compute loss and gradient as :func:`mml_arrayapi.formula.loss_and_grad` does."""
     with np.errstate(all="ignore"):
+        if _is_small(problem):
+            return formula.loss_and_grad(problem, grad_output)
         upstream: Any = formula.upstream(problem, grad_output)
         grad = problem.xp.empty_like(problem.input)
         parts = []
@@ -39,13 +43,13 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
         return formula.reduce(problem, _joined(problem, parts)), grad
 
 
+def _is_small(problem: Problem) -> bool:
+    return problem.input.size <= TILE or problem.input.ndim == 1
+
+
 def _tiles(problem: Problem) -> Iterator[tuple[Any, Problem]]:
     """Cut the batch along its first axis; yield each part's place in ``input``, and its problem."""
-    shape = problem.input.shape
-    axis = 1 if problem.axis == 0 else 0
-    if problem.input.size <= TILE or len(shape) == 1:
-        yield (..., problem)
-        return
+    shape, axis = problem.input.shape, _cut(problem)
     step = max(1, TILE * shape[axis] // problem.input.size)
     for start in range(0, shape[axis], step):
         rows = slice(start, min(start + step, shape[axis]))
@@ -53,8 +57,12 @@ def _tiles(problem: Problem) -> Iterator[tuple[Any, Problem]]:
         yield where, problem._replace(input=problem.input[where], target=problem.target[rows, ...])
 
 
+def _cut(problem: Problem) -> int:
+    return 1 if problem.axis == 0 else 0
+
+
 def _joined(problem: Problem, parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else problem.xp.concat(parts, axis=0)
+    return problem.xp.concat(parts, axis=_cut(problem))
 
 
 ROW: dict[str, Any] = {"loss": loss, "loss_and_grad": loss_and_grad}

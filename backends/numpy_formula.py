@@ -8,6 +8,8 @@ import numpy as np
 
 Array = Any
 
+SHORT = 64  # elements of a row
+
 
 def _places(index: np.ndarray, axis: int) -> tuple[np.ndarray, ...]:
     """Return indices of every axis; ``np.take_along_axis`` takes 10 microseconds for the same."""
@@ -37,6 +39,28 @@ def relu(x: Array) -> Array:
     return np.maximum(x, 0, out=x)
 
 
+def scaled(slope: Array, scale: Array) -> Array:
+    """Return the product, 0 where the slope is 0; a selection takes ten times as long."""
+    if np.isinf(scale).any():
+        inactive = np.where(np.isnan(scale), scale, np.zeros_like(scale))
+        return np.where(slope > 0, slope * scale, inactive)
+    return np.multiply(slope, scale, out=slope)
+
+
+def total(x: Array, axis: int | None, dtype: Any) -> Array:
+    """Return the sum along an axis; reduce() takes twice as long as einsum() for short rows."""
+    if axis is not None and axis == x.ndim - 1 and x.shape[axis] < SHORT:
+        return np.einsum("...j->...", x.astype(dtype, copy=False))[..., None]
+    return np.add.reduce(x, axis, dtype, None, axis is not None)
+
+
+def in_range(target: Array, n_classes: int) -> bool:
+    """Tell whether all targets are classes: as unsigned numbers, negative ones are too large."""
+    kind, bits = target.dtype.kind, 8 * target.itemsize
+    limit = n_classes if kind == "u" else min(n_classes, 2 ** (bits - 1))
+    return bool(target.view(target.dtype.str.replace("i", "u")).max() < limit)
+
+
 def unsupported_layout(array: np.ndarray) -> str | None:
     """Tell what an array is whose meaning would be lost, or None."""
     if isinstance(array, np.ma.MaskedArray):
@@ -54,4 +78,7 @@ ROW: dict[str, Any] = {
     "take": take,
     "put": put,
     "relu": relu,
+    "scaled": scaled,
+    "sum": total,
+    "in_range": in_range,
 }

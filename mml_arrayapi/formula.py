@@ -22,10 +22,12 @@ import math
 from typing import Any
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.libraries import library_of
+from mml_arrayapi.libraries import Library, library_of
 from mml_arrayapi.wide_sum import divided_sum
 
 Array = Any
+
+LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def loss(problem: Problem) -> Array:
@@ -67,44 +69,42 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
 
 
 def losses(problem: Problem) -> Array:
-    """Compute one loss per sample, shape ``(*batch)``, in the precision of sums."""
-    return _hinge(problem)[3][_along(problem.axis, 0)]
+    """Compute one loss per sample, in the precision of sums; the classes' axis has length 1."""
+    return _hinge(problem, library_of("input", problem.input))[3]
 
 
 def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, Array]:
     """Compute :func:`losses`, and the gradient of ``sum(losses * upstream)`` for ``input``."""
     xp, axis, p, n_classes = problem.xp, problem.axis, problem.p, problem.input.shape[problem.axis]
-    index, hinge, weight, losses = _hinge(problem)
-    active = hinge > 0
+    library = library_of("input", problem.input)
+    index, hinge, weight, losses = _hinge(problem, library)
     if p == 1:
-        slope = xp.astype(active, hinge.dtype)
+        slope = xp.astype(hinge > 0, hinge.dtype)
     elif p == 2:
         slope = hinge
     else:  # no power of 0, whose second derivative is infinite for p < 2
+        active = hinge > 0
         slope = xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)
         slope = xp.where(active, slope, xp.zeros_like(index, dtype=hinge.dtype))
-    zero, nan = xp.zeros_like(losses), xp.isnan(losses)
-    scale = zero + upstream * p if weight is None else weight * upstream * p
+    scale = xp.zeros_like(losses) + upstream * p if weight is None else weight * upstream * p
     if (ignored := _ignored(problem)) is not None:
-        scale = xp.where(ignored[_along(axis, None)], zero, scale)
+        scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
-    scale = xp.where(nan, losses, scale)
-    inactive = xp.astype(xp.where(nan, losses, zero), hinge.dtype)
-    own = xp.astype(-divided_sum(xp, slope, axis, n_classes) * scale, hinge.dtype)
-    scale = xp.astype(scale / n_classes, hinge.dtype)
-    # Selected: where the scale is infinite, 0 times it would be NaN.
-    grad = xp.where(active, scale if p == 1 else slope * scale, inactive)
-    grad = library_of("input", problem.input).put(grad, index, own, axis)
-    return losses[_along(axis, 0)], xp.astype(grad, problem.input.dtype, copy=False)
+    scale = xp.where(xp.isnan(losses), losses, scale)
+    own = xp.astype(-divided_sum(library, slope, axis, n_classes) * scale, hinge.dtype)
+    grad = library.scaled(slope, xp.astype(scale / n_classes, hinge.dtype))
+    grad = library.put(grad, index, own, axis)
+    return losses, xp.astype(grad, problem.input.dtype, copy=False)
 
 
 def reduce(problem: Problem, losses: Array) -> Array:
-    """Reduce over the samples, and round to the input's dtype, once."""
-    xp = problem.xp
-    if problem.reduction != "none":
+    """Reduce :func:`losses` over the samples, and round to the input's dtype, once."""
+    if problem.reduction == "none":
+        losses = losses[_along(problem.axis, 0)]
+    else:
         count = _count(problem, math.nan) if problem.reduction == "mean" else 1
-        losses = divided_sum(xp, losses, None, count)
-    return xp.astype(losses, problem.input.dtype, copy=False)
+        losses = divided_sum(library_of("input", problem.input), losses, None, count)
+    return problem.xp.astype(losses, problem.input.dtype, copy=False)
 
 
 def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
@@ -118,7 +118,7 @@ def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
     return upstream / _count(problem, 1.0) if problem.reduction == "mean" else upstream
 
 
-def _hinge(problem: Problem) -> tuple[Array, Array, Array | None, Array]:
+def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | None, Array]:
     """Compute the pieces that value and gradient share; all but ``hinge`` have one class.
 
     ``index`` is the target, 0 for a sample that has none or is ignored; ``hinge`` is max(0, z),
@@ -126,12 +126,11 @@ def _hinge(problem: Problem) -> tuple[Array, Array, Array | None, Array]:
     without target, or None where all are 1; then come the losses.
     """
     xp, axis, margin, p = problem.xp, problem.axis, problem.margin, problem.p
-    library = library_of("input", problem.input)
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
     if x.dtype not in (xp.float32, xp.float64):
         x = xp.astype(x, xp.float32)
-    if abs(margin) > float(xp.finfo(x.dtype).max):
+    if abs(margin) > LARGEST_FLOAT32 and x.dtype == xp.float32:
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
     index = xp.astype(problem.target, integer, copy=False)[_along(axis, None)]
@@ -154,7 +153,7 @@ def _hinge(problem: Problem) -> tuple[Array, Array, Array | None, Array]:
     own = 0.0 if several else xp.where(score == score, xp.zeros_like(score), score)
     hinge = library.relu(library.put(z, index, own, axis))
     terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
-    losses = divided_sum(xp, terms, axis, n_classes)
+    losses = divided_sum(library, terms, axis, n_classes)
 
     weight = None if known is None and ignored is None else xp.ones_like(losses)
     if problem.weight is not None:
@@ -189,7 +188,8 @@ def _count(problem: Problem, empty: float) -> Any:
     if ignored is None and all(n is not None and n == n for n in shape):  # Dask says NaN
         count = math.prod(shape)
         return empty if isinstance(count, int) and count == 0 else count
-    wide = library_of("input", problem.input).widest(problem.input)[1]
+    library = library_of("input", problem.input)
+    wide = library.widest(problem.input)[1]
     ones = xp.ones_like(problem.target, dtype=wide)
-    count = divided_sum(xp, ones if ignored is None else xp.astype(~ignored, wide), None, 1)
+    count = divided_sum(library, ones if ignored is None else xp.astype(~ignored, wide), None, 1)
     return xp.where(count > 0, count, xp.full_like(count, empty))

@@ -73,8 +73,18 @@ class Library:
     relu : callable
         ``relu(x)``: the larger of ``x`` and 0, NaN where ``x`` is NaN. Where it is differentiated,
         its slope at 0 is 0. It may write into ``x``.
-    runs : bool
-        Whether a sum in the widest precision takes so long that short runs are added first.
+    scaled : callable
+        ``scaled(slope, scale)``: the product; where ``slope`` is 0 it is 0, even if ``scale`` is
+        infinite, but NaN if that is NaN. ``scale`` has length 1 along one axis. It may write into
+        ``slope``.
+    sum : callable
+        ``sum(x, axis, dtype)``: the sum in a dtype; the axis is kept, None stands for all.
+    in_range : callable
+        ``in_range(target, n_classes)``: whether all targets, of which there are some, are at least
+        0 and less than a number. Only of arrays whose values can be read.
+    runs : callable
+        ``runs(terms)``: whether a sum of them in the widest precision takes so long that short
+        runs are added first.
     loss, loss_and_grad : callable, optional
         How the generic implementation is run, if there is more to it than the formula: derivatives
         for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
@@ -92,8 +102,11 @@ class Library:
     take: Callable[[Array, Array, int], Array]
     put: Callable[[Array, Array, Array | float, int], Array]
     relu: Callable[[Array], Array]
+    scaled: Callable[[Array, Array], Array]
+    sum: Callable[[Array, int | None, Any], Array]
+    in_range: Callable[[Array, int], bool]
     kinds: Mapping[Any, str]
-    runs: bool = False
+    runs: Callable[[Array], bool] = lambda _: False
     check_targets_lazily: Callable[[Problem], Problem] | None = None
     unsupported_layout: Callable[[Array], str | None] = lambda _: None
     device: Callable[[Array], Any] = device_of
@@ -128,6 +141,16 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
     def relu(x: Array) -> Array:
         return xp.where(x <= 0, xp.zeros_like(x), x)  # maximum() and clip() have other slopes at 0
 
+    def scaled(slope: Array, scale: Array) -> Array:
+        inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
+        return xp.where(slope > 0, slope * scale, inactive)
+
+    def total(x: Array, axis: int | None, dtype: Any) -> Array:
+        return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
+
+    def in_range(target: Array, n_classes: int) -> bool:
+        return int(xp.min(target)) >= 0 and int(xp.max(target)) < n_classes
+
     return Library(
         name,
         xp,
@@ -138,6 +161,9 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         take=take,
         put=put,
         relu=relu,
+        scaled=scaled,
+        sum=total,
+        in_range=in_range,
         kinds=_kinds(xp),
     )
 

@@ -212,7 +212,7 @@ def check_name(name: str | None, source: str = "backend") -> None:
     ValueError
         No kernel is named so.
     """
-    if name is None:
+    if name is None or name == "generic":
         return
     if not isinstance(name, str):
         raise TypeError(

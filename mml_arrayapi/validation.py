@@ -90,12 +90,12 @@ def check_options(options: Options) -> Options:
     TypeError, ValueError
         With the argument's name, what was given, and what is accepted.
     """
-    p, margin = check_parameters(options.reduction, options.p, options.margin)
-    ignore_index = check_ignore_index(options.ignore_index)
-    mode = options.check_target
+    p, margin, reduction, ignore_index, axis, mode = options
+    p, margin = check_parameters(reduction, p, margin)
+    ignore_index = check_ignore_index(ignore_index)
     if not isinstance(mode, str) or mode not in CHECKS:
         raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {mode!r}")
-    return options._replace(p=p, margin=margin, ignore_index=ignore_index)
+    return Options(p, margin, reduction, ignore_index, axis, mode)
 
 
 def check_ignore_index(ignore_index: int | None) -> int | None:
@@ -145,12 +145,13 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
         With the argument's name, what was given, and what is accepted.
     """
     if weight is not None:
-        weight_shape = _shape("weight", weight)
+        weight_shape, weight_library = _shape("weight", weight)
         if len(weight_shape) != 1:
             raise ValueError(f"weight must have shape (C,), but has shape {weight_shape}")
-    shape, axis, n_classes = _classes(input, options.axis)
+    shape, library = _shape("input", input)
+    shape, axis, n_classes = _classes(shape, options.axis)
     batch = shape[:axis] + shape[axis + 1 :]
-    given = _shape("target", target)
+    given, target_library = _shape("target", target)
     if not _same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "
@@ -162,22 +163,25 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
             f"weight must have one element per class, shape ({n_classes},), but has shape "
             f"{weight_shape}"
         )
-    library = _check_types(input, target, weight)
-    xp = library.namespace
+    _check_dtype("input", library, input, REAL)
+    _check_dtype("target", target_library, target, INTEGER)
+    if weight is not None:
+        _check_dtype("weight", weight_library, weight, REAL)
+    _check_together("target", target, target_library, input, library)
+    if weight is not None:
+        _check_together("weight", weight, weight_library, input, library)
+        weight = _native(weight)
     input, target = _native(input), _native(target)
-    weight = None if weight is None else _native(weight)
     if library.cast is not None:
         input = library.cast(input)
     if len(shape) != input.ndim:
-        input = xp.reshape(input, (1,))
+        input = library.namespace.reshape(input, (1,))
     if len(given) != len(batch):
-        target = library_of("target", target).namespace.reshape(target, batch)
+        target = target_library.namespace.reshape(target, batch)
     p, margin, reduction, ignore_index, _, check_target = options
     mode = _resolve(check_target, library, target)
-    arrays = input, target, weight
-    return Problem(
-        xp, library.name, *arrays, p, margin, reduction, axis, mode, ignore_index=ignore_index
-    )
+    of, arrays = (library.namespace, library.name), (input, target, weight)
+    return Problem(*of, *arrays, p, margin, reduction, axis, mode, ignore_index)
 
 
 def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, float]:
@@ -233,15 +237,15 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
         Wrong shape, dtype, library or device.
     """
     wanted = tuple(target_shape) if problem.reduction == "none" else ()
-    shape = _shape("grad_output", grad_output)
+    shape, library = _shape("grad_output", grad_output)
     if not _same_shape(shape, wanted):
         raise ValueError(
             f"grad_output must have the loss's shape, {wanted}, but has shape {shape} "
             f"(reduction is {problem.reduction!r})"
         )
-    library = library_of("grad_output", grad_output)
     _check_dtype("grad_output", library, grad_output, REAL)
-    _check_together("grad_output", grad_output, library, problem.input, problem.library)
+    input_library = library_of("input", problem.input)
+    _check_together("grad_output", grad_output, library, problem.input, input_library)
     grad_output = _native(grad_output)
     if problem.reduction == "none" and shape != problem.target.shape:
         return problem.xp.reshape(grad_output, problem.target.shape)
@@ -292,7 +296,8 @@ def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None
     InvalidTargetError
         With the first offending position.
     """
-    xp = library_of("target", target).namespace
+    library = library_of("target", target)
+    xp = library.namespace
     if 0 in target.shape:
         return
     accepted = target
@@ -300,7 +305,7 @@ def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None
         info = xp.iinfo(target.dtype)
         if info.min <= ignore_index <= info.max:
             accepted = xp.where(target == ignore_index, xp.zeros_like(target), target)
-    if int(xp.min(accepted)) >= 0 and int(xp.max(accepted)) < n_classes:
+    if library.in_range(accepted, n_classes):
         return
     signed = xp.astype(accepted, widest(xp, target)[0], copy=False)
     bad = (signed < 0) | (signed >= n_classes)
@@ -313,9 +318,9 @@ def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None
     raise InvalidTargetError(tuple(position), value, n_classes)
 
 
-def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
+def _classes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, int]:
     """Return input's shape (a 0-d input counts as one class), the axis from 0, and C."""
-    shape = _shape("input", input) or (1,)
+    shape = shape or (1,)
     if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
         raise TypeError(f"axis must be an integer, but is {_a(axis)}")
     if not -len(shape) <= axis < len(shape):
@@ -333,20 +338,6 @@ def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
             f"axis {axis}"
         )
     return shape, axis, n_classes
-
-
-def _check_types(input: Array, target: Array, weight: Array | None) -> Library:
-    """Check dtypes, then libraries and devices; return the library of input."""
-    library, target_library = library_of("input", input), library_of("target", target)
-    _check_dtype("input", library, input, REAL)
-    _check_dtype("target", target_library, target, INTEGER)
-    if weight is not None:
-        weight_library = library_of("weight", weight)
-        _check_dtype("weight", weight_library, weight, REAL)
-    _check_together("target", target, target_library, input, library.name)
-    if weight is not None:
-        _check_together("weight", weight, weight_library, input, library.name)
-    return library
 
 
 def _check_dtype(argument: str, library: Library, array: Array, kind: str) -> None:
@@ -373,15 +364,16 @@ def _native(array: Array) -> Array:
 
 
 def _check_together(
-    argument: str, array: Array, library: Library, input: Array, input_library: str
+    argument: str, array: Array, library: Library, input: Array, input_library: Library
 ) -> None:
     """Check that an array lies in the library and on the device of input."""
-    if library.name != input_library:
-        if input_library == "dask" and library.name == "numpy":
+    if library.name != input_library.name:
+        if input_library.name == "dask" and library.name == "numpy":
             return
         raise TypeError(
             f"{argument} must come from the same library as input, but {argument} is of "
-            f"{library.name} and input is of {input_library}{_conversion(argument, library, input)}"
+            f"{library.name} and input is of {input_library.name}"
+            f"{_conversion(argument, library, input_library)}"
         )
     ours, theirs = library.device_key(array), library.device_key(input)
     if ours is not None and theirs is not None and ours != theirs:
@@ -407,23 +399,24 @@ def _resolve(check_target: str, library: Library, target: Array) -> str:
     return "raise"
 
 
-def _conversion(argument: str, library: Library, input: Array) -> str:
+def _conversion(argument: str, library: Library, input_library: Library) -> str:
     """Say how an array of NumPy, whose arrays every library takes, is converted."""
     if library.name != "numpy":
         return ""
-    name = library_of("input", input).namespace.__name__.removeprefix("array_api_compat.")
+    name = input_library.namespace.__name__.removeprefix("array_api_compat.")
     return f"; convert it by {name}.asarray({argument})"
 
 
-def _shape(argument: str, array: Array) -> tuple[Any, ...]:
-    """Return an array's shape; raise for what is no array, or none that can be computed with."""
+def _shape(argument: str, array: Array) -> tuple[tuple[Any, ...], Library]:
+    """Return shape and library; raise for what is no array, or none that can be computed with."""
     try:
         shape = tuple(array.shape)
     except Exception:  # noqa: BLE001 (each library has its own for arrays that have no shape)
         raise TypeError(f"{argument} must be an array, but is {_a(array)}") from None
-    if (form := library_of(argument, array).unsupported_layout(array)) is not None:
+    library = library_of(argument, array)
+    if (form := library.unsupported_layout(array)) is not None:
         raise TypeError(f"{argument} must be a dense array, but is {form}")
-    return shape
+    return shape, library
 
 
 def _hint(given: tuple[Any, ...], batch: tuple[Any, ...], shape: tuple[Any, ...]) -> str:
@@ -437,6 +430,8 @@ def _hint(given: tuple[Any, ...], batch: tuple[Any, ...], shape: tuple[Any, ...]
 
 def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Compare shapes; a length that isn't known yet (None, or Dask's NaN) fits any."""
+    if a == b:
+        return True
     return len(a) == len(b) and all(
         m == n or m is None or n is None or m != m or n != n for m, n in zip(a, b, strict=True)
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mml_arrayapi.libraries import library_of
+from mml_arrayapi.libraries import Library
 
 Array = Any
 
@@ -19,13 +19,13 @@ LEVELS = 4  # of runs of runs: RUN ** LEVELS = 1.7e7 terms
 SMALL = 2.0**-40  # what float64 terms, which nothing wider can hold, are multiplied by
 
 
-def divided_sum(xp: Any, terms: Array, axis: int | None, divisor: Any) -> Array:
+def divided_sum(library: Library, terms: Array, axis: int | None, divisor: Any) -> Array:
     """Divide a sum by a number; only the quotient need be finite.
 
     Parameters
     ----------
-    xp : module
-        The array API namespace of ``terms``.
+    library : Library
+        That of ``terms``.
     terms : array of float32 or float64
         What is added.
     axis : int or None
@@ -38,13 +38,12 @@ def divided_sum(xp: Any, terms: Array, axis: int | None, divisor: Any) -> Array:
     array
         In the widest real dtype of the device.
     """
-    library = library_of("terms", terms)
-    wide = library.widest(terms)[1]
+    xp, wide = library.namespace, library.widest(terms)[1]
     shrunk = 1.0
     if terms.dtype == wide != xp.float32:
         shrunk = SMALL
         terms = terms * SMALL
-    elif library.runs or wide == xp.float32:
+    elif wide == xp.float32 or library.runs(terms):
         if axis is None:
             terms = xp.reshape(terms, (-1,))
         for _ in range(LEVELS if wide == xp.float32 else 1):
@@ -52,8 +51,7 @@ def divided_sum(xp: Any, terms: Array, axis: int | None, divisor: Any) -> Array:
             terms = _sums_of_runs(xp, terms * (1 / RUN), axis or 0)
             if terms.shape[axis or 0] == 1:
                 break
-    total = xp.sum(terms, axis=axis, keepdims=axis is not None, dtype=wide)
-    return total / (shrunk * divisor)
+    return library.sum(terms, axis, wide) / (shrunk * divisor)
 
 
 def _sums_of_runs(xp: Any, terms: Array, axis: int) -> Array:

@@ -16,6 +16,7 @@ from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import widest
 
 WIDE = (torch.int64, torch.float64)
+FEW = 2**18  # elements
 
 
 def widest_of(tensor: Tensor) -> tuple[Any, Any]:
@@ -30,17 +31,26 @@ def _widest_on(kind: str) -> tuple[Any, Any]:
 
 
 def take(x: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Return the elements at ``index`` along an axis."""
-    return torch.take_along_dim(x, index, axis)
+    """Return the elements at ``index`` along an axis; take_along_dim() takes twice as long."""
+    if torch.compiler.is_compiling() or x.numel() == x.shape[axis]:  # one element per class
+        return torch.take_along_dim(x, index, axis)
+    return torch.gather(x, axis, index)
 
 
 def put(x: Tensor, index: Tensor, values: Tensor | float, axis: int) -> Tensor:
     """Return ``x`` with ``values`` at ``index`` along an axis."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not state.is_transformed():
+    if _runs_at_once(x):
         return x.scatter_(axis, index, values)
     # Compilers fuse this with its neighbours, vmap has no rule for scatter_(), and on a GPU that
     # is not deterministic.
     return torch.where(_mask(x.shape[axis], index, axis), values, x)
+
+
+def _runs_at_once(x: Tensor) -> bool:
+    """Tell whether operations simply run, on the CPU."""
+    return (
+        x.device.type == "cpu" and not torch.compiler.is_compiling() and not state.is_transformed()
+    )
 
 
 def _mask(n_classes: int, index: Tensor, axis: int) -> Tensor:
@@ -51,6 +61,24 @@ def _mask(n_classes: int, index: Tensor, axis: int) -> Tensor:
 def relu(x: Tensor) -> Tensor:
     """Return the larger of ``x`` and 0."""
     return torch.relu_(x)
+
+
+def scaled(slope: Tensor, scale: Tensor) -> Tensor:
+    """Return the product, 0 where the slope is 0; a selection takes five times as long."""
+    if _runs_at_once(slope) and not scale.isinf().any():
+        return slope * scale
+    inactive = torch.where(scale.isnan(), scale, 0)
+    return torch.where(slope > 0, slope * scale, inactive)
+
+
+def total(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
+    """Return the sum along an axis."""
+    return torch.sum(x, axis, axis is not None, dtype=dtype)
+
+
+def runs(terms: Tensor) -> bool:
+    """Tell whether a sum in float64 is slow: where the wide copy is large, or compiled."""
+    return torch.compiler.is_compiling() or terms.numel() > FEW
 
 
 class _Call:
@@ -115,7 +143,7 @@ def _tangent(problem: Problem, tangent: Tensor) -> Tensor:
 def _weight_grad(problem: Problem, grad_output: Tensor) -> Tensor:
     """Return the gradient for the weights: each class's losses without its weight, added."""
     axis, n_classes = problem.axis, problem.input.shape[problem.axis]
-    losses = formula.losses(problem._replace(weight=None)).unsqueeze(axis)
+    losses = formula.losses(problem._replace(weight=None))
     losses = losses * formula.upstream(problem, grad_output)
     index = problem.target.to(torch.int64).unsqueeze(axis)
     known = (index >= 0) & (index < n_classes)
@@ -155,7 +183,9 @@ ROW: dict[str, Any] = {
     "take": take,
     "put": put,
     "relu": relu,
-    "runs": True,
+    "scaled": scaled,
+    "sum": total,
+    "runs": runs,
     "loss": loss,
     "loss_and_grad": loss_and_grad,
 }
