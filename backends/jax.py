@@ -55,9 +55,19 @@ def widest(_: jax.Array) -> tuple[Any, Any]:
     return WIDE if jax.config.jax_enable_x64 else NARROW
 
 
+def places(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:  # noqa: ARG001
+    """Return what finds elements along an axis: their index."""
+    return index
+
+
 def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """Return the elements at ``index`` along an axis."""
     return jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
+
+
+def look_up(table: jax.Array, index: jax.Array, axis: int) -> jax.Array:  # noqa: ARG001
+    """Return the elements of a vector."""
+    return table.at[index].get(mode="promise_in_bounds")
 
 
 def put(x: jax.Array, index: jax.Array, values: jax.Array | float, axis: int) -> jax.Array:
@@ -151,8 +161,10 @@ ROW: dict[str, Any] = {
     "device_key": device_key,
     "unsupported_layout": unsupported_layout,
     "widest": widest,
+    "places": places,
     "take": take,
     "put": put,
+    "look_up": look_up,
     "relu": relu,
     "runs": lambda _: True,
     "loss": loss,

@@ -77,7 +77,7 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     """Compute :func:`losses`, and the gradient of ``sum(losses * upstream)`` for ``input``."""
     xp, axis, p, n_classes = problem.xp, problem.axis, problem.p, problem.input.shape[problem.axis]
     library = library_of("input", problem.input)
-    index, hinge, weight, losses = _hinge(problem, library)
+    places, hinge, weight, losses = _hinge(problem, library)
     if p == 1:
         slope = xp.astype(hinge > 0, hinge.dtype)
     elif p == 2:
@@ -85,26 +85,28 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     else:  # no power of 0, whose second derivative is infinite for p < 2
         active = hinge > 0
         slope = xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)
-        slope = xp.where(active, slope, xp.zeros_like(index, dtype=hinge.dtype))
+        slope = xp.where(active, slope, xp.zeros_like(losses, dtype=hinge.dtype))
     scale = xp.zeros_like(losses) + upstream * p if weight is None else weight * upstream * p
     if (ignored := _ignored(problem)) is not None:
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
     scale = xp.where(xp.isnan(losses), losses, scale)
-    own = xp.astype(-divided_sum(library, slope, axis, n_classes) * scale, hinge.dtype)
-    grad = library.scaled(slope, xp.astype(scale / n_classes, hinge.dtype))
-    grad = library.put(grad, index, own, axis)
-    return losses, xp.astype(grad, problem.input.dtype, copy=False)
+    own = _cast(xp, -divided_sum(library, slope, axis, n_classes) * scale, hinge.dtype)
+    grad = library.scaled(slope, _cast(xp, scale / n_classes, hinge.dtype))
+    grad = library.put(grad, places, own, axis)
+    return losses, _cast(xp, grad, problem.input.dtype)
 
 
 def reduce(problem: Problem, losses: Array) -> Array:
     """Reduce :func:`losses` over the samples, and round to the input's dtype, once."""
+    xp, dtype = problem.xp, problem.input.dtype
     if problem.reduction == "none":
         losses = losses[_along(problem.axis, 0)]
     else:
+        library = library_of("input", problem.input)
         count = _count(problem, math.nan) if problem.reduction == "mean" else 1
-        losses = divided_sum(library_of("input", problem.input), losses, None, count)
-    return problem.xp.astype(losses, problem.input.dtype, copy=False)
+        losses = divided_sum(library, losses, None, count, small=dtype != xp.float64)
+    return _cast(xp, losses, dtype)
 
 
 def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
@@ -112,28 +114,29 @@ def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
     xp, upstream = problem.xp, 1.0
     if grad_output is not None:
         wide = library_of("input", problem.input).widest(problem.input)[1]
-        upstream = xp.astype(grad_output, wide, copy=False)
+        upstream = _cast(xp, grad_output, wide)
         if problem.reduction == "none":
             upstream = upstream[_along(problem.axis, None)]
     return upstream / _count(problem, 1.0) if problem.reduction == "mean" else upstream
 
 
 def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | None, Array]:
-    """Compute the pieces that value and gradient share; all but ``hinge`` have one class.
+    """Compute the pieces that value and gradient share; weights and losses have one class.
 
-    ``index`` is the target, 0 for a sample that has none or is ignored; ``hinge`` is max(0, z),
-    and 0 at the target's class; ``weight`` is weight[y], 0 for an ignored sample and NaN for one
-    without target, or None where all are 1; then come the losses.
+    ``places`` says where the targets are among the scores, at class 0 for a sample that has none
+    or is ignored; ``hinge`` is max(0, z), and 0 at the target's class; ``weight`` is weight[y], 0
+    for an ignored sample and NaN for one without target, or None where all are 1; then come the
+    losses.
     """
     xp, axis, margin, p = problem.xp, problem.axis, problem.margin, problem.p
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
-    if x.dtype not in (xp.float32, xp.float64):
-        x = xp.astype(x, xp.float32)
+    if x.dtype != xp.float64:
+        x = _cast(xp, x, xp.float32)
     if abs(margin) > LARGEST_FLOAT32 and x.dtype == xp.float32:
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
-    index = xp.astype(problem.target, integer, copy=False)[_along(axis, None)]
+    index = _cast(xp, problem.target, integer)[_along(axis, None)]
     ignored, known = _ignored(problem), None
     if problem.check_target == "nan":
         known = (index >= 0) & (index < n_classes)
@@ -145,26 +148,31 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
         x = xp.where(ignored, zero, x)
         margin = xp.where(ignored, zero, xp.full_like(zero, margin))
         index = xp.where(ignored, xp.zeros_like(index), index)
-    score = library.take(x, index, axis)
+    places = library.places(x, index, axis)
+    score = library.take(x, places, axis)
     z = x - score
     z += margin
     # At the target's class 0; a single class keeps its NaN. (A symbolic size is no int.)
     several = isinstance(n_classes, int) and n_classes > 1
     own = 0.0 if several else xp.where(score == score, xp.zeros_like(score), score)
-    hinge = library.relu(library.put(z, index, own, axis))
+    hinge = library.relu(library.put(z, places, own, axis))
     terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
     losses = divided_sum(library, terms, axis, n_classes)
 
     weight = None if known is None and ignored is None else xp.ones_like(losses)
     if problem.weight is not None:
-        table = xp.astype(problem.weight, x.dtype, copy=False)
-        table = xp.reshape(table, tuple(n_classes if i == axis else 1 for i in range(x.ndim)))
-        weight = xp.astype(library.take(table, index, axis), wide, copy=False)
+        weight = library.look_up(_cast(xp, problem.weight, x.dtype), index, axis)
+        weight = _cast(xp, weight, wide)
     if known is not None:
         weight = xp.where(known, weight, xp.full_like(weight, math.nan))
     if ignored is not None:
         weight = xp.where(ignored, xp.zeros_like(weight), weight)
-    return index, hinge, weight, losses if weight is None else losses * weight
+    return places, hinge, weight, losses if weight is None else losses * weight
+
+
+def _cast(xp: Any, x: Array, dtype: Any) -> Array:
+    """Return an array in a dtype; asking first is cheaper than astype(copy=False)."""
+    return x if x.dtype == dtype else xp.astype(x, dtype)
 
 
 def _along(axis: int, item: int | None) -> tuple[Any, ...]:
@@ -179,7 +187,7 @@ def _ignored(problem: Problem) -> Array | None:
         return None
     integer, _ = library_of("input", problem.input).widest(problem.input)
     half = 2 ** (xp.iinfo(integer).bits - 1)  # both are cast: a value keeps its bits
-    return xp.astype(target, integer, copy=False) == (wanted + half) % (2 * half) - half
+    return _cast(xp, target, integer) == (wanted + half) % (2 * half) - half
 
 
 def _count(problem: Problem, empty: float) -> Any:

@@ -64,12 +64,16 @@ class Library:
         For a lazy library, ``compute(*arrays)``: their values, computed together.
     widest : callable
         ``widest(array)``: the widest signed integer and the widest real dtype of its device.
+    places : callable
+        ``places(x, index, axis)``: what ``take`` and ``put`` need to find the elements at
+        ``index``, which has length 1 along ``axis`` and ``x``'s other lengths. All are in range.
     take : callable
-        ``take(x, index, axis)``: the elements of ``x`` at ``index``, which has length 1 along
-        ``axis``. All indices are in range. The other axes of ``x`` are those of ``index``, or 1.
+        ``take(x, places, axis)``: the elements of ``x`` in those places.
     put : callable
-        ``put(x, index, values, axis)``: ``x`` with ``values`` (an array, or one float) in those
+        ``put(x, places, values, axis)``: ``x`` with ``values`` (an array, or one float) in those
         places. It may write into ``x``.
+    look_up : callable
+        ``look_up(table, index, axis)``: the elements of a vector at ``index``, in its shape.
     relu : callable
         ``relu(x)``: the larger of ``x`` and 0, NaN where ``x`` is NaN. Where it is differentiated,
         its slope at 0 is 0. It may write into ``x``.
@@ -99,8 +103,10 @@ class Library:
     on_host: Callable[[Array], Array]
     device_key: Callable[[Array], Any]
     widest: Callable[[Array], tuple[Any, Any]]
-    take: Callable[[Array, Array, int], Array]
-    put: Callable[[Array, Array, Array | float, int], Array]
+    places: Callable[[Array, Array, int], Any]
+    take: Callable[[Array, Any, int], Array]
+    put: Callable[[Array, Any, Array | float, int], Array]
+    look_up: Callable[[Array, Array, int], Array]
     relu: Callable[[Array], Array]
     scaled: Callable[[Array, Array], Array]
     sum: Callable[[Array, int | None, Any], Array]
@@ -123,20 +129,27 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
     libraries: the classes are compared with the target instead.
     """
 
-    def mask(x: Array, index: Array, axis: int) -> Array:
+    def places(x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         n = x.shape[axis]
-        places = xp.arange(n, dtype=index.dtype, device=device_of(index))
-        return xp.reshape(places, tuple(n if i == axis else 1 for i in range(x.ndim))) == index
+        classes = xp.arange(n, dtype=index.dtype, device=device_of(index))
+        classes = xp.reshape(classes, tuple(n if i == axis else 1 for i in range(index.ndim)))
+        return classes == index, index
 
-    def take(x: Array, index: Array, axis: int) -> Array:
-        zero = xp.zeros_like(index, dtype=x.dtype)
-        found = xp.where(mask(x, index, axis), x, zero)
+    def take(x: Array, places: tuple[Array, Array], axis: int) -> Array:
+        mask, index = places
+        found = xp.where(mask, x, xp.zeros_like(index, dtype=x.dtype))
         return xp.sum(found, axis=axis, keepdims=True, dtype=x.dtype)
 
-    def put(x: Array, index: Array, values: Array | float, axis: int) -> Array:
+    def put(x: Array, places: tuple[Array, Array], values: Array | float, axis: int) -> Array:  # noqa: ARG001
+        mask, index = places
         if isinstance(values, float):
             values = xp.full_like(index, values, dtype=x.dtype)
-        return xp.where(mask(x, index, axis), values, x)
+        return xp.where(mask, values, x)
+
+    def look_up(table: Array, index: Array, axis: int) -> Array:
+        n = table.shape[0]
+        row = xp.reshape(table, tuple(n if i == axis else 1 for i in range(index.ndim)))
+        return take(row, places(row, index, axis), axis)
 
     def relu(x: Array) -> Array:
         return xp.where(x <= 0, xp.zeros_like(x), x)  # maximum() and clip() have other slopes at 0
@@ -158,8 +171,10 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         on_host=lambda array: array,
         device_key=device_of,
         widest=lambda array: widest(xp, array),
+        places=places,
         take=take,
         put=put,
+        look_up=look_up,
         relu=relu,
         scaled=scaled,
         sum=total,

@@ -321,7 +321,8 @@ def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None
 def _classes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, int]:
     """Return input's shape (a 0-d input counts as one class), the axis from 0, and C."""
     shape = shape or (1,)
-    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
+    # The first test is for speed: one of an abstract class takes ten times as long.
+    if type(axis) is not int and (isinstance(axis, bool) or not isinstance(axis, numbers.Integral)):
         raise TypeError(f"axis must be an integer, but is {_a(axis)}")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
@@ -440,7 +441,7 @@ def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 def _real_number(argument: str, value: float) -> float:
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(
             f"{argument} must be a real number, but is {_a(value)}{_static(argument, value)}"
         )

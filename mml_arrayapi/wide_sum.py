@@ -19,7 +19,9 @@ LEVELS = 4  # of runs of runs: RUN ** LEVELS = 1.7e7 terms
 SMALL = 2.0**-40  # what float64 terms, which nothing wider can hold, are multiplied by
 
 
-def divided_sum(library: Library, terms: Array, axis: int | None, divisor: Any) -> Array:
+def divided_sum(
+    library: Library, terms: Array, axis: int | None, divisor: Any, *, small: bool = False
+) -> Array:
     """Divide a sum by a number; only the quotient need be finite.
 
     Parameters
@@ -32,6 +34,8 @@ def divided_sum(library: Library, terms: Array, axis: int | None, divisor: Any) 
         The axis to add along, which is kept; None adds all.
     divisor : int, or array
         The number.
+    small : bool
+        Whether the terms are known to be so small that no sum of them overflows.
 
     Returns
     -------
@@ -40,9 +44,9 @@ def divided_sum(library: Library, terms: Array, axis: int | None, divisor: Any) 
     """
     xp, wide = library.namespace, library.widest(terms)[1]
     shrunk = 1.0
-    if terms.dtype == wide != xp.float32:
-        shrunk = SMALL
-        terms = terms * SMALL
+    if terms.dtype == xp.float64:
+        if not small:
+            shrunk, terms = SMALL, terms * SMALL
     elif wide == xp.float32 or library.runs(terms):
         if axis is None:
             terms = xp.reshape(terms, (-1,))

@@ -30,11 +30,19 @@ def _widest_on(kind: str) -> tuple[Any, Any]:
     return widest(xp, torch.empty(0, device=kind))
 
 
+def places(x: Tensor, index: Tensor, axis: int) -> Tensor:  # noqa: ARG001
+    """Return what finds elements along an axis: their index."""
+    return index
+
+
 def take(x: Tensor, index: Tensor, axis: int) -> Tensor:
     """Return the elements at ``index`` along an axis; take_along_dim() takes twice as long."""
-    if torch.compiler.is_compiling() or x.numel() == x.shape[axis]:  # one element per class
-        return torch.take_along_dim(x, index, axis)
     return torch.gather(x, axis, index)
+
+
+def look_up(table: Tensor, index: Tensor, axis: int) -> Tensor:  # noqa: ARG001
+    """Return the elements of a vector."""
+    return table[index]
 
 
 def put(x: Tensor, index: Tensor, values: Tensor | float, axis: int) -> Tensor:
@@ -180,8 +188,10 @@ def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor,
 
 ROW: dict[str, Any] = {
     "widest": widest_of,
+    "places": places,
     "take": take,
     "put": put,
+    "look_up": look_up,
     "relu": relu,
     "scaled": scaled,
     "sum": total,

@@ -131,7 +131,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 def value_access(tensor: torch.Tensor) -> str:
     """Tell whether a tensor's values can be read: "host", "device" or "traced"."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or _is_tracing():
         return TRACED
     tensor = _within_grad(tensor)
     if tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
@@ -143,10 +143,10 @@ def value_access(tensor: torch.Tensor) -> str:
 
 def under_autocast(input: torch.Tensor) -> torch.Tensor:
     """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
+    if input.itemsize != 2:
+        return input
     kind = input.device.type  # PyTorch raises for types that have no autocast, such as meta
-    if input.itemsize == 2 and kind in _AUTOCAST and torch.is_autocast_enabled(kind):
-        return input.float()
-    return input
+    return input.float() if kind in _AUTOCAST and torch.is_autocast_enabled(kind) else input
 
 
 def unsupported_layout(tensor: torch.Tensor) -> str | None:
@@ -159,7 +159,7 @@ def on_host(tensor: torch.Tensor) -> np.ndarray:
     """Return the values as a NumPy array: PyTorch can't compare its wide unsigned integers."""
     # Within torch.func.grad and the like, what an operation returns has no values to read.
     with torch._C._DisableFuncTorch():
-        values: np.ndarray = _within_grad(tensor).detach().cpu().numpy()
+        values: np.ndarray = _within_grad(tensor).numpy(force=True)
     return values
 
 
