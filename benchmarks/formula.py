@@ -187,11 +187,13 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--shapes", nargs="+", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     result = {"machine": machine(), "rows": {}}
+    shapes = SHAPES if not options.shapes else [SHAPES[i] for i in options.shapes]
     for name in options.only:
-        for shape in SHAPES:
+        for shape in shapes:
             for row, ours, hand in LIBRARIES[name](shape):
                 cells = result["rows"].setdefault(row, {})
                 seconds = measure(ours, hand)

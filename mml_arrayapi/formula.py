@@ -91,8 +91,9 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
     scale = xp.where(xp.isnan(losses), losses, scale)
-    own = _cast(xp, -divided_sum(library, slope, axis, n_classes) * scale, hinge.dtype)
     grad = library.scaled(slope, _cast(xp, scale / n_classes, hinge.dtype))
+    # All terms of a row have one sign: no part of their sum is larger than the whole.
+    own = _cast(xp, -divided_sum(library, grad, axis, 1, small=True), hinge.dtype)
     grad = library.put(grad, places, own, axis)
     return losses, _cast(xp, grad, problem.input.dtype)
 
@@ -124,9 +125,8 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     """Compute the pieces that value and gradient share; weights and losses have one class.
 
     ``places`` says where the targets are among the scores, at class 0 for a sample that has none
-    or is ignored; ``hinge`` is max(0, z), and 0 at the target's class; ``weight`` is weight[y], 0
-    for an ignored sample and NaN for one without target, or None where all are 1; then come the
-    losses.
+    or is ignored; ``hinge`` is max(0, z), and 0 at the target's class; ``weight`` is that class's
+    weight, or None where all are 1; then come the losses.
     """
     xp, axis, margin, p = problem.xp, problem.axis, problem.margin, problem.p
     integer, wide = library.widest(problem.input)
@@ -159,15 +159,17 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
     losses = divided_sum(library, terms, axis, n_classes)
 
-    weight = None if known is None and ignored is None else xp.ones_like(losses)
+    weight = None
     if problem.weight is not None:
         weight = library.look_up(_cast(xp, problem.weight, x.dtype), index, axis)
         weight = _cast(xp, weight, wide)
+        losses = losses * weight
     if known is not None:
-        weight = xp.where(known, weight, xp.full_like(weight, math.nan))
+        known = known if ignored is None else known | ignored
+        losses = xp.where(known, losses, xp.full_like(losses, math.nan))
     if ignored is not None:
-        weight = xp.where(ignored, xp.zeros_like(weight), weight)
-    return places, hinge, weight, losses if weight is None else losses * weight
+        losses = xp.where(ignored, xp.zeros_like(losses), losses)
+    return places, hinge, weight, losses
 
 
 def _cast(xp: Any, x: Array, dtype: Any) -> Array:

@@ -81,6 +81,8 @@ class Library:
         ``scaled(slope, scale)``: the product; where ``slope`` is 0 it is 0, even if ``scale`` is
         infinite, but NaN if that is NaN. ``scale`` has length 1 along one axis. It may write into
         ``slope``.
+    shrunk : callable
+        ``shrunk(terms, factor)``: the product with a number.
     sum : callable
         ``sum(x, axis, dtype)``: the sum in a dtype; the axis is kept, None stands for all.
     in_range : callable
@@ -89,6 +91,8 @@ class Library:
     runs : callable
         ``runs(terms)``: whether a sum of them in the widest precision takes so long that short
         runs are added first.
+    run_length : callable
+        ``run_length(n, longest)``: how long the runs of ``n`` terms are, ``longest / 2`` at least.
     loss, loss_and_grad : callable, optional
         How the generic implementation is run, if there is more to it than the formula: derivatives
         for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
@@ -112,7 +116,9 @@ class Library:
     sum: Callable[[Array, int | None, Any], Array]
     in_range: Callable[[Array, int], bool]
     kinds: Mapping[Any, str]
+    shrunk: Callable[[Array, float], Array] = lambda terms, factor: terms * factor
     runs: Callable[[Array], bool] = lambda _: False
+    run_length: Callable[[Any, int], int] = lambda _, longest: longest
     check_targets_lazily: Callable[[Problem], Problem] | None = None
     unsupported_layout: Callable[[Array], str | None] = lambda _: None
     device: Callable[[Array], Any] = device_of
@@ -156,7 +162,7 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
 
     def scaled(slope: Array, scale: Array) -> Array:
         inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
-        return xp.where(slope > 0, slope * scale, inactive)
+        return slope * xp.where(slope > 0, scale, inactive)
 
     def total(x: Array, axis: int | None, dtype: Any) -> Array:
         return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)

@@ -51,23 +51,25 @@ def divided_sum(
         if axis is None:
             terms = xp.reshape(terms, (-1,))
         for _ in range(LEVELS if wide == xp.float32 else 1):
-            shrunk /= RUN
-            terms = _sums_of_runs(xp, terms * (1 / RUN), axis or 0)
+            if not small:
+                shrunk, terms = shrunk / RUN, library.shrunk(terms, 1 / RUN)
+            terms = _sums_of_runs(library, terms, axis or 0)
             if terms.shape[axis or 0] == 1:
                 break
     return library.sum(terms, axis, wide) / (shrunk * divisor)
 
 
-def _sums_of_runs(xp: Any, terms: Array, axis: int) -> Array:
+def _sums_of_runs(library: Library, terms: Array, axis: int) -> Array:
     """Add up each run of terms along an axis; the last run may be shorter."""
-    before, shape, after = terms.shape[:axis], terms.shape, terms.shape[axis + 1 :]
-    whole = shape[axis] // RUN
-    if whole == 0:
-        return xp.sum(terms, axis=axis, keepdims=True, dtype=terms.dtype)
-    every = (slice(None),) * axis
-    runs = xp.reshape(terms[(*every, slice(whole * RUN), ...)], (*before, whole, RUN, *after))
-    sums = [xp.sum(runs, axis=axis + 1, dtype=terms.dtype)]
-    if shape[axis] % RUN != 0:
-        rest = terms[(*every, slice(whole * RUN, None), ...)]
-        sums.append(xp.sum(rest, axis=axis, keepdims=True, dtype=terms.dtype))
-    return xp.concat(sums, axis=axis)
+    xp, n, shape = library.namespace, terms.shape[axis], terms.shape
+    if n < RUN:
+        return library.sum(terms, axis, terms.dtype)
+    run = library.run_length(n, RUN)
+    whole, rest, every = n // run, n % run, (slice(None),) * axis
+    runs = terms if rest == 0 else terms[(*every, slice(whole * run), ...)]
+    runs = xp.reshape(runs, (*shape[:axis], whole, run, *shape[axis + 1 :]))
+    sums = xp.sum(runs, axis=axis + 1, dtype=terms.dtype)
+    if rest == 0:
+        return sums
+    last = library.sum(terms[(*every, slice(whole * run, None), ...)], axis, terms.dtype)
+    return xp.concat([sums, last], axis=axis)
