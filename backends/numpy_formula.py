@@ -10,6 +10,11 @@ Array = Any
 
 SHORT = 64  # elements of a row
 FEW = 4096  # elements
+UNSIGNED = {
+    np.dtype(f"{kind}{size}"): (np.dtype(f"u{size}"), 2 ** (8 * size - (kind == "i")))
+    for kind in "iu"
+    for size in (1, 2, 4, 8)
+}
 
 
 def places(x: np.ndarray, index: np.ndarray, axis: int) -> tuple[np.ndarray, ...]:  # noqa: ARG001
@@ -59,13 +64,17 @@ def total(x: Array, axis: int | None, dtype: Any) -> Array:
 
 def in_range(target: Array, n_classes: int) -> bool:
     """Tell whether all targets are classes: as unsigned numbers, negative ones are too large."""
-    kind, bits = target.dtype.kind, 8 * target.itemsize
-    limit = n_classes if kind == "u" else min(n_classes, 2 ** (bits - 1))
-    return bool(target.view(target.dtype.str.replace("i", "u")).max() < limit)
+    if not target.dtype.isnative:
+        target = target.astype(target.dtype.newbyteorder("="))
+    unsigned, limit = UNSIGNED[target.dtype]
+    largest = np.maximum.reduce(target.view(unsigned), axis=None)
+    return bool(largest < min(n_classes, limit))
 
 
 def unsupported_layout(array: np.ndarray) -> str | None:
     """Tell what an array is whose meaning would be lost, or None."""
+    if type(array) is np.ndarray:
+        return None
     if isinstance(array, np.ma.MaskedArray):
         return "a masked array, whose mask would be lost; call its filled() or compressed()"
     if isinstance(array, np.matrix):

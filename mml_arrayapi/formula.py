@@ -22,12 +22,10 @@ import math
 from typing import Any
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.libraries import Library, library_of
+from mml_arrayapi.libraries import Library, cast, library_of
 from mml_arrayapi.wide_sum import divided_sum
 
 Array = Any
-
-LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def loss(problem: Problem) -> Array:
@@ -91,11 +89,11 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
     scale = xp.where(xp.isnan(losses), losses, scale)
-    grad = library.scaled(slope, _cast(xp, scale / n_classes, hinge.dtype))
+    grad = library.scaled(slope, cast(xp, scale / n_classes, hinge.dtype))
     # All terms of a row have one sign: no part of their sum is larger than the whole.
-    own = _cast(xp, -divided_sum(library, grad, axis, 1, small=True), hinge.dtype)
+    own = cast(xp, -divided_sum(library, grad, axis, 1, small=True), hinge.dtype)
     grad = library.put(grad, places, own, axis)
-    return losses, _cast(xp, grad, problem.input.dtype)
+    return losses, cast(xp, grad, problem.input.dtype)
 
 
 def reduce(problem: Problem, losses: Array) -> Array:
@@ -106,8 +104,9 @@ def reduce(problem: Problem, losses: Array) -> Array:
     else:
         library = library_of("input", problem.input)
         count = _count(problem, math.nan) if problem.reduction == "mean" else 1
-        losses = divided_sum(library, losses, None, count, small=dtype != xp.float64)
-    return _cast(xp, losses, dtype)
+        small = losses.dtype == xp.float64 != dtype
+        losses = divided_sum(library, losses, None, count, small=small)
+    return cast(xp, losses, dtype)
 
 
 def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
@@ -115,7 +114,7 @@ def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
     xp, upstream = problem.xp, 1.0
     if grad_output is not None:
         wide = library_of("input", problem.input).widest(problem.input)[1]
-        upstream = _cast(xp, grad_output, wide)
+        upstream = cast(xp, grad_output, wide)
         if problem.reduction == "none":
             upstream = upstream[_along(problem.axis, None)]
     return upstream / _count(problem, 1.0) if problem.reduction == "mean" else upstream
@@ -132,11 +131,11 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
     if x.dtype != xp.float64:
-        x = _cast(xp, x, xp.float32)
-    if abs(margin) > LARGEST_FLOAT32 and x.dtype == xp.float32:
+        x = cast(xp, x, xp.float32)
+    if abs(margin) > 3.4028234663852886e38 and x.dtype == xp.float32:  # the largest float32
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
-    index = _cast(xp, problem.target, integer)[_along(axis, None)]
+    index = cast(xp, problem.target, integer)[_along(axis, None)]
     ignored, known = _ignored(problem), None
     if problem.check_target == "nan":
         known = (index >= 0) & (index < n_classes)
@@ -158,11 +157,8 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     hinge = library.relu(library.put(z, places, own, axis))
     terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
     losses = divided_sum(library, terms, axis, n_classes)
-
-    weight = None
-    if problem.weight is not None:
-        weight = library.look_up(_cast(xp, problem.weight, x.dtype), index, axis)
-        weight = _cast(xp, weight, wide)
+    if (weight := problem.weight) is not None:
+        weight = cast(xp, library.look_up(cast(xp, weight, x.dtype), index, axis), wide)
         losses = losses * weight
     if known is not None:
         known = known if ignored is None else known | ignored
@@ -170,11 +166,6 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     if ignored is not None:
         losses = xp.where(ignored, xp.zeros_like(losses), losses)
     return places, hinge, weight, losses
-
-
-def _cast(xp: Any, x: Array, dtype: Any) -> Array:
-    """Return an array in a dtype; asking first is cheaper than astype(copy=False)."""
-    return x if x.dtype == dtype else xp.astype(x, dtype)
 
 
 def _along(axis: int, item: int | None) -> tuple[Any, ...]:
@@ -189,7 +180,7 @@ def _ignored(problem: Problem) -> Array | None:
         return None
     integer, _ = library_of("input", problem.input).widest(problem.input)
     half = 2 ** (xp.iinfo(integer).bits - 1)  # both are cast: a value keeps its bits
-    return _cast(xp, target, integer) == (wanted + half) % (2 * half) - half
+    return cast(xp, target, integer) == (wanted + half) % (2 * half) - half
 
 
 def _count(problem: Problem, empty: float) -> Any:

@@ -347,6 +347,11 @@ def _stranger_value_access(array: Array) -> str:
     return TRACED if is_lazy_array(array) else HOST
 
 
+def cast(xp: Namespace, array: Array, dtype: Any) -> Array:
+    """Return an array in a dtype; asking first is cheaper than ``astype(copy=False)``."""
+    return array if array.dtype == dtype else xp.astype(array, dtype)
+
+
 def to_numpy(*arrays: Array) -> list[np.ndarray]:
     """Return the values of arrays of one library, read from their device, computed if lazy."""
     import numpy as np
