@@ -51,6 +51,11 @@ class Problem(NamedTuple):
     check_target: str
     ignore_index: int | None = None
 
+    @property
+    def options(self) -> Options:
+        """What the fused kernels get beside the arrays."""
+        return self.p, self.margin, self.reduction, self.ignore_index, self.axis, self.check_target
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:

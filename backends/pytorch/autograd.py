@@ -119,7 +119,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         return None if made is None else made[0]
 
     def loss(problem: Problem) -> Tensor:
-        arguments, options = _arguments(problem)
+        arguments, options = (problem.input, problem.target, problem.weight), problem.options
         result = direct(*arguments, options)
         if result is not None:
             return result
@@ -127,21 +127,13 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         return _loss(*arguments, *options, keep_mask)[0]
 
     def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor, Tensor]:
-        (input, target, weight), options = _arguments(problem)
-        return _loss_and_grad(input, target, weight, grad_output, *options)
+        arguments = problem.input, problem.target, problem.weight, grad_output
+        return _loss_and_grad(*arguments, *problem.options)
 
     _implement(engine)
     on_types = dict.fromkeys(state.PLAIN, direct)
     features = frozenset({"ignore_index"})
     return Kernel(name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types)
-
-
-def _arguments(problem: Problem) -> tuple[tuple[Tensor, Tensor, Tensor | None], Options]:
-    options = (
-        problem.p, problem.margin, problem.reduction, problem.ignore_index, problem.axis,
-        problem.check_target,
-    )  # fmt: skip
-    return (problem.input, problem.target, problem.weight), options
 
 
 # --------------------------------------------------------------------------------------------------
