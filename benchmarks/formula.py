@@ -2,9 +2,10 @@
 
     python benchmarks/formula.py [--only NAME ...]
 
-Float32 scores, p = 1, mean. Writes results/formula.json and results/formula.md, in two minutes.
-Each pair runs turn by turn in one process, so that a slow moment of the machine meets both; a
-ratio is the median of the rounds' ratios.
+Float32 scores, p = 1, mean. Writes results/formula.json and results/formula.md, in two minutes;
+with `--only` it replaces those rows alone. Each pair runs turn by turn in one process, so that a
+slow moment of the machine meets both; a ratio is the median of the rounds' ratios. `accuracy` and
+`memory` are measured besides.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -128,6 +130,54 @@ LIBRARIES = {
 }
 
 
+def accuracy(found):
+    """Measure the errors for many classes and for many samples, over what they may grow with."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for n, c in ((1, 10**7), (10**6, 4)):
+        scores = rng.normal(size=(n, c)).astype("float32")
+        targets = rng.integers(0, c, n)
+        rows = np.arange(n)
+        own = scores[rows, targets][:, None].astype("float64")
+        hinge = np.maximum(scores - own + 1, 0)
+        hinge[rows, targets] = 0
+        slope = (hinge > 0).sum(1) / (n * c)
+        scale = (1 + np.abs(own) + np.abs(scores)).sum() / (n * c)
+        for name in ("numpy", "torch", "jax", "dask", "array_api_strict"):
+            loss, grad = mml.multi_margin_loss_and_grad(
+                *in_library(name, scores, targets), backend="generic"
+            )
+            errors = (
+                abs(float(loss) - hinge.sum() / (n * c)) / scale,
+                np.max(np.abs(np.asarray(grad)[rows, targets] + slope) / slope.clip(1e-30)),
+            )
+            found.setdefault(name, {})[f"{n} x {c}"] = list(map(float, errors))
+            print(f"{name:20} {n} x {c}: loss {errors[0]:.1e}, gradient {errors[1]:.1e}")
+
+
+def in_library(name, *arrays):
+    import importlib
+
+    xp = importlib.import_module({"jax": "jax.numpy", "dask": "dask.array"}.get(name, name))
+    return [xp.asarray(array) for array in arrays]
+
+
+def memory(found):
+    """Measure the largest memory of a call, as times of that of 8192 x 1000 scores."""
+    scores, targets = batch((8192, 1000))
+    for name in ("numpy", "array_api_strict"):
+        x, y = in_library(name, scores, targets)
+        for row, call in (("loss", generic), ("loss and gradient", generic_with_grad)):
+            call(x, y)
+            tracemalloc.start()
+            call(x, y)
+            peak = tracemalloc.get_traced_memory()[1] / scores.nbytes
+            tracemalloc.stop()
+            found.setdefault(name, {})[row] = peak
+            print(f"{name:20} {row}: {peak:.3f} times the scores")
+
+
 def measure(ours, hand):
     """Return the median seconds of each, and the median of the rounds' ratios."""
     rounds = []
@@ -166,6 +216,30 @@ def table(result):
             for s in shapes
         ]
         lines.append(f"| {name} | {' | '.join(words)} |")
+    if errors := result.get("accuracy"):
+        sizes = list(next(iter(errors.values())))
+        lines += [
+            "",
+            "Errors of the loss over its condition scale, and of the gradient at the target's "
+            "class over its value (the largest of all samples):",
+            "",
+            f"| | {' | '.join(sizes)} |",
+            "|" + "---|" * (1 + len(sizes)),
+        ]
+        for name, of in errors.items():
+            words = [f"{of[s][0]:.1e}, {of[s][1]:.1e}" for s in sizes]
+            lines.append(f"| {name} | {' | '.join(words)} |")
+    if peaks := result.get("memory"):
+        lines += [
+            "",
+            "The largest memory that a call takes, results included, as times that of 8192 x 1000 "
+            "scores:",
+            "",
+            "| | loss | loss and gradient |",
+            "|---|---|---|",
+        ]
+        for name, of in peaks.items():
+            lines.append(f"| {name} | {of['loss']:.2f} | {of['loss and gradient']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -186,14 +260,15 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
-    parser.add_argument("--shapes", nargs="+", type=int)
+    names = [*LIBRARIES, "accuracy", "memory"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result = {"machine": machine(), "rows": {}}
-    shapes = SHAPES if not options.shapes else [SHAPES[i] for i in options.shapes]
+    path = options.out / "formula.json"
+    result = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    result["machine"] = machine()
     for name in options.only:
-        for shape in shapes:
+        for shape in SHAPES if name in LIBRARIES else ():
             for row, ours, hand in LIBRARIES[name](shape):
                 cells = result["rows"].setdefault(row, {})
                 seconds = measure(ours, hand)
@@ -201,7 +276,10 @@ def main():
                 a, b, ratio = seconds
                 print(f"{row:50} {shape!s:14} {short(a):>8} / {short(b):>8}: {ratio:.2f}")
                 sys.stdout.flush()
-    (options.out / "formula.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, part in (("accuracy", accuracy), ("memory", memory)):
+        if name in options.only:
+            part(result.setdefault(name, {}))
+    path.write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "formula.md").write_text(table(result))
 
 
