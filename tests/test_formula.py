@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
-from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
-from mml_arrayapi.backends import eager
+from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
+from mml_arrayapi.backends import eager, numpy_formula
 from mml_arrayapi.libraries import library_of
 from mml_arrayapi.wide_sum import LEVELS, RUN, divided_sum
 from tests.reference import loss_and_grad as reference
@@ -378,6 +378,38 @@ def test_the_input_is_not_written_to(lib, rng):
     x, t = lib.array(scores), lib.array([0, 1, 2, -1])
     multi_margin_loss_and_grad(x, t, ignore_index=-1, backend="generic")
     np.testing.assert_array_equal(lib.numpy(x), scores)
+
+
+# Pieces that a library has in a form of its own
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_an_infinite_weight_costs_nothing_where_no_score_does(lib, p, threads_may_warn):
+    scores, weight = [[0.0, 5.0, -5.0], [0.0, 5.0, -5.0]], [INF, 1.0, 1.0]
+    loss, grad = generic(lib, scores, [0, 1], weight=weight, p=p, reduction="none")
+    assert loss.tolist() == [INF, 0]
+    assert grad.tolist() == [[-INF, INF, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", ">i2", "uint64"])
+def test_a_target_that_is_no_class_is_found_in_any_dtype(dtype):
+    scores = np.zeros((2, 300), np.float32)
+    for value in (-1, 255, 300):
+        targets = np.array([0, value]).astype(dtype)
+        if 0 <= int(targets[1]) < 300:
+            multi_margin_loss(scores, targets, backend="generic")
+        else:
+            with pytest.raises(InvalidTargetError, match=rf"target\[1\] is {int(targets[1])}, "):
+                multi_margin_loss(scores, targets, backend="generic")
+
+
+def test_many_short_rows_are_added_as_a_few_are(rng):
+    few = numpy_formula.FEW
+    terms = rng.normal(size=(few, 3)).astype(np.float32)
+    many = numpy_formula.total(terms, 1, np.float64)
+    one = numpy_formula.total(terms[:10], 1, np.float64)
+    np.testing.assert_allclose(many[:10], one, rtol=1e-14)
+    assert many.shape == (few, 1)
 
 
 # Large powers
