@@ -62,7 +62,7 @@ def divided_sum(
 def _sums_of_runs(library: Library, terms: Array, axis: int) -> Array:
     """Add up each run of terms along an axis; the last run may be shorter."""
     xp, n, shape = library.namespace, terms.shape[axis], terms.shape
-    if n < RUN:
+    if n // RUN == 0:  # a symbolic size can't be compared
         return library.sum(terms, axis, terms.dtype)
     run = library.run_length(n, RUN)
     whole, rest, every = n // run, n % run, (slice(None),) * axis
