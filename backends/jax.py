@@ -75,9 +75,10 @@ def put(x: jax.Array, index: jax.Array, values: jax.Array | float, axis: int) ->
     """Return ``x`` with ``values`` at ``index`` along an axis.
 
     One value is selected, which XLA fuses with what comes before and after. A row's own value is
-    written, since broadcasting those values takes memory of the size of ``x``.
+    written, since broadcasting those values takes memory of the size of ``x``; but not where sizes
+    are symbolic.
     """
-    if not isinstance(values, float):
+    if not isinstance(values, float) and all(isinstance(n, int) for n in x.shape):
         return jnp.put_along_axis(x, index, values, axis, inplace=False, mode="promise_in_bounds")
     return jnp.where(lax.broadcasted_iota(index.dtype, x.shape, axis) == index, values, x)
 
