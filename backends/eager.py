@@ -44,7 +44,7 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
 
 
 def _is_small(problem: Problem) -> bool:
-    return problem.input.size <= TILE or problem.input.ndim == 1
+    return bool(problem.input.size <= TILE or problem.input.ndim == 1)
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[Any, Problem]]:
