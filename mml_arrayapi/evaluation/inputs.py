@@ -27,7 +27,7 @@ from mml_arrayapi.evaluation.formats import (
 
 Array = Any
 
-BATCH = 2**22  # scores read at a time, unless told otherwise: 16 MB of float32
+BATCH = 2**21  # scores read at a time, unless told otherwise: 8 MB of float32
 BLOCKS = 2**28  # bytes of decoded chunks that are kept for the batches after
 
 
