@@ -356,8 +356,11 @@ def open_dataset(
     InputError
         With the name of the file, what is wrong, and what to do.
     """
+    import numpy as np
+
     given = {SCORES: logits, TARGETS: targets, WEIGHTS: sample_weight}
-    found = {role: _shards(one, role, rules) for role, one in given.items() if one is not None}
+    optional = [WEIGHTS] if sample_weight is None else []
+    found = {role: _shards(given[role], role, rules) for role in given if role not in optional}
     found = _optimised(found)
     scores = found[SCORES] = _of_known_width(found[SCORES])
     first = scores[0]
@@ -370,10 +373,9 @@ def open_dataset(
         raise InputError(f"{first.name}: scores have {ndim} axes, but axis is {axis}")
     data = Dataset(found, [], axis % ndim)
     _check_alike(scores, data.axis, data.rows_axis)
+    _check_once(scores)
     batch = tuple(n for i, n in enumerate(first.shape) if i not in (data.axis, data.rows_axis))
-    for role, shards in found.items():
-        if role == SCORES:
-            continue
+    for role, shards in [*found.items()][1:]:
         for shard in shards:
             if shard.shape[1:] != batch or not shard.shape:
                 wanted = ", ".join(map(str, ("N", *batch)))
@@ -383,6 +385,11 @@ def open_dataset(
                     f"{shard.shape}"
                 )
         _check_order(scores, shards)
+        kinds = {str(shard.dtype): shard.dtype for shard in shards}
+        if role == TARGETS and np.result_type(*kinds.values()).kind not in "iu":
+            raise InputError(
+                f"targets: no integer type holds those of {' and '.join(kinds)}; convert some"
+            )
         _check_lengths(scores, shards, data.rows_axis)
     per_row = max(1, data.n_classes * data.samples_per_row)
     step = max(1, BATCH // per_row) if chunk_size is None else chunk_size
@@ -445,6 +452,13 @@ def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
                 f"{first.name} are {', '.join(first.columns)}; name them, in the order of the "
                 f"classes, as in {first.name}#NAME,NAME"
             )
+
+
+def _check_once(scores: list[Shard]) -> None:
+    places = [shard.source.where for shard in scores if shard.version]
+    for place, shard in zip(places, scores, strict=False):
+        if places.count(place) > 1:
+            raise InputError(f"{shard.name}: is given twice; its samples would count twice")
 
 
 def _of_known_width(scores: list[Shard]) -> list[Shard]:

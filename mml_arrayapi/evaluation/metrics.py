@@ -466,7 +466,7 @@ def _look_at(
 
 
 def _others_by_row(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]:
-    """Return the target's score, the highest other one (or NaN), and the first class that has it."""
+    """Return the target's score, the highest other one (or NaN), and the first class of that."""
     import numpy as np
 
     rows, others = np.arange(len(tile)), tile.copy()
