@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from threading import Lock
 from typing import Any, NamedTuple
@@ -28,7 +26,9 @@ from mml_arrayapi.evaluation.formats import (
 Array = Any
 
 BATCH = 2**21  # scores read at a time, unless told otherwise: 8 MB of float32
-BLOCKS = 2**28  # bytes of decoded chunks that are kept for the batches after
+CHUNKS = 8  # decoded chunks (of labels: scores are cut where chunks begin) kept for other batches
+
+_lock = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,8 @@ class Shard:
         """Read rows; a chunk that they are only a part of is kept for the batches after."""
         import numpy as np
 
-        array = _open(self.source, self.role, self.rules, self.version)
+        key = (self.source, self.role, self.rules, self.version)
+        array = _open(*key)
         axis, start, stop = len(where) - 1, where[-1].start, where[-1].stop
         starts = self.starts(axis)
         first = bisect_right(starts, start) - 1
@@ -130,62 +131,26 @@ class Shard:
         for low, high in pairwise(starts[first:]):
             if low >= stop:
                 break
-            key = (self.source, self.role, self.version, low)
-            kept = _blocks.get(key, partial(array.__getitem__, (*where[:-1], slice(low, high))))
+            with _lock:  # whoever comes second finds it read
+                kept = _read_chunk(key, axis, low, high)
             parts.append(kept[(*where[:-1], slice(max(start - low, 0), stop - low))])
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
-class _Blocks:
-    """Decoded chunks that several batches share; each is decoded once, by whoever comes first."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._futures: OrderedDict[Any, Future[Any]] = OrderedDict()
-
-    def get(self, key: Any, load: Callable[[], Array]) -> Array:
-        with self._lock:
-            future = self._futures.pop(key, None)
-            mine = future is None
-            future = self._futures[key] = future or Future()
-        if mine:
-            try:
-                future.set_result(load())
-            except BaseException as error:
-                future.set_exception(error)
-                with self._lock:
-                    self._futures.pop(key, None)
-                raise
-            self._forget_old()
-        return future.result()
-
-    def clear(self) -> None:
-        with self._lock:
-            self._futures.clear()
-
-    def _forget_old(self) -> None:
-        with self._lock:
-            done = {k: f.result().nbytes for k, f in self._futures.items() if f.done()}
-            total = sum(done.values())
-            for key, size in done.items():
-                if total <= BLOCKS:
-                    break
-                total -= size
-                del self._futures[key]
-
-
-_blocks = _Blocks()
-
-
 def forget() -> None:
     """Forget decoded chunks and open files."""
-    _blocks.clear()
+    _read_chunk.cache_clear()
     _open.cache_clear()
 
 
 @lru_cache(maxsize=64)
 def _open(file: File, role: str, rules: Rules, version: str) -> Array:  # noqa: ARG001
     return open_array(file, role, rules)
+
+
+@lru_cache(maxsize=CHUNKS)
+def _read_chunk(key: Any, axis: int, start: int, stop: int) -> Array:
+    return _open(*key)[(*(slice(None),) * axis, slice(start, stop))]
 
 
 def file_version(file: File) -> str:

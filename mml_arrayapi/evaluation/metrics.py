@@ -396,33 +396,14 @@ def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
     """
     import numpy as np
 
-    kept: list[int] = []
-    if lead.dtype == np.float32 and math.frexp(unit)[0] == 0.5:  # dividing is exact
-        with np.errstate(over="ignore", under="ignore"):
-            found = _frequencies(_leading_bits(lead / np.float32(unit), np.int32, 23 - STEPS))
-        kept = [b for b in found if abs(b) <= 0xFF << STEPS]
-        if not any(0 < abs(b) <= 1 << STEPS for b in kept):  # none is below float32's normal range
-            starts = np.asarray([abs(b) << (23 - STEPS) for b in kept], np.int32).view(np.float32)
-            wide = starts.astype(np.float64).view(np.int64) >> (52 - STEPS)
-            return Counter(
-                {w if b >= 0 else -w: found[b] for b, w in zip(kept, wide.tolist(), strict=True)}
-            )
     with np.errstate(over="ignore", under="ignore"):
-        found = _frequencies(_leading_bits(lead.astype(np.float64) / unit, np.int64, 52 - STEPS))
-    return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
-
-
-def _leading_bits(values: np.ndarray, bits: Any, shift: int) -> Any:
-    """Return floats' bits but the last ``shift``, rounded down, as integers of the same order."""
-    import numpy as np
-
-    told: Any = values.view(bits)
-    sign = told >> (8 * told.itemsize - 1)
-    told = told & np.iinfo(bits).max
+        told: Any = (lead / np.float64(unit)).view(np.int64)
+    sign = told >> 63
+    told = told & np.iinfo(np.int64).max
     told ^= sign
-    told -= sign
-    told >>= shift
-    return told
+    told -= sign  # integers of the floats' order; shifting rounds down
+    found = _frequencies(told >> (52 - STEPS))
+    return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
 
 
 def bin_start(number: int) -> float:
