@@ -324,7 +324,7 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
         store = storage.FsspecStore.from_mapper(fs.get_mapper(path), read_only=True)
     opened = zarr.open(store, mode="r")
     if not hasattr(opened, "dtype"):
-        named = file.item and file.item in opened and opened[file.item]
+        named: Any = opened[file.item] if file.item and file.item in opened else None
         if not hasattr(named, "dtype"):
             found = [p for p, one in opened.members(max_depth=None) if hasattr(one, "dtype")]
             named = opened[choose_item(file, role, found)]

@@ -86,6 +86,7 @@ def _changes(figures: Evaluation, before: dict[str, Any] | None) -> Iterator[lis
         better = (new > old) == (key == "accuracy")
         style = ("better" if better else "worse") if new > old or new < old else ""
         change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
+        change = "-" if math.isnan(new - old) else change
         yield [key, shown(new), shown(old), change, style]
 
 

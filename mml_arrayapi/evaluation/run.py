@@ -175,14 +175,13 @@ def evaluate(
 
 
 def _check_options(axis: Any, workers: Any, chunk_size: Any, timeout: Any, progress: Any) -> None:
-    given = {"axis": axis, "workers": workers, "chunk_size": chunk_size, "timeout": timeout}
-    for name, value in given.items():
-        kind = Real if name == "timeout" else Integral
+    given = (("axis", axis), ("workers", workers), ("chunk_size", chunk_size), ("timeout", timeout))
+    for name, value in given:
         if value is None and name in ("workers", "chunk_size"):
             continue
-        if isinstance(value, bool) or not isinstance(value, kind):
-            what = "a number" if kind is Real else "an integer"
-            raise TypeError(f"{name} must be {what}, but is {value!r}")
+        kind = (Real, "a number") if name == "timeout" else (Integral, "an integer")
+        if isinstance(value, bool) or not isinstance(value, kind[0]):
+            raise TypeError(f"{name} must be {kind[1]}, but is {value!r}")
         if name != "axis" and not value > 0:
             raise ValueError(f"{name} must be positive, but is {value}")
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
