@@ -182,7 +182,7 @@ def _check_options(axis: Any, workers: Any, chunk_size: Any, timeout: Any, progr
         kind = (Real, "a number") if name == "timeout" else (Integral, "an integer")
         if isinstance(value, bool) or not isinstance(value, kind[0]):
             raise TypeError(f"{name} must be {kind[1]}, but is {value!r}")
-        if name != "axis" and not value > 0:
+        if name != "axis" and not float(value) > 0:
             raise ValueError(f"{name} must be positive, but is {value}")
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a callable, True or False, but is {progress!r}")
