@@ -1,8 +1,8 @@
 """Write ``conformance-results.md``: what the conformance checks find, library by library.
 
     python docs/make_conformance_results.py            runs the tests of the libraries we support
-    python docs/make_conformance_results.py FILE       takes what they found from a test run's
-                                                       --junitxml=FILE instead
+    python docs/make_conformance_results.py FILE ...   takes what they found from the files of
+                                                       earlier runs (pytest --junitxml=FILE)
     python docs/make_conformance_results.py --others   other libraries too, each in a new
                                                        virtual environment with the newest release
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -120,10 +121,10 @@ def supported(results):
     return "\n".join([as_markdown(header(), runs), *absent])
 
 
-def results_of(path):
-    """Read the results out of the file that pytest wrote, by configuration."""
+def results_of(paths):
+    """Read the results out of files that pytest wrote, by configuration."""
     found = {}
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in chain.from_iterable(ElementTree.parse(path).iter("testcase") for path in paths):
         told = {item.get("name"): item.get("value") for item in case.iter("property")}
         if "result" in told:
             result = json.loads(told["result"])
@@ -178,7 +179,7 @@ def main():
     old = PAGE.read_text("utf-8") if PAGE.exists() else MARK
     with tempfile.TemporaryDirectory() as folder:
         given = [Path(word) for word in sys.argv[1:] if not word.startswith("--")]
-        ours = supported(results_of(given[0] if given else test_run(folder)))
+        ours = supported(results_of(given or [test_run(folder)]))
         theirs = others(folder) if "--others" in sys.argv[1:] else old.partition(MARK)[2]
     page = f"""\
 # What the conformance checks find
