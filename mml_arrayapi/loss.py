@@ -25,11 +25,9 @@ def multi_margin_loss(
 ) -> Any:
     r"""Compute the multi-class hinge loss of Weston and Watkins.
 
-    For a sample with scores :math:`x` and target :math:`y` out of :math:`C` classes it is
+    For a sample with scores ``x`` and target ``y`` out of ``C`` classes it is::
 
-    .. math::
-
-        \frac{w_y}{C} \sum_{j \ne y} \max(0, (x_j - x_y) + \mathrm{margin})^p
+        weight[y] / C * (sum over j != y of max(0, (x[j] - x[y]) + margin) ** p)
 
     Parameters
     ----------
