@@ -26,6 +26,7 @@ from mml_arrayapi.evaluation.formats import (
 Array = Any
 
 BATCH = 2**21  # scores read at a time, unless told otherwise: 8 MB of float32
+ROWS = 64  # read at a time at least: of each batch the worst samples are looked at once more
 CHUNKS = 8  # decoded chunks (of labels: scores are cut where chunks begin) kept for other batches
 
 _lock = Lock()
@@ -357,7 +358,7 @@ def open_dataset(
             )
         _check_lengths(scores, shards, data.rows_axis)
     per_row = max(1, data.n_classes * data.samples_per_row)
-    step = max(1, BATCH // per_row) if chunk_size is None else chunk_size
+    step = max(ROWS, BATCH // per_row) if chunk_size is None else chunk_size
     return data._replace(batches=list(_batches(data, step)))
 
 
