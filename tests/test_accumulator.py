@@ -80,8 +80,12 @@ def test_groups_are_summed_apart(n_groups):
     ],
 )
 def test_values_beyond_the_finite(values, wanted):
-    result = exact_sum(values).over(1)
+    made, merged = exact_sum(values), ExactSum()
+    result = made.over(1)
     assert result == wanted or (math.isnan(result) and math.isnan(wanted))
+    merged.merge(made)
+    assert merged == made
+    assert merged.count == len(values)
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [0.1, -7e300], [math.nan, math.inf, 3.0, -math.inf]])
