@@ -31,7 +31,7 @@ from mml_arrayapi import backends as built_in
 from mml_arrayapi import formula, overrides
 from mml_arrayapi.kernel import Array, Kernel, Problem, Unusable
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import check_targets
+from mml_arrayapi.validation import check_targets, in_words
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -216,8 +216,7 @@ def check_name(name: str | None, source: str = "backend") -> None:
         return
     if not isinstance(name, str):
         raise TypeError(
-            f"{source} must be None or a kernel's name, but is {name!r} of type "
-            f"{type(name).__name__}; {_list()}"
+            f"{source} must be None or a kernel's name, but is {in_words(name)}; {_list()}"
         )
     _library_of_kernel(name, source)
 
