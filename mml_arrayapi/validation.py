@@ -94,7 +94,7 @@ def check_options(options: Options) -> Options:
     p, margin = check_parameters(reduction, p, margin)
     ignore_index = check_ignore_index(ignore_index)
     if not isinstance(mode, str) or mode not in CHECKS:
-        raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {mode!r}")
+        raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {in_words(mode)}")
     return Options(p, margin, reduction, ignore_index, axis, mode)
 
 
@@ -119,7 +119,7 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
         return None
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
-            f"ignore_index must be None or an integer, but is {_a(ignore_index)}"
+            f"ignore_index must be None or an integer, but is {in_words(ignore_index)}"
             f"{_static('ignore_index', ignore_index)}"
         )
     return int(ignore_index)
@@ -144,31 +144,28 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     TypeError, ValueError
         With the argument's name, what was given, and what is accepted.
     """
-    if weight is not None:
-        weight_shape, weight_library = _shape("weight", weight)
-        if len(weight_shape) != 1:
-            raise ValueError(f"weight must have shape (C,), but has shape {weight_shape}")
-    shape, library = _shape("input", input)
+    weight_shape, weight_library = (None, None) if weight is None else _seen_weight(weight)
+    shape, library = _seen("input", input)
     shape, axis, n_classes = _classes(shape, options.axis)
     batch = shape[:axis] + shape[axis + 1 :]
-    given, target_library = _shape("target", target)
+    given, target_library = _seen("target", target)
     if not _same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "
             f"{given} (input has shape {shape}, the classes are at axis {axis})"
             f"{_hint(given, batch, shape)}"
         )
-    if weight is not None and not _same_shape(weight_shape, (n_classes,)):
+    if weight_shape is not None and not _same_shape(weight_shape, (n_classes,)):
         raise ValueError(
             f"weight must have one element per class, shape ({n_classes},), but has shape "
             f"{weight_shape}"
         )
     _check_dtype("input", library, input, REAL)
     _check_dtype("target", target_library, target, INTEGER)
-    if weight is not None:
+    if weight_library is not None:
         _check_dtype("weight", weight_library, weight, REAL)
     _check_together("target", target, target_library, input, library)
-    if weight is not None:
+    if weight_library is not None:
         _check_together("weight", weight, weight_library, input, library)
         weight = _native(weight)
     input, target = _native(input), _native(target)
@@ -202,7 +199,7 @@ def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, fl
         With the argument's name, what was given, and what is accepted.
     """
     if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be a string, but is {_a(reduction)}")
+        raise TypeError(f"reduction must be a string, but is {in_words(reduction)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {_listed(REDUCTIONS)}, but is {reduction!r}")
     p = _real_number("p", p)
@@ -237,7 +234,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
         Wrong shape, dtype, library or device.
     """
     wanted = tuple(target_shape) if problem.reduction == "none" else ()
-    shape, library = _shape("grad_output", grad_output)
+    shape, library = _seen("grad_output", grad_output)
     if not _same_shape(shape, wanted):
         raise ValueError(
             f"grad_output must have the loss's shape, {wanted}, but has shape {shape} "
@@ -318,12 +315,60 @@ def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None
     raise InvalidTargetError(tuple(position), value, n_classes)
 
 
+def check_weight(weight: Array) -> None:
+    """Check a weight whose scores are not known yet.
+
+    Parameters
+    ----------
+    weight : array
+        As the caller gave it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        With what was given, and what is accepted.
+    """
+    _check_dtype("weight", _seen_weight(weight)[1], weight, REAL)
+
+
+def check_sample_weight(sample_weight: Array) -> None:
+    """Check factors for samples, but for their shape and values.
+
+    Parameters
+    ----------
+    sample_weight : array
+        As the caller gave it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        With what was given, and what is accepted.
+    """
+    _, library = _seen("sample_weight", sample_weight)
+    if not any(_is_of_kind(library, sample_weight, kind) for kind in (REAL, INTEGER)):
+        raise TypeError(
+            f"sample_weight must have a real dtype, but has dtype {sample_weight.dtype}"
+        )
+    if library.value_access(sample_weight) == TRACED:
+        raise ValueError(
+            "sample_weight must have values, but is being traced (jit, vmap, compile, meta or fake "
+            "tensors) and has none yet"
+        )
+
+
+def _seen_weight(weight: Array) -> tuple[tuple[Any, ...], Library]:
+    shape, library = _seen("weight", weight)
+    if len(shape) != 1:
+        raise ValueError(f"weight must have shape (C,), but has shape {shape}")
+    return shape, library
+
+
 def _classes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, int]:
     """Return input's shape (a 0-d input counts as one class), the axis from 0, and C."""
     shape = shape or (1,)
     # The first test is for speed: one of an abstract class takes ten times as long.
     if type(axis) is not int and (isinstance(axis, bool) or not isinstance(axis, numbers.Integral)):
-        raise TypeError(f"axis must be an integer, but is {_a(axis)}")
+        raise TypeError(f"axis must be an integer, but is {in_words(axis)}")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"axis must lie between {-len(shape)} and {len(shape) - 1} for input of shape "
@@ -342,20 +387,24 @@ def _classes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, i
 
 
 def _check_dtype(argument: str, library: Library, array: Array, kind: str) -> None:
-    """Check that a dtype is of a kind; real ones must have 16, 32 or 64 bits."""
-    xp = library.namespace
-    dtype = getattr(array, "dtype", None)
-    try:
-        good = library.kinds.get(dtype) == kind or (
-            xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
-        )
-    except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
-        good = False
-    if not good:
+    if not _is_of_kind(library, array, kind):
         wanted = "a real floating dtype (float16, bfloat16, float32 or float64)"
         if kind == INTEGER:
             wanted = "an integer dtype"
+        dtype = getattr(array, "dtype", None)
         raise TypeError(f"{argument} must have {wanted}, but has dtype {dtype}")
+
+
+def _is_of_kind(library: Library, array: Array, kind: str) -> bool:
+    """Tell whether an array's dtype is of a kind; real ones have 16, 32 or 64 bits."""
+    xp = library.namespace
+    dtype = getattr(array, "dtype", None)
+    try:
+        return library.kinds.get(dtype) == kind or (
+            xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
+        )
+    except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
+        return False
 
 
 def _native(array: Array) -> Array:
@@ -408,12 +457,34 @@ def _conversion(argument: str, library: Library, input_library: Library) -> str:
     return f"; convert it by {name}.asarray({argument})"
 
 
-def _shape(argument: str, array: Array) -> tuple[tuple[Any, ...], Library]:
-    """Return shape and library; raise for what is no array, or none that can be computed with."""
+def shape_of(argument: str, array: Array) -> tuple[Any, ...]:
+    """Return an array's shape.
+
+    Parameters
+    ----------
+    argument : str
+        The argument's name, for the message.
+    array : array
+        Any object.
+
+    Returns
+    -------
+    tuple
+
+    Raises
+    ------
+    TypeError
+        It is no array, or none that can be computed with: masked, sparse ...
+    """
+    return _seen(argument, array)[0]
+
+
+def _seen(argument: str, array: Array) -> tuple[tuple[Any, ...], Library]:
+    """Return an array's shape and its library, or raise."""
     try:
         shape = tuple(array.shape)
     except Exception:  # noqa: BLE001 (each library has its own for arrays that have no shape)
-        raise TypeError(f"{argument} must be an array, but is {_a(array)}") from None
+        raise TypeError(f"{argument} must be an array, but is {in_words(array)}") from None
     library = library_of(argument, array)
     if (form := library.unsupported_layout(array)) is not None:
         raise TypeError(f"{argument} must be a dense array, but is {form}")
@@ -443,7 +514,7 @@ def _real_number(argument: str, value: float) -> float:
         return value
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(
-            f"{argument} must be a real number, but is {_a(value)}{_static(argument, value)}"
+            f"{argument} must be a real number, but is {in_words(value)}{_static(argument, value)}"
         )
     try:
         return float(value)
@@ -460,8 +531,18 @@ def _static(argument: str, value: object) -> str:
     return f"; under jax.jit name it in static_argnames=({argument!r},), else call float()"
 
 
-def _a(value: object) -> str:
-    """Show a value and its type, shortened, whatever it is."""
+def in_words(value: object) -> str:
+    """Show a value and its type, shortened, whatever it is.
+
+    Parameters
+    ----------
+    value : object
+        Anything.
+
+    Returns
+    -------
+    str
+    """
     try:
         shown = " ".join(repr(value).split())
     except Exception:  # noqa: BLE001 (an object need not have a repr() that works)
