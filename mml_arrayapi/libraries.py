@@ -162,7 +162,7 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
 
     def scaled(slope: Array, scale: Array) -> Array:
         inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
-        return slope * xp.where(slope > 0, scale, inactive)
+        return xp.where(slope > 0, slope * scale, inactive)
 
     def total(x: Array, axis: int | None, dtype: Any) -> Array:
         return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
