@@ -99,8 +99,11 @@ def scaled(slope: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def shrunk(terms: jax.Array, factor: float) -> jax.Array:
-    """Return the product, by a selection: XLA's sums take a factor only as an array of its own."""
-    return jnp.where(terms == 0, terms, terms * factor)
+    """Return the product, by a selection: XLA's sums take a factor only as an array of its own.
+
+    Not that of losses, which are few and may be differentiated as something linear.
+    """
+    return terms * factor if terms.ndim == 1 else jnp.where(terms == 0, terms, terms * factor)
 
 
 def total(x: jax.Array, axis: int | None, dtype: Any) -> jax.Array:
