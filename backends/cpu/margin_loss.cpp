@@ -12,7 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#ifdef __F16C__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -190,10 +190,15 @@ template <class T> class Sum {
 
   public:
     INLINE void add(typename L::F x) {
+#ifdef __AVX2__  // GCC 12 converts two numbers at a time
+        low += bits_as<Vec<double, H>>(_mm256_cvtps_pd(_mm256_castps256_ps128(bits_as<__m256>(x))));
+        high += bits_as<Vec<double, H>>(_mm256_cvtps_pd(_mm256_extractf128_ps(bits_as<__m256>(x), 1)));
+#else
         Vec<T, H> halves[2];
         std::memcpy(halves, &x, sizeof x);
         low += convert<Vec<double, H>>(halves[0]);
         high += convert<Vec<double, H>>(halves[1]);
+#endif
     }
     INLINE double total() const {
         double result = 0;
@@ -245,7 +250,8 @@ struct Other {
     }
 };
 
-// A row's sum of slopes; for p = 1 a count.
+// A row's sum of slopes; for p = 1 a count, by lanes where several vectors come in a row.
+constexpr int ALONE = 4;  // which vector of a step: none
 template <class T, class P> class Slopes {
     using F = typename Lanes<T>::F;
     F part[2] = {};
@@ -254,28 +260,26 @@ template <class T, class P> class Slopes {
   public:
     INLINE void add(F slope, int which) { part[which % 2] += slope; }
     INLINE void flush() { sum.add(part[0] + part[1]), part[0] = part[1] = F{}; }
-    INLINE double total() const { return sum.total(); }
-    static INLINE double of(F slopes) {  // of one vector
-        Sum<T> sum;
-        sum.add(slopes);
-        return sum.total();
-    }
+    INLINE double total() { return flush(), sum.total(); }
 };
 template <class T> class Slopes<T, One> {
     using L = Lanes<T>;
+    using Pairs = Vec<int64_t, WIDTH / 8>;
     typename L::I minus{};
+    int64_t count = 0;
 
   public:
-    INLINE void add(typename L::F slope, int) { minus += slope > 0; }
-    INLINE void flush() {}
-    INLINE double total() const {
-        int64_t result = 0;
-        for (int k = 0; k < L::W; k++) result -= minus[k];
-        return double(result);
+    INLINE void add(typename L::F slope, int which) {
+        if (which < ALONE) minus += slope > 0;
+        else count += __builtin_popcount(unsigned(L::to_bits(slope > 0)));
     }
-    static INLINE double of(typename L::F slopes) {
-        return __builtin_popcount(unsigned(L::to_bits(slopes > 0)));
+    INLINE void flush() {
+        Pairs sums = bits_as<Pairs>(minus);
+        if (sizeof(T) == 4) sums = (sums >> 32) + (sums << 32 >> 32);
+        for (int k = 0; k < WIDTH / 8; k++) count -= sums[k];
+        minus = typename L::I{};
     }
+    INLINE double total() { return double(count); }
 };
 
 // ---- What belongs to the rows themselves.
@@ -340,16 +344,14 @@ NOINLINE void look_up_weights(const Call &c, const int32_t *y, int64_t count, do
     });
 }
 template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, int64_t count, Group<T> &g) {
+    const bool needs_own = !c.bits || !c.grad.data;  // the backward pass by bits reads no score
     g.count = int(count);
     look_up_targets(c, start, count, g.y);
-    each(c.x, start, count, [&](int64_t t, const char *p) { g.row[t] = p; });
-    if (c.part) {
-        each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
-    } else if (!c.bits || !c.grad.data) {  // the backward pass by bits reads no score
-        const int64_t step = c.x.step;
-        for (int t = 0; t < count; t++)
-            g.own[t] = g.y[t] >= 0 ? T(widen<E>(g.row[t] + g.y[t] * step)) : T(NOT_A_NUMBER);
-    }
+    each(c.x, start, count, [&](int64_t t, const char *p) {
+        g.row[t] = p;
+        if (!c.part && needs_own) g.own[t] = g.y[t] >= 0 ? T(widen<E>(p + g.y[t] * c.x.step)) : T(NOT_A_NUMBER);
+    });
+    if (c.part) each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
     if (c.weight.data) look_up_weights(c, g.y, count, g.weight);
 }
 
@@ -367,6 +369,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     using I = typename L::I;
     static constexpr int W = L::W;
     static constexpr int64_t SIZE = sizeof(E);
+    static constexpr int STEP = 4 * W, RUN = LANE_TERMS / 2 * STEP;
 
     const Call &c;
     const P power;
@@ -375,6 +378,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     const int64_t bytes;           // of a row's bits
     const double common;           // factor of all rows' gradients
     const I rest;                  // the lanes of the last vector that no other covers
+    const I last_classes;          // the classes in it
 
     int64_t ahead = 0;             // bytes to the row that is fetched meanwhile
     // Rows whose classes do not lie side by side, or are fewer than a vector, are worked on in copies.
@@ -389,6 +393,7 @@ template <class E, class P, bool UNIT> struct Kernel {
           whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
                (L::iota() < (I{} + typename L::Index(n - last)))),
+          last_classes(L::iota() + typename L::Index(last)),
           staged(UNIT && !in_place(c)), pitch((n > W ? n : W) * SIZE), in_step(staged ? SIZE : c.x.step),
           out_step(staged ? SIZE : c.grad.step) {}
 
@@ -415,15 +420,16 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     static INLINE I place(int64_t y, int64_t j) { return I{} + typename L::Index(y - j); }
 
-    // The sum of a row's terms. ``each`` sees the hinges of whole vectors and of the last one.
-    template <class Each> INLINE double terms(const char *row, int64_t y, T own_, Each &each) const {
-        constexpr int STEP = 4 * W, RUN = LANE_TERMS / 2 * STEP;
-        F own = L::all(own_);
-        Sum<T> sum;
+    // The sum of a row's terms times weight, without what is added to ``sum`` on the way. ``each``
+    // sees the hinges of whole vectors and of the last one.
+    template <class Each>
+    INLINE F terms(const char *row, int64_t y, T own_, F weight, Each &each, Sum<T> &sum) const {
+        F own = L::all(own_), s{};
         int64_t j = 0;
         while (j + STEP <= n) {
             F a{}, b{}, d{}, e{};
-            for (int64_t stop = n < j + RUN ? n : j + RUN; j + STEP <= stop; j += STEP) {
+            const int64_t stop = n < j + RUN ? n : j + RUN;
+            for (; j + STEP <= stop; j += STEP) {
                 I at = place(y, j);
                 F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
                 F h2 = hinge(row, j, 2 * W, at, own), h3 = hinge(row, j, 3 * W, at, own);
@@ -431,15 +437,33 @@ template <class E, class P, bool UNIT> struct Kernel {
                 each.whole(j, h0, 0), each.whole(j + W, h1, 1);
                 each.whole(j + 2 * W, h2, 2), each.whole(j + 3 * W, h3, 3);
             }
-            sum.add((a + b) + (d + e)), each.flush();
+            s = (a + b) + (d + e);
+            each.flush();
+            if (j + STEP <= n) sum.add(s * weight), s = F{};
         }
-        F s{};
         for (; j + W <= n; j += W) {
             F h = hinge(row, j, 0, place(y, j), own);
-            s += power.term(h), each.whole(j, h, 0);
+            s += power.term(h), each.whole(j, h, ALONE);
         }
         F h = hinge(row, last, 0, place(y, last), own);
-        sum.add(s + L::only(power.term(h), rest)), each.last(h), each.flush();
+        each.last(h);
+        return (s + L::only(power.term(h), rest)) * weight;
+    }
+    // The same for a row of fewer than two vectors.
+    template <class Each> INLINE F short_terms(const char *row, const int32_t &y_, T own_, Each &each) const {
+        F own = L::all(own_), s{};
+        I y = I{} + typename L::Index(y_);
+        if (n >= W) {
+            F h = hinge(scores(row, 0, in_step), L::iota() == y, own);
+            s = power.term(h), each.whole(0, h, ALONE);
+        }
+        F h = hinge(scores(row, last, in_step), last_classes == y, own);
+        each.last(h);
+        return s + L::only(power.term(h), rest);
+    }
+    template <class Each> INLINE double row_terms(const Group<T> &g, int t, Each &each) const {
+        Sum<T> sum;
+        sum.add(terms(g.row[t], g.y[t], g.own[t], L::all(1), each, sum));
         return sum.total();
     }
     struct Nothing {
@@ -460,7 +484,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         Slopes<T, P> slopes;
         explicit AddSlopes(const Kernel &k) : k(k) {}
         INLINE void whole(int64_t, F h, int which) { slopes.add(k.power.slope(h), which); }
-        INLINE void last(F h) { slopes.add(L::only(k.power.slope(h), k.rest), 0); }
+        INLINE void last(F h) { slopes.add(L::only(k.power.slope(h), k.rest), ALONE); }
         INLINE void flush() { slopes.flush(); }
     };
     struct Write : Nothing {  // the gradient but for the target's class
@@ -477,17 +501,15 @@ template <class E, class P, bool UNIT> struct Kernel {
             return slope;
         }
         INLINE void whole(int64_t j, F h, int which) { slopes.add(put(j, h), which); }
-        INLINE void last(F h) { slopes.add(L::only(put(k.last, h), k.rest), 0); }
+        INLINE void last(F h) { slopes.add(L::only(put(k.last, h), k.rest), ALONE); }
         INLINE void flush() { slopes.flush(); }
     };
-    struct WriteShort : Write {  // of fewer than two vectors, to the end
+    struct WriteWhole : Write {  // with the target's class
         int64_t y;
-        double scale, sum = 0;
-        WriteShort(const Kernel &k, int64_t i, int64_t y, double by)
+        double scale;
+        WriteWhole(const Kernel &k, int64_t i, int64_t y, double by)
             : Write(k, k.out(i), by), y(y), scale(by) {}
-        INLINE void whole(int64_t j, F h, int) { sum += Slopes<T, P>::of(this->put(j, h)); }
-        INLINE void last(F h) { sum += Slopes<T, P>::of(L::only(this->put(this->k.last, h), this->k.rest)); }
-        INLINE void end() { this->k.finish(this->to, y, 0, {0, sum, 1}, scale); }
+        INLINE void end() { this->k.finish(this->to, y, 0, {0, this->slopes.total(), 1}, scale); }
     };
 
     // Sums in float64, term by term; where float64 overflows too, in large units.
@@ -567,42 +589,44 @@ template <class E, class P, bool UNIT> struct Kernel {
                 for (int64_t k = 0; k < n * int64_t(sizeof(E)); k += 64) __builtin_prefetch(row + ahead + k);
     }
 
-    // Rows of fewer than two vectors, whose own sums nobody asks for: a lane adds up several rows.
-    // False where the sum is not finite; the usual way finds the rows, and what they come to.
-    template <class Make> INLINE bool short_rows(int64_t start, const Group<T> &g, Result &result, Make make) const {
-        if (n == 1 || n >= 2 * W || c.losses.data || c.part) return false;
-        Sum<T> sum;
-        Result found;
-        for (int t = 0; t < g.count;) {
+    // Adds up the rows of a group. Returns how many are ignored.
+    template <bool SHORT, class Make>
+    INLINE int64_t add_rows(int64_t start, const Group<T> &g, Sum<T> &sum, Make make) const {
+        const int64_t rows = SHORT ? LANE_TERMS - 4 : n < RUN ? LANE_TERMS - 6 - n / STEP : 1;
+        const bool weighted = c.weight.data;
+        int64_t ignored = 0;
+        for (int64_t t = 0; t < g.count;) {
             F s{};
-            for (int stop = t + LANE_TERMS / 2; t < stop && t < g.count; t++) {
+            for (int64_t stop = t + rows < g.count ? t + rows : g.count; t < stop; t++) {
+                if (SHORT) __builtin_prefetch(g.row[t] + ahead);
+                else fetch(g.row[t]);
                 if (g.y[t] == IGNORED) {
-                    ignore(start + t);
+                    ignore(start + t), ignored++;
                     continue;
                 }
-                fetch(g.row[t]);
-                F own = L::all(g.own[t]);
                 auto each = make(start + t, t);
-                F h = hinge(g.row[t], last, 0, place(g.y[t], last), own);
-                each.last(h);
-                F term = L::only(power.term(h), rest);
-                if (n >= W) {
-                    h = hinge(g.row[t], 0, 0, place(g.y[t], 0), own);
-                    each.whole(0, h, 0);
-                    term += power.term(h);
+                if (SHORT) {
+                    F row = short_terms(g.row[t], g.y[t], g.own[t], each);
+                    s += weighted ? row * L::all(T(g.weight[t])) : row;
+                } else {
+                    s += terms(g.row[t], g.y[t], g.own[t], L::all(T(g.weight[t])), each, sum);
                 }
                 each.end();
-                s += term * L::all(T(g.weight[t]));
-                found.bad |= g.y[t] < 0;
-                found.count++;
             }
             sum.add(s);
         }
-        found.sum = sum.total() * c.shrink;
-        if (found.sum - found.sum != 0) return false;
-        result.sum += found.sum;
-        result.count += found.count;
-        result.bad |= found.bad;
+        return ignored;
+    }
+    // Rows whose own sums nobody asks for: a lane adds up several. False where the sum is not finite;
+    // the usual way finds the rows, and what they come to.
+    template <class Make> INLINE bool together(int64_t start, const Group<T> &g, Result &result, Make make) const {
+        if (n == 1 || c.losses.data || c.part) return false;
+        Sum<T> sum;
+        int64_t ignored = n < 2 * W ? add_rows<true>(start, g, sum, make) : add_rows<false>(start, g, sum, make);
+        double total = sum.total() * c.shrink;
+        if (total - total != 0) return false;
+        result.sum += total;
+        result.count += g.count - ignored;
         return true;
     }
     // Calls f with the place and number of each row that isn't ignored.
@@ -623,30 +647,30 @@ template <class E, class P, bool UNIT> struct Kernel {
         return {no_value ? NOT_A_NUMBER : terms, slopes, 1};
     }
     void losses(int64_t start, const Group<T> &g, Result &result) const {
-        if (short_rows(start, g, result, [&](int64_t, int) { return Nothing(); })) return;
+        if (together(start, g, result, [&](int64_t, int64_t) { return Nothing(); })) return;
         each_row(start, g, result, [&](int t, int64_t i) {
             Nothing nothing;
-            account(i, checked(g, t, terms(g.row[t], g.y[t], g.own[t], nothing), 0), g.weight[t], result);
+            account(i, checked(g, t, row_terms(g, t, nothing), 0), g.weight[t], result);
         });
     }
     void losses_and_bits(int64_t start, const Group<T> &g, Result &result) const {
-        if (short_rows(start, g, result, [&](int64_t i, int) { return Keep(*this, i); })) return;
+        if (together(start, g, result, [&](int64_t i, int64_t) { return Keep(*this, i); })) return;
         each_row(start, g, result, [&](int t, int64_t i) {
             Keep keep(*this, i);
-            Sums s = checked(g, t, terms(g.row[t], g.y[t], g.own[t], keep), 0);
+            Sums s = checked(g, t, row_terms(g, t, keep), 0);
             double loss = account(i, s, g.weight[t], result);
             if (loss != loss) std::memset(keep.bits, 255, size_t(bytes));
         });
     }
     void gradients(int64_t start, const Group<T> &g, Result &result) const {
-        if (short_rows(start, g, result, [&](int64_t i, int t) {
-                return WriteShort(*this, i, g.y[t], scale_of(i, g.weight[t]));
+        if (together(start, g, result, [&](int64_t i, int64_t t) {
+                return WriteWhole(*this, i, g.y[t], scale_of(i, g.weight[t]));
             }))
             return;
         each_row(start, g, result, [&](int t, int64_t i) {
             double scale = scale_of(i, g.weight[t]);
             Write write(*this, out(i), scale);
-            double sum = terms(g.row[t], g.y[t], g.own[t], write);
+            double sum = row_terms(g, t, write);
             Sums s = checked(g, t, sum, write.slopes.total());
             double loss = account(i, s, g.weight[t], result);
             if (c.part) loss = s.slopes = read<double>(c.slopes.at(i)) / power.factor, s.unit = 1;
@@ -657,7 +681,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     void parts(int64_t start, const Group<T> &g, Result &result) const {
         each_row(start, g, result, [&](int t, int64_t i) {
             AddSlopes add(*this);
-            double sum = terms(g.row[t], g.y[t], g.own[t], add);
+            double sum = row_terms(g, t, add);
             account(i, checked(g, t, sum, add.slopes.total()), 1, result);
         });
     }
