@@ -30,6 +30,7 @@ constexpr int WIDTH = 16;
 constexpr int LANE_TERMS = 16;
 constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
+constexpr int64_t AHEAD = 6144;   // bytes from what is read to what is fetched
 constexpr int64_t STAGE = 1 << 16;  // bytes of rows that are copied together
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
@@ -243,7 +244,7 @@ struct Other {
     template <class F> INLINE F slope(F h) const { return power(h, factor - 1); }
 
   private:
-    template <class F> static INLINE F power(F h, double p) {
+    template <class F> static NOINLINE F power(F h, double p) {
         for (unsigned k = 0; k < sizeof h / sizeof h[0]; k++)
             if (h[k] != 0) h[k] = std::pow(h[k], p);
         return h;
@@ -380,7 +381,6 @@ template <class E, class P, bool UNIT> struct Kernel {
     const I rest;                  // the lanes of the last vector that no other covers
     const I last_classes;          // the classes in it
 
-    int64_t ahead = 0;             // bytes to the row that is fetched meanwhile
     // Rows whose classes do not lie side by side, or are fewer than a vector, are worked on in copies.
     const bool staged;
     const int64_t pitch;           // bytes from copy to copy
@@ -406,6 +406,9 @@ template <class E, class P, bool UNIT> struct Kernel {
     // The scores of the W classes from j on; beyond the row's end the last one comes again.
     INLINE F scores(const char *row, int64_t j, int64_t step) const {
         if constexpr (UNIT) return convert<F>(load<W>(row + j * int64_t(sizeof(E)), E{}));
+        else return scattered_scores(row, j, step);
+    }
+    NOINLINE F scattered_scores(const char *row, int64_t j, int64_t step) const {
         F x;
         for (int k = 0; k < W; k++) x[k] = widen<E>(row + (j + k < n ? j + k : n - 1) * step);
         return x;
@@ -430,6 +433,7 @@ template <class E, class P, bool UNIT> struct Kernel {
             F a{}, b{}, d{}, e{};
             const int64_t stop = n < j + RUN ? n : j + RUN;
             for (; j + STEP <= stop; j += STEP) {
+                fetch(row + j * SIZE, STEP * SIZE);
                 I at = place(y, j);
                 F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
                 F h2 = hinge(row, j, 2 * W, at, own), h3 = hinge(row, j, 3 * W, at, own);
@@ -550,8 +554,10 @@ template <class E, class P, bool UNIT> struct Kernel {
     INLINE void put(char *to, int64_t j, F g) const {
         auto values = in_element_type(g);
         if constexpr (UNIT) write(to + j * int64_t(sizeof(E)), values);
-        else
-            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * out_step, values[k]);
+        else scatter(to, j, values);
+    }
+    template <class V> NOINLINE void scatter(char *to, int64_t j, V values) const {
+        for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * out_step, values[k]);
     }
     static INLINE auto in_element_type(F g) {
         if constexpr (sizeof(E) == 8) return g;
@@ -581,12 +587,11 @@ template <class E, class P, bool UNIT> struct Kernel {
         if (c.grad.data) fill(out(i), 0);
         if (c.bits) std::memset(c.bits + i * bytes, 0, size_t(bytes));
     }
-    // Looking up targets here and there hides from the processor that rows are read in turn: those of
-    // the next group are fetched by hand, one for each row that is worked on.
-    INLINE void fetch(const char *row) const {
+    // Looking up targets here and there hides from the processor that rows are read in turn: what
+    // comes next is fetched by hand.
+    static INLINE void fetch(const char *p, int64_t bytes) {
         if constexpr (UNIT)
-            if (ahead)
-                for (int64_t k = 0; k < n * int64_t(sizeof(E)); k += 64) __builtin_prefetch(row + ahead + k);
+            for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + AHEAD + k);
     }
 
     // Adds up the rows of a group. Returns how many are ignored.
@@ -598,8 +603,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         for (int64_t t = 0; t < g.count;) {
             F s{};
             for (int64_t stop = t + rows < g.count ? t + rows : g.count; t < stop; t++) {
-                if (SHORT) __builtin_prefetch(g.row[t] + ahead);
-                else fetch(g.row[t]);
+                if (SHORT) fetch(g.row[t], 64);
                 if (g.y[t] == IGNORED) {
                     ignore(start + t), ignored++;
                     continue;
@@ -636,7 +640,6 @@ template <class E, class P, bool UNIT> struct Kernel {
                 ignore(start + t);
                 continue;
             }
-            fetch(g.row[t]);
             result.bad |= g.y[t] < 0;
             f(t, start + t);
         }
@@ -692,7 +695,6 @@ template <class E, class P, bool UNIT> struct Kernel {
         Group<T> group;
         // Few rows at a time where they are long: what a look at the target has fetched is in reach.
         const int64_t size = group_size(NEAR / (c.classes * SIZE));
-        if (UNIT && size > 1 && c.x.ndim == 1) kernel.ahead = size * c.x.stride[0];
         for (int64_t first = start; first < stop; first += size) {
             look_up<E>(c, first, first + size < stop ? size : stop - first, group);
             work(kernel, first, group);
