@@ -11,6 +11,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <type_traits>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -30,8 +32,8 @@ constexpr int WIDTH = 16;
 constexpr int LANE_TERMS = 16;
 constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
-constexpr int64_t AHEAD = 6144;   // bytes from what is read to what is fetched
-constexpr int64_t STAGE = 1 << 16;  // bytes of rows that are copied together
+constexpr int64_t AHEAD = 6144;     // bytes from what is read to what is fetched
+constexpr int64_t STAGE = 1 << 17;  // bytes of rows that are copied together
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr int32_t OUTSIDE = -1, IGNORED = -2;
@@ -60,11 +62,28 @@ struct Brain {
     uint16_t bits;
 };
 
+// 16-bit numbers to 32 bits and back. GCC 12 takes them one by one.
+template <int N> INLINE Vec<uint32_t, N> from_16_bits(const char *p) {
+#ifdef __AVX2__
+    if constexpr (N == 8) return bits_as<Vec<uint32_t, N>>(_mm256_cvtepu16_epi32(read<__m128i>(p)));
+#endif
+    return convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p));
+}
+template <int N> INLINE Vec<uint16_t, N> to_16_bits(Vec<uint32_t, N> x) {
+#ifdef __AVX2__
+    if constexpr (N == 8) {
+        __m256i bits = bits_as<__m256i>(x);
+        return bits_as<Vec<uint16_t, N>>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+    }
+#endif
+    return convert<Vec<uint16_t, N>>(x);
+}
+
 // N elements as float32, or as they are where they are float64.
 template <int N> INLINE Vec<double, N> load(const char *p, double) { return read<Vec<double, N>>(p); }
 template <int N> INLINE Vec<float, N> load(const char *p, float) { return read<Vec<float, N>>(p); }
 template <int N> INLINE Vec<float, N> load(const char *p, Brain) {
-    auto bits = convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p)) << 16;
+    auto bits = from_16_bits<N>(p) << 16;
     return bits_as<Vec<float, N>>(bits);
 }
 template <int N> INLINE Vec<float, N> load(const char *p, Half) {
@@ -77,7 +96,7 @@ template <int N> INLINE Vec<float, N> load(const char *p, Half) {
 #endif
     // Exponent and mantissa move to their places in a float32; times 2**112 mends the exponent's bias
     // and normalises subnormals; infinity and NaN get the full exponent.
-    auto bits = convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p));
+    auto bits = from_16_bits<N>(p);
     auto moved = (bits & 0x7fff) << 13;
     auto finite = bits_as<Vec<uint32_t, N>>(bits_as<Vec<float, N>>(moved) * 0x1p112f);
     auto special = bits_as<Vec<uint32_t, N>>(moved >= 0x0f800000) & 0x7f800000;
@@ -91,7 +110,7 @@ template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Brain) {
     auto bits = bits_as<Vec<uint32_t, N>>(x);
     auto nan = bits_as<Vec<uint32_t, N>>(x != x);
     bits = (bits + 0x7fff + (bits >> 16 & 1)) & ~nan;
-    return convert<Vec<uint16_t, N>>((bits | (nan & 0x7fc00000)) >> 16);
+    return to_16_bits<N>((bits | (nan & 0x7fc00000)) >> 16);
 }
 template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Half) {
 #ifdef __F16C__
@@ -105,12 +124,15 @@ template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Half) {
     auto is_small = bits_as<U>(size < 0x38800000), is_large = bits_as<U>(size >= 0x47800000);
     auto large = 0x7c00 | (bits_as<U>(size > 0x7f800000) & 0x0200);
     auto finite = (small & is_small) | (normal & ~is_small);
-    return convert<Vec<uint16_t, N>>((large & is_large) | (finite & ~is_large) | (bits >> 16 & 0x8000));
+    return to_16_bits<N>((large & is_large) | (finite & ~is_large) | (bits >> 16 & 0x8000));
 }
 
 template <class E> INLINE auto widen(const char *p) {  // one element
     if constexpr (std::is_floating_point<E>::value) return read<E>(p);
-    else {
+    else if constexpr (std::is_same<E, Brain>::value) {
+        uint32_t bits = uint32_t(read<uint16_t>(p)) << 16;
+        return read<float>(&bits);
+    } else {
         char padded[8] = {};
         std::memcpy(padded, p, 2);
         return load<4>(padded, E{})[0];
@@ -361,6 +383,13 @@ struct Sums {
     double terms, slopes, unit;
 };
 
+// Room for copies of rows and of their gradients, of each thread; null where there is no memory. Not
+// on the stack: with musl a thread has 128 KB.
+inline char *stage() {
+    thread_local std::unique_ptr<char[]> room(new (std::nothrow) char[2 * STAGE]);
+    return room.get();
+}
+
 // ---- The kernels for scores of type E, the exponent P, classes side by side (UNIT) or not.
 
 template <class E, class P, bool UNIT> struct Kernel {
@@ -394,13 +423,15 @@ template <class E, class P, bool UNIT> struct Kernel {
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
                (L::iota() < (I{} + typename L::Index(n - last)))),
           last_classes(L::iota() + typename L::Index(last)),
-          staged(UNIT && !in_place(c)), pitch((n > W ? n : W) * SIZE), in_step(staged ? SIZE : c.x.step),
+          staged(UNIT && !in_place(c)), pitch(pitch_of(n)), in_step(staged ? SIZE : c.x.step),
           out_step(staged ? SIZE : c.grad.step) {}
 
     static bool in_place(const Call &c) {
         return c.x.step == SIZE && (!c.grad.data || c.grad.step == SIZE) && c.classes >= W;
     }
-    static bool can_stage(const Call &c) { return (c.classes > W ? c.classes : W) * SIZE <= STAGE; }
+    static bool can_stage(const Call &c) { return pitch_of(c.classes) <= STAGE; }
+    // Whole lines and one more, so that neighbours in a column are not apart by a power of two.
+    static int64_t pitch_of(int64_t n) { return n < 4 * W ? (n > W ? n : W) * SIZE : (n * SIZE / 64 + 2) * 64; }
     INLINE char *out(int64_t i) const { return staged ? copies + (i - base) * pitch : c.grad.at(i); }
 
     // The scores of the W classes from j on; beyond the row's end the last one comes again.
@@ -491,17 +522,36 @@ template <class E, class P, bool UNIT> struct Kernel {
         INLINE void last(F h) { slopes.add(L::only(k.power.slope(h), k.rest), ALONE); }
         INLINE void flush() { slopes.flush(); }
     };
+    // What all active classes of a row get for p = 1, in the element type.
+    class Same {
+        using Bits = typename std::conditional<sizeof(E) == 2, Vec<uint32_t, W>, F>::type;
+        Bits value;
+
+      public:
+        explicit Same(double scale) {
+            if constexpr (sizeof(E) == 2) value = Bits{} + in_element_type(L::all(T(scale)))[0];
+            else value = L::all(T(scale));
+        }
+        INLINE auto where(I mask) const {
+            if constexpr (sizeof(E) == 2) return to_16_bits<W>(value & bits_as<Bits>(mask));
+            else return L::only(value, mask);
+        }
+    };
     struct Write : Nothing {  // the gradient but for the target's class
+        static constexpr bool SAME = std::is_same<P, One>::value;
         const Kernel &k;
         char *to;
-        F scale;
+        typename std::conditional<SAME, Same, F>::type scale;
         Slopes<T, P> slopes;
-        Write(const Kernel &k, char *to, double by) : k(k), to(to), scale(L::all(T(by))) {
-            if (std::is_same<P, One>::value) scale = rounded(scale);
+        Write(const Kernel &k, char *to, double by) : k(k), to(to), scale(scale_from(by)) {}
+        static INLINE auto scale_from(double by) {
+            if constexpr (SAME) return Same(by);
+            else return L::all(T(by));
         }
         INLINE F put(int64_t j, F h) {
             F slope = k.power.slope(h);
-            k.put(to, j, slope_times(h, slope, scale));
+            if constexpr (SAME) k.put(to, j, scale.where(h > 0));
+            else k.put(to, j, in_element_type(L::only(slope * scale, h > 0)));  // no 0 * infinity
             return slope;
         }
         INLINE void whole(int64_t j, F h, int which) { slopes.add(put(j, h), which); }
@@ -532,27 +582,18 @@ template <class E, class P, bool UNIT> struct Kernel {
         }
         return s;
     }
-    static INLINE F slope_times(F h, F slope, F scale) {
-        if (std::is_same<P, One>::value) return L::only(scale, h > 0);
-        return L::only(slope * scale, h > 0);  // 0 * infinity is 0 here: the class isn't active
-    }
-    static INLINE F rounded(F x) {  // to E and back
-        if constexpr (sizeof(E) != 2) return x;
-        else {
-            auto bits = in_element_type(x);
-            return convert<F>(load<W>(reinterpret_cast<const char *>(&bits), E{}));
-        }
-    }
     // The rest of a gradient: the target's class; NaN in all of a row whose loss is NaN.
-    void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
+    INLINE void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
         if (loss != loss) return fill(to, NOT_A_NUMBER);
-        if (y >= 0) store_rounded<E>(to + y * out_step, double(T(-(s.slopes * scale) * s.unit)));
+        if (y < 0) return;
+        T own = T(-(s.slopes * scale) * s.unit);
+        if constexpr (sizeof(T) == 4) write(to + y * out_step, in_element_type(L::all(own))[0]);
+        else store_rounded<E>(to + y * out_step, own);
     }
     NOINLINE void fill(char *to, double value) const {
         for (int64_t j = 0; j < n; j++) store_rounded<E>(to + j * out_step, value);
     }
-    INLINE void put(char *to, int64_t j, F g) const {
-        auto values = in_element_type(g);
+    template <class V> INLINE void put(char *to, int64_t j, V values) const {
         if constexpr (UNIT) write(to + j * int64_t(sizeof(E)), values);
         else scatter(to, j, values);
     }
@@ -691,7 +732,12 @@ template <class E, class P, bool UNIT> struct Kernel {
 
     template <class Work> static void in_groups(const Call &c, int64_t start, int64_t stop, Work work) {
         Kernel kernel(c);
-        if (kernel.staged) return kernel.in_stages(start, stop, work);
+        if constexpr (UNIT)
+            if (kernel.staged) {
+                char *room = stage();
+                if (room) return kernel.in_stages(room, start, stop, work);
+                return Kernel<E, P, false>::in_groups(c, start, stop, work);
+            }
         Group<T> group;
         // Few rows at a time where they are long: what a look at the target has fetched is in reach.
         const int64_t size = group_size(NEAR / (c.classes * SIZE));
@@ -702,13 +748,12 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     static int64_t group_size(int64_t rows) { return rows > GROUP ? GROUP : rows < 1 ? 1 : rows; }
 
-    template <class Work> NOINLINE void in_stages(int64_t start, int64_t stop, Work work) {
+    template <class Work> NOINLINE void in_stages(char *in, int64_t start, int64_t stop, Work work) {
         Group<T> group;
-        alignas(64) char in[STAGE], back[STAGE];
         char *rows[GROUP];
         const int64_t size = group_size(STAGE / pitch);
         std::memset(in, 0, size_t(size * pitch));
-        copies = back;
+        copies = in + STAGE;
         for (base = start; base < stop; base += size) {
             const int64_t count = base + size < stop ? size : stop - base;
             look_up<E>(c, base, count, group);
@@ -718,7 +763,7 @@ template <class E, class P, bool UNIT> struct Kernel {
             work(*this, base, group);
             if (!c.grad.data) continue;
             each(c.grad, base, count, [&](int64_t t, char *p) { rows[t] = p; });
-            copy<false>(back, rows, count, c.grad.step, c.grad);
+            copy<false>(copies, rows, count, c.grad.step, c.grad);
         }
     }
     // Between rows and their copies. What lies side by side in the rows' memory is taken in turn.
@@ -736,26 +781,26 @@ template <class E, class P, bool UNIT> struct Kernel {
                 for (int64_t j = 0; j < n; j++) move(t, j);
     }
     static void loss_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             if constexpr (std::is_same<P, One>::value)
                 if (c.bits) return k.losses_and_bits(first, g, result);
             k.losses(first, g, result);
         });
     }
     static void part_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             k.parts(first, g, result);
         });
     }
     static void grad_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             k.gradients(first, g, result);
         });
     }
 
     // The gradient of p = 1 from the bits that loss_block kept.
     static void bits_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             for (int t = 0; t < g.count; t++) {
                 result.bad |= g.y[t] == OUTSIDE;
                 k.row_of_bits(first + t, g.y[t], g.weight[t]);
@@ -769,19 +814,18 @@ template <class E, class P, bool UNIT> struct Kernel {
         int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
         if (y < 0 || (bits[byte] >> bit & 1)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
         double scale = scale_of(i, weight);
-        finish(to, y, 0, {0, double(from_bits(bits, to, T(scale))), 1}, scale);
+        finish(to, y, 0, {0, double(from_bits(bits, to, Same(scale))), 1}, scale);
     }
-    INLINE int64_t from_bits(const uint8_t *bits, char *to, T scale_) const {
-        F scale = rounded(L::all(scale_));  // as Write does
+    INLINE int64_t from_bits(const uint8_t *bits, char *to, Same scale) const {
         int64_t count = 0;
         for (int64_t j = 0; j < whole; j += W) {
             count += __builtin_popcount(bits[j / W]);
-            put(to, j, L::only(scale, L::from_bits(bits[j / W])));
+            put(to, j, scale.where(L::from_bits(bits[j / W])));
         }
         if (whole < n) {
             int byte = bits[whole / W];
             count += __builtin_popcount(byte & L::to_bits(rest));
-            put(to, last, L::only(scale, L::from_bits(byte)));
+            put(to, last, scale.where(L::from_bits(byte)));
         }
         return count;
     }
@@ -842,7 +886,6 @@ Block grad_block(const Call &c) {
 Block bits_block(const Call &c) {
     return with_kernel<One>(c, [](auto *k) -> Block { return std::remove_pointer_t<decltype(k)>::bits_block; });
 }
-bool walks_tiles(const Call &) { return false; }
 void own_scores(const Call &c) {
     int32_t y;
     for (int64_t i = 0; i < c.rows; i++) {
