@@ -54,7 +54,7 @@ def grad(
     options: Options,
 ) -> Tensor | None:
     """Compute the gradient; see :class:`Engine`."""
-    into = empty_like(input, requires_grad=False)
+    into = empty_like(input)
     bits = _written(mask, input, target, options)
     return native.grad(input, target, weight, options, into, grad_output, bits, get_num_threads)
 
@@ -67,7 +67,7 @@ def loss_and_grad(
     options: Options,
 ) -> tuple[Tensor, Tensor] | None:
     """Compute both in one pass over the scores; see :class:`Engine`."""
-    into = empty_like(input, requires_grad=False)
+    into = empty_like(input)
     out = None if _exchange else _new_loss(input, target, options)
     value = native.loss_and_grad(
         input, target, weight, options, into, grad_output, out, get_num_threads
