@@ -180,8 +180,9 @@ def test_the_margin_survives_large_scores(native):
     assert float(loss) == pytest.approx(99e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 10**7), (2 * 10**5, 10)])
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "p"), [((1, 10**7), 1), ((1, 10**6), 2), ((10**5, 10), 1), ((10**5, 10), 2)]
+)
 def test_sums_are_accurate_at_any_size(native, shape, p, rng):
     x, y = rng.random(shape, dtype=np.float32), rng.integers(0, shape[1], shape[0])
     grad = np.empty_like(x)
@@ -219,7 +220,8 @@ def test_targets_of_every_width(native, dtype, rng):
         z[20] = value
         assert native.loss(x, z, None, options()) is None
         left = native.loss(x, z, None, options(ignore_index=int(value)))
-        assert left == native.loss(np.delete(x, 20, 0), np.delete(y, 20), None, options())
+        without = native.loss(np.delete(x, 20, 0), np.delete(y, 20), None, options())
+        assert left == pytest.approx(without, rel=1e-14)
         assert native.loss(x, z, None, options(ignore_index=int(value) + 2**64)) is None
         assert np.isnan(native.loss(x, z, None, options(check_target="nan")))
     assert native.loss(x, y, None, options(ignore_index=-(10**30))) == expected
