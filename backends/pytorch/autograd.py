@@ -21,6 +21,7 @@ from mml_arrayapi import formula
 from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.backends.pytorch.state import (
     below_autograd,
+    is_dynamo_compiling,
     is_grad_enabled,
     ordinary,
     readable,
@@ -99,6 +100,8 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         return state.why_generic() or engine.refuses(problem)
 
     def direct(input: Any, target: Any, weight: Any, options: Options) -> Tensor | None:
+        if is_dynamo_compiling():
+            return _in_graph(input, target, weight, *options) if engine.device == "cpu" else None
         if (
             not ordinary()
             or not getattr(input, on_device)
@@ -161,6 +164,57 @@ for _name, _signature in zip(_NAMES, _SIGNATURES, strict=True):
 _loss = torch.ops.mml_arrayapi.multi_margin_loss.default
 _gradient = torch.ops.mml_arrayapi.multi_margin_loss_backward.default
 _loss_and_grad = torch.ops.mml_arrayapi.multi_margin_loss_and_grad.default
+
+
+def _in_graph(
+    input: Any, target: Any, weight: Any, p: Any, margin: Any, reduction: Any,
+    ignore_index: Any, axis: Any, check_target: Any,
+) -> Tensor | None:  # fmt: skip
+    """Put the operator into torch.compile's graph; None for a call that is not plainly right.
+
+    Each name that is looked up while tracing is checked again before every compiled call: those of
+    all the checks took 28 of 105 microseconds.
+    """
+    if (
+        not input.is_cpu
+        or not input.is_floating_point()
+        or input.itemsize == 1
+        or input.layout is not torch.strided
+        or type(target) is not torch.Tensor
+        or not target.is_cpu
+        or target.dtype is not torch.int64
+        or not 0 < target.ndim + 1 == input.ndim <= 16
+        or target.shape != input.shape[:-1]
+        or input.shape[-1] == 0
+    ):
+        return None
+    if weight is not None and (
+        type(weight) is not torch.Tensor
+        or weight.dtype is not input.dtype
+        or not weight.is_cpu
+        or weight.shape != input.shape[-1:]
+        or weight.requires_grad
+    ):
+        return None
+    if (
+        type(p) not in (int, float)
+        or not 1 <= p < 1000
+        or type(margin) not in (int, float)
+        or not -1e9 < margin < 1e9
+        or type(reduction) is not str
+        or reduction not in ("none", "mean", "sum")
+        or not (ignore_index is None or type(ignore_index) is int)
+        or type(axis) is not int
+        or axis not in (-1, input.ndim - 1)
+        or type(check_target) is not str
+        or check_target not in ("auto", "nan")
+    ):
+        return None
+    input = under_autocast(input)
+    keep_mask = p == 1 and input.requires_grad and is_grad_enabled()
+    axis = input.ndim - 1
+    options = float(p), float(margin), reduction, ignore_index, axis, "nan"
+    return _loss(input, target, weight, *options, keep_mask)[0]
 
 
 def _implement(engine: Engine) -> None:

@@ -86,20 +86,19 @@ def readable(tensor: torch.Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
         and not _functorch.is_legacy_batchedtensor(tensor)
-        and (
-            tensor.untyped_storage().nbytes()
-            >= (tensor.storage_offset() + _extent(tensor)) * tensor.itemsize
-        )
+        and tensor.untyped_storage().nbytes() >= _end(tensor)
     )
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    """Return how many elements of its storage a tensor spans."""
+def _end(tensor: torch.Tensor) -> int:
+    """Return the byte of its storage before which a tensor ends."""
+    begin = tensor.storage_offset() * tensor.itemsize
     if tensor.is_contiguous():
-        return tensor.numel()
+        return begin + tensor.nbytes
     if not tensor.numel():
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        return begin
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin + (last + 1) * tensor.itemsize
 
 
 def why_not_kernel(name: str, tensor: torch.Tensor, device: str) -> str | None:
@@ -143,9 +142,10 @@ def value_access(tensor: torch.Tensor) -> str:
 
 def under_autocast(input: torch.Tensor) -> torch.Tensor:
     """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
-    kind = input.device.type  # PyTorch raises for types that have no autocast, such as meta
-    if input.itemsize == 2 and kind in _AUTOCAST and torch.is_autocast_enabled(kind):
-        return input.float()
+    if input.itemsize == 2:
+        kind = input.device.type  # PyTorch raises for types that have no autocast, such as meta
+        if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+            return input.float()
     return input
 
 
