@@ -384,8 +384,7 @@ class _Loss(state.SingleLevelFunction):
             with torch.enable_grad(), below_autograd():  # outer levels of torch.func go on deriving
                 made = _loss(input, target, weight, *options, keep_mask)
         loss, mask = made
-        ctx.save_for_backward(input, target, weight, mask)
-        ctx.kinds = input.device, input.dtype, input.shape, target.dtype, target.shape
+        _save(ctx, input=input, target=target, weight=weight, mask=mask)
         ctx.options, ctx.engine = options, engine
         ctx.set_materialize_grads(False)
         return loss if engine is not None else made
@@ -399,11 +398,8 @@ class _Loss(state.SingleLevelFunction):
 
 def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     """Return the gradient for the scores, from whatever autograd hands back."""
-    input, target, weight, mask = ctx.saved_tensors
-    device, dtype, shape, target_dtype, target_shape = ctx.kinds
-    input = _as_saved("input", input, device, dtype, shape)
-    target = _as_saved("target", target, device, target_dtype, target_shape)
-    arguments = grad_output, input, target, weight, mask
+    arguments = grad_output, *_saved(ctx)
+    input, target, weight = arguments[1:4]
     p, margin, reduction, ignore_index, axis, _ = ctx.options
     options = p, margin, reduction, ignore_index, axis % input.ndim, "nan"  # the loss has looked
     if state.is_mapped(grad_output):
@@ -416,19 +412,29 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     return _gradient(*arguments, *options)
 
 
-def _as_saved(
-    name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, shape: torch.Size
-) -> Tensor:
-    """Return what a hook or an assignment to ``.data`` gave back, in the dtype it had."""
-    if tensor.shape != shape:
-        raise RuntimeError(
-            f"{name} had shape {tuple(shape)} when the loss was computed, but comes back for the "
-            f"backward pass with shape {tuple(tensor.shape)} (saved_tensors_hooks, or .data was "
-            f"assigned)"
-        )
-    if tensor.dtype is not dtype or tensor.device != device:
-        tensor = tensor.to(device, dtype)
-    return tensor
+def _save(ctx: Any, **tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors.values())
+    ctx.kinds = {
+        name: None if tensor is None else (tensor.device, tensor.dtype, tensor.shape)
+        for name, tensor in tensors.items()
+    }
+
+
+def _saved(ctx: Any) -> Iterator[Tensor | None]:
+    """Yield what was saved, where hooks or an assignment to ``.data`` changed it as it was."""
+    for tensor, (name, kind) in zip(ctx.saved_tensors, ctx.kinds.items(), strict=True):
+        if kind is None:
+            yield None
+            continue
+        device, dtype, shape = kind
+        if tensor.shape != shape:
+            raise RuntimeError(
+                f"{name} had shape {tuple(shape)} when the loss was computed, but comes back for "
+                f"the backward pass with shape {tuple(tensor.shape)} (saved_tensors_hooks, or "
+                f".data was assigned)"
+            )
+        changed = tensor.dtype is not dtype or tensor.device != device
+        yield tensor.to(device, dtype) if changed else tensor
 
 
 class _Gradient(state.SingleLevelFunction):
@@ -444,14 +450,14 @@ class _Gradient(state.SingleLevelFunction):
         mask: Tensor | None,
         options: Options,
     ) -> Tensor:
-        ctx.save_for_backward(grad_output, input, target, weight)
+        _save(ctx, grad_output=grad_output, input=input, target=target, weight=weight)
         ctx.options = options
         with torch.enable_grad(), below_autograd():
             return _gradient(grad_output, input, target, weight, mask, *options)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
-        arguments = tangent, *ctx.saved_tensors, ctx.options
+        arguments = tangent, *_saved(ctx), ctx.options
         of_upstream, of_input, *_ = ctx.needs_input_grad
         return (
             _for_upstream(*arguments) if of_upstream else None,
