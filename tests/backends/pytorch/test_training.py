@@ -242,7 +242,7 @@ class Batches(torch.utils.data.Dataset):
         x = torch.eye(5)[: i + 3].requires_grad_()
         loss = multi_margin_loss(x, torch.zeros(i + 3, dtype=torch.int64))
         loss.backward()
-        return loss.item(), x.grad.tolist()
+        return [loss.item(), x.grad.tolist()]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
