@@ -14,6 +14,7 @@ OWN_WARNINGS = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own
     "ignore:.*torch.jit:DeprecationWarning",
     "ignore:.*torch.jit:FutureWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # opcheck's, 2.14
 )
 
 
