@@ -98,7 +98,7 @@ def multi_margin_loss(
             if loss is not None:
                 return loss
     problem = _check(input, target, weight, options, backend)
-    loss = registry.choose(problem, backend).loss(problem)
+    loss = registry.run(problem, backend, "loss")
     return _in_targets_shape(problem, target, loss)
 
 
@@ -153,7 +153,7 @@ def multi_margin_loss_and_grad(
     problem = _check(input, target, weight, options, backend)
     if grad_output is not None:
         grad_output = validation.check_grad_output(problem, target.shape, grad_output)
-    loss, grad = registry.choose(problem, backend).loss_and_grad(problem, grad_output)
+    loss, grad = registry.run(problem, backend, "loss_and_grad", grad_output)
     if input.ndim == 0:
         grad = problem.xp.reshape(grad, ())
     if problem.input.dtype != input.dtype:

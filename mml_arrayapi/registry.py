@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi import backends as built_in
 from mml_arrayapi import formula, overrides
-from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.kernel import Array, Kernel, Problem, Unusable
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import check_targets
+from mml_arrayapi.validation import check_targets, in_words
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -73,6 +73,7 @@ class _Registry:
     loaded: dict[str, Kernel] = field(default_factory=dict)  # by entry's name; a broken one refuses
     broken: dict[str, str] = field(default_factory=dict)  # entry's name: why it could not be loaded
     orders: dict[str, tuple[Kernel, ...]] = field(default_factory=dict)  # by library
+    ready: tuple[str, ...] = ()  # the libraries in orders; a trace may see it change, but no dict
     # No dict: torch.compile can't check that the keys of one still are the same types.
     direct: tuple[tuple[type, tuple[Callable[..., Array | None], ...]], ...] = ()
 
@@ -216,8 +217,7 @@ def check_name(name: str | None, source: str = "backend") -> None:
         return
     if not isinstance(name, str):
         raise TypeError(
-            f"{source} must be None or a kernel's name, but is {name!r} of type "
-            f"{type(name).__name__}; {_list()}"
+            f"{source} must be None or a kernel's name, but is {in_words(name)}; {_list()}"
         )
     _library_of_kernel(name, source)
 
@@ -239,6 +239,10 @@ def direct_kernels(input: Array) -> tuple[Callable[..., Array | None], ...]:
     if overrides.open_names or overrides.environment is not None:
         return ()
     of_input = type(input)
+    if of_input.__module__ == "torch" and "torch" not in _registry.ready:
+        # In a compiled first call nothing is loaded yet. Without this it would go through all the
+        # checks, and whatever they look up would be compared again before every later call.
+        library_of("input", input)
     for kind, functions in _registry.direct:
         if kind is of_input:
             return functions
@@ -273,6 +277,48 @@ def choose(problem: Problem, backend: str | None) -> Kernel:
     return GENERIC
 
 
+def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) -> Any:
+    """Run a problem on the kernel that :func:`choose` chooses.
+
+    A kernel may find out only while it runs that it can't. Then the generic implementation runs.
+
+    Parameters
+    ----------
+    problem, backend
+        As in :func:`choose`.
+    operation : {"loss", "loss_and_grad"}
+        What is called of the kernel.
+    *arguments
+        Of the operation, after the problem.
+
+    Returns
+    -------
+    array or tuple of arrays
+
+    Raises
+    ------
+    ValueError
+        The kernel asked for is unknown, refuses, or turned out to be unusable.
+    """
+    kernel = choose(problem, backend)
+    name, source = overrides.asked_for(backend)
+    result = None
+    try:
+        result = getattr(kernel, operation)(problem, *arguments)
+        reason = _refusal(kernel, problem) if kernel.name == name else None
+    except Unusable as error:
+        reason = str(error)
+    if reason is not None and kernel.name == name:
+        raise ValueError(_cannot_run(name, source, reason))
+    if reason is not None:
+        return getattr(GENERIC, operation)(problem, *arguments)
+    return result
+
+
+def _cannot_run(name: str, source: str, reason: str) -> str:
+    return f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}"
+
+
 def _refusal(kernel: Kernel, problem: Problem) -> str | None:
     """Tell why a kernel doesn't get a problem, or None."""
     if problem.ignore_index is not None and "ignore_index" not in kernel.supports:
@@ -292,7 +338,7 @@ def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
             reason = _refusal(kernel, problem)
             if reason is None:
                 return kernel
-            raise ValueError(f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}")
+            raise ValueError(_cannot_run(name, source, reason))
     library = _library_of_kernel(name, source)
     for kernel in kernels_of(problem.library):
         inner = kernel.on_chunks and kernel.on_chunks(problem, name, library)
@@ -471,7 +517,8 @@ def _reorder(*new: str) -> None:
                 break  # what comes after it must wait for its refusal
             for kind, function in kernel.direct.items():
                 direct[kind] = (*direct.get(kind, ()), function)
-    _registry.orders, _registry.direct = orders, tuple(direct.items())
+    _registry.orders, _registry.ready = orders, tuple(orders)
+    _registry.direct = tuple(direct.items())
 
 
 def _order(library: str) -> tuple[Kernel, ...]:
