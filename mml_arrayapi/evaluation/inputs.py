@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -224,11 +225,8 @@ class Dataset(NamedTuple):
     @property
     def samples_per_row(self) -> int:
         """How many samples a row has, where the scores have more than two axes."""
-        counts = [n for i, n in enumerate(self.shape) if i not in (self.axis, self.rows_axis)]
-        made = 1
-        for n in counts:
-            made *= n
-        return made
+        axes = (self.axis, self.rows_axis)
+        return math.prod(n for i, n in enumerate(self.shape) if i not in axes)
 
     @property
     def is_lazy(self) -> bool:
@@ -238,12 +236,8 @@ class Dataset(NamedTuple):
     def largest_batch(self) -> int:
         """Return the bytes of the scores of the largest batch."""
         rows = max((batch.stop - batch.start for batch in self.batches), default=0)
-        return (
-            rows
-            * self.samples_per_row
-            * self.n_classes
-            * int(self.shards[SCORES][0].dtype.itemsize)
-        )
+        per_row = self.samples_per_row * self.n_classes
+        return rows * per_row * int(self.shards[SCORES][0].dtype.itemsize)
 
     def place(self, sample: int) -> tuple[str, int, tuple[int, ...]]:
         """Return a sample's file, its row there, and its position in the whole."""
