@@ -10,9 +10,11 @@ import pytest
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
 
+EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()
+
 
 @pytest.mark.skipif(dask.__version__ < "2026", reason="the query planner of older Dask lacks more")
-@pytest.mark.skipif(da.array_expr_enabled(), reason="this is the process with query planning")
+@pytest.mark.skipif(EXPRESSIONS, reason="this is the process with query planning")
 def test_the_same_tests_pass_with_query_planning():
     """A process has arrays of one kind: the choice is made when dask.array is imported."""
     here = Path(__file__).parent
