@@ -824,17 +824,18 @@ Block own_block(const Call &c) {
     return with_float(c.x.type, [](auto e) -> Block {
         using E = decltype(e);
         return [](const Call &c, int64_t start, int64_t stop, Result &) {
+            static const char zero[sizeof(E)] = {};  // rows whose target is elsewhere are not read
             int32_t y[GROUP];
             const char *score[GROUP];
             for (; start < stop; start += GROUP) {
                 const int64_t count = start + GROUP < stop ? GROUP : stop - start;
                 look_up_targets(c, start, count, y);
                 each(c.x, start, count, [&](int64_t t, const char *p) {
-                    score[t] = p + (y[t] < 0 ? 0 : y[t]) * c.x.step;
+                    score[t] = y[t] < 0 ? zero : p + y[t] * c.x.step;
                     __builtin_prefetch(score[t]);
                 });
                 each(c.own, start, count, [&](int64_t t, char *p) {
-                    write(p, y[t] < 0 ? One::Computing<E>(0) : One::Computing<E>(widen<E>(score[t])));
+                    write(p, One::Computing<E>(widen<E>(score[t])));
                 });
             }
         };

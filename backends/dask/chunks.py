@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import reduce
-from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,7 +226,7 @@ def part_of_rows(
 ) -> Part:
     """Return what the classes of this block, but the target's, add to each row."""
     xp, target = _namespace(block, target)
-    own, at = reduce(add, found), place[call.axis].start
+    own, at = _added(found), place[call.axis].start
     native, options = _native(block, target, call)
     if native is not None:
         sums, of_slopes = np.empty(target.shape), np.empty(target.shape) if slopes else None
@@ -243,8 +241,8 @@ def _redo_infinite(
     sums: np.ndarray, block: np.ndarray, at: int, target: np.ndarray, own: np.ndarray, call: Call
 ) -> None:
     """Add up in another way what was too large to be divided afterwards."""
-    rows = np.isinf(sums)
-    if rows.any():
+    if not sums.max(initial=0) < math.inf:
+        rows = np.isinf(sums)
         few = np.moveaxis(block, call.axis, -1)[rows]
         call = call._replace(options=call.options._replace(axis=1))
         sums[rows] = _part_of_rows(np, few, at, target[rows], own[rows], call, False).sums
@@ -278,7 +276,7 @@ def _part_of_rows(
 
 def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) -> Rows:
     """Add up the parts of the rows."""
-    sums = reduce(add, (part.sums for part in parts))
+    sums = _added([part.sums for part in parts])
     xp, target = _namespace(sums, target)
     lost = ignored(target, call.options.ignore_index)
     losses = sums if weight is None else sums * _weights(xp, target, weight[0], call)
@@ -288,7 +286,7 @@ def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) 
         losses = xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32)
     slopes = None
     if parts[0].slopes is not None:
-        slopes = reduce(add, (part.slopes for part in parts))
+        slopes = _added([part.slopes for part in parts])
         slopes = xp.where(xp.isnan(losses), math.nan, slopes)
     everyone = frozenset[Ran]().union(*(part.ran for part in parts))
     return Rows(losses, _count(lost), everyone, slopes)
@@ -308,7 +306,7 @@ def grad_of_part(
 ) -> Array:
     """Return the gradient by the scores of this block."""
     xp, target = _namespace(block, target)
-    own, at = reduce(add, found), place[call.axis].start
+    own, at = _added(found), place[call.axis].start
     scale = _scale(block, target, upstream, share) * _weights(xp, target, weight, call)
     of_rows = own, rows.slopes, scale / call.n_classes
     native, options = _native(block, target, call)
@@ -395,6 +393,14 @@ def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
 
 
 # What all have in common.
+
+
+def _added(arrays: list[Array]) -> Array:
+    """Add up arrays, in a new one."""
+    total = arrays[0] + 0
+    for array in arrays[1:]:
+        total += array
+    return total
 
 
 def _namespace(block: Array, target: Array) -> tuple[Any, Array]:
