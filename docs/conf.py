@@ -23,7 +23,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
@@ -37,6 +36,8 @@ html_show_sourcelink = False
 html_sidebars = {page: [] for page in ("index", "api", "pytorch", "changelog")}
 html_theme_options = {
     "icon_links": [{"name": "Source", "url": SOURCE, "icon": "fa-brands fa-github"}],
+    "header_links_before_dropdown": 7,
+    "navbar_persistent": ["search-button"],
     "navigation_with_keys": False,
     "show_prev_next": False,
 }
@@ -51,6 +52,7 @@ def read_page(app, docname, source):  # noqa: ARG001 (Sphinx calls it by positio
     if docname in INCLUDED:
         text = (ROOT / INCLUDED[docname]).read_text("utf-8")
         source[0] = re.sub(r"\]\((?!https?:|#)", f"]({above}", text).replace("](../docs/", "](")
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")  # an example ends with an empty line
     source[0] = re.sub(
         rf"\]\({re.escape(above)}(?!\.\.)([^)#\s]+)",
         lambda link: f"]({address(link[1])}",

@@ -1,6 +1,8 @@
 """Write ``conformance-results.md``: what the conformance checks find, library by library.
 
-    python docs/make_conformance_results.py            the libraries we support, and what is broken
+    python docs/make_conformance_results.py            runs the tests of the libraries we support
+    python docs/make_conformance_results.py FILE ...   takes what they found from the files of
+                                                       earlier runs (pytest --junitxml=FILE)
     python docs/make_conformance_results.py --others   other libraries too, each in a new
                                                        virtual environment with the newest release
 
@@ -14,32 +16,22 @@ import subprocess
 import sys
 import tempfile
 import venv
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from xml.etree import ElementTree
 
 TOP = Path(__file__).resolve().parent.parent
 PAGE = TOP / "docs" / "conformance-results.md"
+TESTS = TOP / "tests" / "conformance" / "test_conformance.py"
 MARK = "\n<!-- other libraries -->\n"
 
 sys.path.insert(0, str(TOP))  # for tests.conformance.broken
 
-from mml_arrayapi import libraries as libraries_of_the_package  # noqa: E402
-from mml_arrayapi import registry  # noqa: E402
-from mml_arrayapi.conformance import Context, all_checks  # noqa: E402
-from mml_arrayapi.conformance.report import as_markdown, from_json, header  # noqa: E402
+from mml_arrayapi.conformance import Context, Result, all_checks  # noqa: E402
+from mml_arrayapi.conformance.capabilities import capabilities  # noqa: E402
+from mml_arrayapi.conformance.report import Run, as_markdown, from_json, header  # noqa: E402
 from tests.conformance.broken import kernels, libraries  # noqa: E402
-
-STRICT = "array_api_strict"
-# Title, options, environment: each library as it comes, and what else two of them can be.
-SUPPORTED = (
-    # JAX compiles for every shape and parameter: one dtype takes minutes.
-    *(
-        (name, ("--xp", name, *(("--dtype", "float32") if name == "jax" else ())), {})
-        for name in libraries_of_the_package.SUPPORTED
-    ),
-    ("jax, x64", ("--xp", "jax", "--dtype", "float64"), {"JAX_ENABLE_X64": "1"}),
-    (f"{STRICT}, no_float64", ("--xp", STRICT, "--device", "no_float64"), {}),
-)
+from tests.conformance.test_conformance import CONFIGURATIONS, state_of  # noqa: E402
 
 SINGLE = ("--dtype", "float32")
 WITHOUT_THREADS = tuple(
@@ -72,8 +64,8 @@ OTHERS = (
         SINGLE,
         "Nothing is left to do. Its arrays compute in `bool()`, so targets are not looked at "
         "unless `check_target='raise'` asks for it; a kernel that checks them block by block, as "
-        "`backends/dask_blocks.py` does for Dask, would give errors at compute time, and spare "
-        "the plans of some twenty operations a call: the checks take minutes.",
+        "`backends/dask/` does for Dask, would raise errors when computed, and spare the plans "
+        "of some twenty operations a call: the checks take minutes.",
     ),
     (
         ("sparse",),
@@ -114,15 +106,39 @@ def run(python, words, environment, folder):
     return from_json(json.loads(stored.read_text()))[1], None
 
 
-def supported(folder):
-    """Run the checks on the libraries that are installed here."""
+def supported(results):
+    """Tell what the test run found on the libraries that are installed here."""
     runs, absent = [], []
-    for title, words, environment in SUPPORTED:
-        print(title, flush=True)
-        found, problem = run(sys.executable, words, environment, folder)
-        runs += [replace(one, library=title, device=None) for one in found]
-        absent += [f"- {title}: not run ({problem})"] if problem else []
+    for configuration, (dtypes, options) in CONFIGURATIONS.items():
+        found = results.get(configuration, [])
+        if not found:
+            absent.append(f"- {configuration}: not run, since it is not installed")
+            continue
+        with state_of(configuration) as name:
+            contexts = [Context(name, dtype=dtype, **options) for dtype in dtypes]
+            told, version = capabilities(contexts), contexts[0].version()
+        runs.append(Run(configuration, version, None, None, list(dtypes), 0, told, found))
     return "\n".join([as_markdown(header(), runs), *absent])
+
+
+def results_of(paths):
+    """Read the results out of files that pytest wrote, by configuration."""
+    found = {}
+    for case in chain.from_iterable(ElementTree.parse(path).iter("testcase") for path in paths):
+        told = {item.get("name"): item.get("value") for item in case.iter("property")}
+        if "result" in told:
+            result = json.loads(told["result"])
+            result["warnings"] = tuple(result["warnings"])
+            found.setdefault(told["configuration"], []).append(Result(**result))
+    return found
+
+
+def test_run(folder):
+    """Run the tests of the libraries; return the file with their results."""
+    path = Path(folder) / "tests.xml"
+    command = ("pytest", "-q", "-k", "test_libraries", f"--junitxml={path}", str(TESTS))
+    subprocess.run([sys.executable, "-m", *command], cwd=TOP, check=False)  # failures are shown
+    return path
 
 
 def others(folder):
@@ -150,36 +166,27 @@ def text_of_others(runs):
 
 
 def broken():
-    """Run every check on everything that is broken on purpose; say which found it."""
-    rows = ["| broken on purpose | found by the check that claims it | and by others |",
-            "|---|---|---|"]  # fmt: skip
-    for fault, (name, dtype) in kernels.FAULTS.items():
-        registry.register_kernel(kernels.kernel(fault, libraries.SOUND.__name__))
-        context = Context(libraries.SOUND, dtype=dtype, backend=kernels.name_of(fault))
-        rows.append(_found(f"kernel: {fault}", name, dtype, context))
-    for xp, (name, dtype) in libraries.LIBRARIES.items():
-        title = f"library: {xp.__name__.replace('_', ' ')}"
-        rows.append(_found(title, name, dtype, Context(xp, dtype=dtype)))
-    return "\n".join(rows)
-
-
-def _found(title, name, dtype, context):
-    failed = [check.name for check in all_checks() if check(context).failed]
-    claimed = f"{name} [{dtype}]" if name in failed else "**no**"
-    return f"| {title} | {claimed} | {len(failed) - (name in failed)} |"
+    """List everything that is broken on purpose, and the check that a test sees find it."""
+    faults = {f"kernel: {fault}": claim for fault, claim in kernels.FAULTS.items()}
+    for xp, claim in libraries.LIBRARIES.items():
+        faults[f"library: {xp.__name__.replace('_', ' ')}"] = claim
+    rows = [f"| {fault} | {name} [{dtype}] |" for fault, (name, dtype) in faults.items()]
+    return "\n".join(["| broken on purpose | found by |", "|---|---|", *rows])
 
 
 def main():
     """Write the page."""
     old = PAGE.read_text("utf-8") if PAGE.exists() else MARK
     with tempfile.TemporaryDirectory() as folder:
-        ours = supported(folder)
+        given = [Path(word) for word in sys.argv[1:] if not word.startswith("--")]
+        ours = supported(results_of(given or [test_run(folder)]))
         theirs = others(folder) if "--others" in sys.argv[1:] else old.partition(MARK)[2]
     page = f"""\
 # What the conformance checks find
 
-Written by `docs/make_conformance_results.py`; what the words mean is in
-[conformance.md](conformance.md). A number in brackets is that of the reason below the table.
+Written by `docs/make_conformance_results.py`; the words are explained in
+[Check an array library](conformance.md). A number in brackets stands for a reason below the table.
+A cell is empty if that check does not run there: what does not depend on the dtype runs once.
 
 ## Libraries we support
 
@@ -188,6 +195,7 @@ Written by `docs/make_conformance_results.py`; what the words mean is in
 ## Broken on purpose
 
 The checks are tested on kernels and libraries with one fault each (`tests/conformance/broken`).
+`tests/conformance/test_broken.py` fails if the check that is named here does not find the fault.
 
 {broken()}
 

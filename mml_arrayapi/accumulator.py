@@ -10,7 +10,12 @@ from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.libraries import library_of, like, to_numpy
 from mml_arrayapi.loss import at_least_float32, sample_losses
 from mml_arrayapi.typing import Array
-from mml_arrayapi.validation import check_ignore_index, check_parameters
+from mml_arrayapi.validation import (
+    check_ignore_index,
+    check_parameters,
+    check_weight,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,12 +85,13 @@ class LossAccumulator:
         self.p, self.margin = check_parameters("mean", p, margin)
         self.ignore_index = check_ignore_index(ignore_index)
         self._weight = None if weight is None else _weight_to_numpy(weight)
+        self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         """Forget all samples."""
-        self._lock = threading.Lock()
-        self._totals = _Totals(ExactSum(), ExactSum())
+        with self._lock:
+            self._totals = _Totals(ExactSum(), ExactSum())
 
     @property
     def count(self) -> int:
@@ -98,8 +104,10 @@ class LossAccumulator:
             options.append(f"weight of {len(self._weight)} classes")
         if self.ignore_index is not None:
             options.append(f"ignore_index={self.ignore_index}")
-        samples = f"{self.count} sample{'' if self.count == 1 else 's'}"
-        return f"<LossAccumulator({', '.join(options)}): {samples}, mean {self.compute():g}>"
+        losses, weights = self._totals
+        samples = f"{losses.count} sample{'' if losses.count == 1 else 's'}"
+        mean = losses.over_sum(weights)
+        return f"<LossAccumulator({', '.join(options)}): {samples}, mean {mean:g}>"
 
     def update(self, input: Array, target: Array, sample_weight: Array | None = None) -> None:
         r"""Add a batch.
@@ -121,6 +129,8 @@ class LossAccumulator:
             As :func:`mml_arrayapi.multi_margin_loss` with ``check_target="raise"``; or
             ``sample_weight`` is not accepted. Nothing has been added then.
         """
+        if sample_weight is not None:
+            shape_of("sample_weight", sample_weight)
         losses = sample_losses(
             input,
             target,
@@ -229,6 +239,11 @@ class LossAccumulator:
         -------
         LossAccumulator
 
+        Raises
+        ------
+        ValueError
+            Something else.
+
         Examples
         --------
         >>> from mml_arrayapi import LossAccumulator
@@ -237,12 +252,18 @@ class LossAccumulator:
         """
         import numpy as np
 
-        weight = state["weight"]
-        weight = None if weight is None else np.asarray(list(map(float, weight)))
-        options = {name: state[name] for name in ("p", "margin", "ignore_index")}
-        made = cls(**options, weight=weight)
-        parts = (ExactSum.from_state(state[name]) for name in ("sum", "sample_weights"))
-        made._totals = _Totals(*parts)
+        try:
+            weight = state["weight"]
+            weight = None if weight is None else np.asarray(list(map(float, weight)))
+            options = {name: state[name] for name in ("p", "margin", "ignore_index")}
+            made = cls(**options, weight=weight)
+            parts = (ExactSum.from_state(state[name]) for name in ("sum", "sample_weights"))
+            made._totals = _Totals(*parts)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"state must be what LossAccumulator.state() returned, but reading it gives "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -257,21 +278,14 @@ class LossAccumulator:
 
 
 def _together(losses: Array, target: Array, sample_weight: Array | None) -> list[Any]:
-    """Return all three as NumPy arrays; those of one lazy library are computed together."""
-    name = library_of("input", losses).name
-    arrays = [losses, target, sample_weight]
-    ours = [i for i, a in enumerate(arrays) if a is not None and _is_of(name, a)]
-    values = to_numpy(*(arrays[i] for i in ours))
-    for i, array in enumerate(arrays):
-        if i in ours:
-            arrays[i] = values[ours.index(i)]
-        elif array is not None:
-            arrays[i] = to_numpy(array)[0]
-    return arrays
-
-
-def _is_of(name: str, array: Array) -> bool:
-    return library_of("sample_weight", array).name == name
+    """Return all three as NumPy arrays; those of a lazy library are computed together."""
+    arrays = {"input": losses, "target": target, "sample_weight": sample_weight}
+    if (compute := library_of("input", losses).compute) is not None:
+        lazy = [name for name, array in arrays.items() if type(array) is type(losses)]
+        arrays |= zip(lazy, compute(*(arrays[name] for name in lazy)), strict=True)
+    if sample_weight is not None:
+        shape_of("sample_weight", arrays["sample_weight"])  # chunks of Dask's may be masked
+    return [None if array is None else to_numpy(array)[0] for array in arrays.values()]
 
 
 def _check_sample_weight(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -304,9 +318,6 @@ def _product(losses: Any, factors: Any) -> Any:
 def _weight_to_numpy(weight: Array) -> np.ndarray:
     import numpy as np
 
+    check_weight(weight)
     xp = library_of("weight", weight).namespace
-    if not xp.isdtype(weight.dtype, "real floating"):
-        raise TypeError(f"weight must have a real floating dtype, but has dtype {weight.dtype}")
-    if weight.ndim != 1:
-        raise ValueError(f"weight must have shape (C,), but has shape {tuple(weight.shape)}")
     return to_numpy(at_least_float32(xp, weight))[0].astype(np.float64)

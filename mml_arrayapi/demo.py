@@ -224,7 +224,7 @@ def _train_everywhere(images: Digits) -> dict[str, Result]:
     from rich.table import Table
 
     table = Table(title=f"The same {STEPS} steps of training on {len(images.train_digits)} digits")
-    numbers = ("training loss", "test loss", "accuracy", "seconds", "generic takes")
+    numbers = ("training loss", "test loss", "accuracy", "seconds", "speed-up")
     for heading in ("library", "kernel", *numbers):
         number = heading in numbers
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
@@ -251,7 +251,7 @@ def _train_everywhere(images: Digits) -> dict[str, Result]:
                 f"{result.seconds:.2f}",
                 "" if result.speedup is None else f"{result.speedup:.1f} x",
             )
-    table.caption = "generic takes: the time of the generic code, in times of the kernel's"
+    table.caption = "speed-up: how many times as long the generic code takes for loss and gradient"
     Console(width=None if sys.stdout.isatty() else 112).print(table)
     _print_agreement(results)
     return results

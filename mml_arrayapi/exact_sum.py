@@ -191,6 +191,10 @@ class ExactSum:
 
     @classmethod
     def from_state(cls, state: list[Any]) -> ExactSum:
-        """Make the sum that :meth:`state` described."""
-        digits, _, exponent = state[0].partition("p")
-        return cls(int(digits, 16) << (int(exponent) + UNIT), *map(int, state[1:]))
+        """Make the sum that :meth:`state` described; raise an error for what is none."""
+        total, *counts = state
+        digits, _, exponent = total.partition("p")
+        count, nan, plus, minus = map(int, counts)
+        if min(count, nan, plus, minus) < 0:
+            raise ValueError(f"counts can't be negative: {counts}")
+        return cls(int(digits, 16) << (int(exponent) + UNIT), count, nan, plus, minus)

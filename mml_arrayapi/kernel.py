@@ -11,6 +11,14 @@ Array = Any
 Options = tuple[Any, Any, Any, Any, Any, Any]
 
 
+class Unusable(RuntimeError):
+    """Raised by a kernel that finds out only while it runs that it can't: the message says why.
+
+    The call then runs on the generic implementation, or ends with a ValueError if it asked for
+    the kernel by name.
+    """
+
+
 class Problem(NamedTuple):
     r"""One checked call, as kernels get it.
 
@@ -72,7 +80,7 @@ class Kernel:
     loss_and_grad : callable
         ``loss_and_grad(problem, grad_output)``: the loss, and the gradient of
         ``sum(loss * grad_output)`` for ``input``. ``grad_output`` is an array of the loss's shape,
-        or None for 1.
+        or None for 1. Like ``loss`` it may raise :class:`Unusable`.
     before : str, optional
         The name of another kernel: this one is asked directly before it. Without it, the kernel
         is asked after the built-in ones.

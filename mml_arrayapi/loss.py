@@ -25,11 +25,9 @@ def multi_margin_loss(
 ) -> Any:
     r"""Compute the multi-class hinge loss of Weston and Watkins.
 
-    For a sample with scores :math:`x` and target :math:`y` out of :math:`C` classes it is
+    For a sample with scores ``x`` and target ``y`` out of ``C`` classes it is::
 
-    .. math::
-
-        \frac{w_y}{C} \sum_{j \ne y} \max(0, (x_j - x_y) + \mathrm{margin})^p
+        weight[y] / C * (sum over j != y of max(0, (x[j] - x[y]) + margin) ** p)
 
     Parameters
     ----------
@@ -100,7 +98,7 @@ def multi_margin_loss(
             if loss is not None:
                 return loss
     problem = _check(input, target, weight, options, backend)
-    loss = registry.choose(problem, backend).loss(problem)
+    loss = registry.run(problem, backend, "loss")
     return _in_targets_shape(problem, target, loss)
 
 
@@ -155,7 +153,7 @@ def multi_margin_loss_and_grad(
     problem = _check(input, target, weight, options, backend)
     if grad_output is not None:
         grad_output = validation.check_grad_output(problem, target.shape, grad_output)
-    loss, grad = registry.choose(problem, backend).loss_and_grad(problem, grad_output)
+    loss, grad = registry.run(problem, backend, "loss_and_grad", grad_output)
     if input.ndim == 0:
         grad = problem.xp.reshape(grad, ())
     if problem.input.dtype != input.dtype:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi import backends as built_in
 from mml_arrayapi import formula, overrides
-from mml_arrayapi.kernel import Array, Kernel, Problem
+from mml_arrayapi.kernel import Array, Kernel, Problem, Unusable
 from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import check_targets
 
@@ -273,6 +273,48 @@ def choose(problem: Problem, backend: str | None) -> Kernel:
     return GENERIC
 
 
+def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) -> Any:
+    """Run a problem on the kernel that :func:`choose` chooses.
+
+    A kernel may find out only while it runs that it can't. Then the generic implementation runs.
+
+    Parameters
+    ----------
+    problem, backend
+        As in :func:`choose`.
+    operation : {"loss", "loss_and_grad"}
+        What is called of the kernel.
+    *arguments
+        Of the operation, after the problem.
+
+    Returns
+    -------
+    array or tuple of arrays
+
+    Raises
+    ------
+    ValueError
+        The kernel asked for is unknown, refuses, or turned out to be unusable.
+    """
+    kernel = choose(problem, backend)
+    name, source = overrides.asked_for(backend)
+    result = None
+    try:
+        result = getattr(kernel, operation)(problem, *arguments)
+        reason = _refusal(kernel, problem) if kernel.name == name else None
+    except Unusable as error:
+        reason = str(error)
+    if reason is not None and kernel.name == name:
+        raise ValueError(_cannot_run(name, source, reason))
+    if reason is not None:
+        return getattr(GENERIC, operation)(problem, *arguments)
+    return result
+
+
+def _cannot_run(name: str, source: str, reason: str) -> str:
+    return f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}"
+
+
 def _refusal(kernel: Kernel, problem: Problem) -> str | None:
     """Tell why a kernel doesn't get a problem, or None."""
     if problem.ignore_index is not None and "ignore_index" not in kernel.supports:
@@ -292,7 +334,7 @@ def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
             reason = _refusal(kernel, problem)
             if reason is None:
                 return kernel
-            raise ValueError(f"{source}: kernel {name!r} cannot run this call: {reason}; {_list()}")
+            raise ValueError(_cannot_run(name, source, reason))
     library = _library_of_kernel(name, source)
     for kernel in kernels_of(problem.library):
         inner = kernel.on_chunks and kernel.on_chunks(problem, name, library)

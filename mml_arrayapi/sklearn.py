@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.metadata_routing import UNUSED
 
 from mml_arrayapi.accumulator import LossAccumulator
+from mml_arrayapi.validation import shape_of
 
 Array = Any
 
@@ -78,8 +79,8 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
         ValueError
             A label is none of ``classes_``, or there is not one score for each class.
         """
-        scores = np.asarray(estimator.decision_function(X))
-        target = _encoded(np.asarray(y), estimator.classes_)
+        scores = _plain("decision_function's result", estimator.decision_function(X))
+        target = _encoded(_plain("y", y), estimator.classes_)
         if scores.ndim == 1:
             scores = np.stack([np.zeros_like(scores), scores], axis=1)
         if scores.shape[1] != len(estimator.classes_):
@@ -89,10 +90,19 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
                 f"decision_function_shape='ovr')"
             )
         loss = LossAccumulator(p=self.p, margin=self.margin, weight=self.weight)
-        loss.update(scores, target, None if sample_weight is None else np.asarray(sample_weight))
+        if sample_weight is not None:
+            sample_weight = _plain("sample_weight", sample_weight)
+        loss.update(scores, target, sample_weight)
         return -loss.compute()
 
     __call__ = score
+
+
+def _plain(name: str, values: Any) -> Array:
+    """Return what NumPy makes of an array-like, unless it is masked: np.asarray drops the mask."""
+    array = np.asanyarray(values)
+    shape_of(name, array)
+    return np.asarray(array)
 
 
 def _encoded(y: Array, classes: Array) -> Array:

@@ -144,20 +144,17 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     TypeError, ValueError
         With the argument's name, what was given, and what is accepted.
     """
-    if weight is not None:
-        weight_shape = _shape("weight", weight)
-        if len(weight_shape) != 1:
-            raise ValueError(f"weight must have shape (C,), but has shape {weight_shape}")
+    weight_shape = None if weight is None else _weight_shape(weight)
     shape, axis, n_classes = _classes(input, options.axis)
     batch = shape[:axis] + shape[axis + 1 :]
-    given = _shape("target", target)
+    given = shape_of("target", target)
     if not _same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "
             f"{given} (input has shape {shape}, the classes are at axis {axis})"
             f"{_hint(given, batch, shape)}"
         )
-    if weight is not None and not _same_shape(weight_shape, (n_classes,)):
+    if weight_shape is not None and not _same_shape(weight_shape, (n_classes,)):
         raise ValueError(
             f"weight must have one element per class, shape ({n_classes},), but has shape "
             f"{weight_shape}"
@@ -233,7 +230,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
         Wrong shape, dtype, library or device.
     """
     wanted = tuple(target_shape) if problem.reduction == "none" else ()
-    shape = _shape("grad_output", grad_output)
+    shape = shape_of("grad_output", grad_output)
     if not _same_shape(shape, wanted):
         raise ValueError(
             f"grad_output must have the loss's shape, {wanted}, but has shape {shape} "
@@ -311,9 +308,33 @@ def raise_invalid_target(target: Array, n_classes: int, ignore_index: int | None
     raise InvalidTargetError(tuple(position), value, n_classes)
 
 
+def check_weight(weight: Array) -> None:
+    """Check a weight whose scores are not known yet.
+
+    Parameters
+    ----------
+    weight : array
+        As the caller gave it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        With what was given, and what is accepted.
+    """
+    _weight_shape(weight)
+    _check_dtype("weight", library_of("weight", weight), weight, REAL)
+
+
+def _weight_shape(weight: Array) -> tuple[Any, ...]:
+    shape = shape_of("weight", weight)
+    if len(shape) != 1:
+        raise ValueError(f"weight must have shape (C,), but has shape {shape}")
+    return shape
+
+
 def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
     """Return input's shape (a 0-d input counts as one class), the axis from 0, and C."""
-    shape = _shape("input", input) or (1,)
+    shape = shape_of("input", input) or (1,)
     if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
         raise TypeError(f"axis must be an integer, but is {_a(axis)}")
     if not -len(shape) <= axis < len(shape):
@@ -413,8 +434,25 @@ def _conversion(argument: str, library: Library, input: Array) -> str:
     return f"; convert it by {name}.asarray({argument})"
 
 
-def _shape(argument: str, array: Array) -> tuple[Any, ...]:
-    """Return an array's shape; raise for what is no array, or none that can be computed with."""
+def shape_of(argument: str, array: Array) -> tuple[Any, ...]:
+    """Return an array's shape.
+
+    Parameters
+    ----------
+    argument : str
+        The argument's name, for the message.
+    array : array
+        Any object.
+
+    Returns
+    -------
+    tuple
+
+    Raises
+    ------
+    TypeError
+        It is no array, or none that can be computed with: masked, sparse ...
+    """
     try:
         shape = tuple(array.shape)
     except Exception:  # noqa: BLE001 (each library has its own for arrays that have no shape)

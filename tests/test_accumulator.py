@@ -202,8 +202,12 @@ def test_refused_values(keywords, message):
 
 
 def test_refused_types():
-    with pytest.raises(TypeError, match="weight must have a real floating dtype, but has"):
+    with pytest.raises(
+        TypeError, match=r"weight must have a real floating .*, but has dtype int64"
+    ):
         LossAccumulator(weight=np.ones(3, dtype=int))
+    with pytest.raises(TypeError, match=r"weight must be an array, but is 2\.0 of type float"):
+        LossAccumulator(weight=2.0)
     with pytest.raises(TypeError, match="other must be a LossAccumulator, but is a float"):
         LossAccumulator().merge(1.0)
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', but is 'none'"):
@@ -256,6 +260,67 @@ def test_accumulators_that_are_merged_into_each_other_at_once():
     assert not any(thread.is_alive() for thread in threads)
     a.merge(a)
     assert a.count % 400 == 0
+
+
+def test_a_reset_among_updates_loses_no_later_one():
+    """The lock is the accumulator's for life: updates on either side of a reset share it."""
+    scores, target = batch(1)
+    stream = LossAccumulator()
+    with stream._lock:
+        workers = [
+            threading.Thread(target=stream.reset),
+            *(threading.Thread(target=stream.update, args=(scores, target)) for _ in range(2)),
+        ]
+        for worker in workers:
+            worker.start()
+            worker.join(0.05)
+        assert stream.count == 0
+        assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.join()
+    assert 0 <= stream.count <= 2
+
+
+STATE = LossAccumulator().state()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None, {}, {"p": 1}, {**STATE, "sum": "0x0p0"}, {**STATE, "sum": ["nonsense", 0, 0, 0, 0]},
+        {**STATE, "sum": ["0x1p0", 1, 0, 0]}, {**STATE, "sample_weights": ["0x1p0", -1, 0, 0, 0]},
+        {**STATE, "weight": "many"}, {**STATE, "p": 0},
+        {**STATE, "sum": ["0x1p-9999", 1, 0, 0, 0]},
+    ],
+    ids=["None", "empty", "a part", "no counts", "no number", "too few", "negative",
+         "weight", "p", "too small"],
+)  # fmt: skip
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match=r"^state must be what LossAccumulator.state\(\) returned"):
+        LossAccumulator.from_state(state)
+
+
+def masked_later(block):
+    return np.ma.masked_array(block, mask=block == 0)
+
+
+def test_masks_are_refused_at_every_entrance():
+    scores, target = batch(6)
+    weights = np.ma.masked_array(np.ones(6), mask=[0, 1, 0, 0, 0, 0])
+    with pytest.raises(TypeError, match="weight must be a dense array, but is a masked array"):
+        LossAccumulator(weight=weights)
+    da = pytest.importorskip("dask.array", reason="Dask is not installed")
+    stream = LossAccumulator()
+    x, y = (da.from_array(array, chunks=3) for array in (scores, target))
+    with pytest.raises(TypeError, match="sample_weight must be a dense array, but is a Dask array"):
+        stream.update(x, y, da.from_array(weights, chunks=3, asarray=False))
+    # Nothing says so before it is computed.
+    late = da.ones(6, chunks=3).map_blocks(masked_later, meta=np.empty(0))
+    with pytest.raises(TypeError, match="sample_weight must be a dense array, but is a masked"):
+        stream.update(x, y, late)
+    assert stream.count == 0
+    stream.update(x, y, np.ones(6))
+    assert stream.count == 6
 
 
 def test_adding_and_resetting():
@@ -332,9 +397,11 @@ def test_sample_weights_that_sum_to_nothing():
         ),
         (np.r_[np.ones(3), -1, np.ones(196)], ValueError, r"but is -1.0 at position \(3,\)"),
         (np.ones(200, complex), TypeError, "must have a real dtype, but has dtype complex128"),
-        ([1.0] * 200, TypeError, "sample_weight must be an array of a library"),
+        ([1.0] * 200, TypeError, "must be an array, but is .* of type list"),
+        (np.ones(200, "U1"), TypeError, "must have a real dtype, but has dtype <U1"),
+        (np.ma.ones(200), TypeError, "must be a dense array, but is a masked array"),
     ],
-    ids=["shape", "nan", "negative", "complex", "list"],
+    ids=["shape", "nan", "negative", "complex", "list", "strings", "masked"],
 )
 def test_sample_weights_that_are_refused(factors, error, message):
     scores, target = batch()

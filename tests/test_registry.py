@@ -27,6 +27,7 @@ from mml_arrayapi import (
     use_backend,
 )
 from mml_arrayapi.backends import LazyKernel
+from mml_arrayapi.kernel import Unusable
 
 X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
 PLUGIN = Path(__file__).parent / "plugin"
@@ -207,6 +208,38 @@ def test_a_kernel_whose_refusal_raises():
     assert explain(X, T).considered[0] == ("broken", reason)
     with pytest.raises(ValueError, match="cannot run this call: its refuses"):
         multi_margin_loss(X, T, backend="broken")
+
+
+@pytest.mark.usefixtures("empty")
+@pytest.mark.parametrize("finds_out", ["raises", "refuses afterwards"])
+def test_a_kernel_that_finds_out_while_it_runs(monkeypatch, finds_out):
+    """It is nobody's error but of those who ask for it by name."""
+    reasons = []
+
+    def fail(*arguments):
+        if finds_out == "raises":
+            raise Unusable("no driver")
+        reasons.append("no driver")
+        loss, grad = multi_margin_loss_and_grad(X, T, backend="generic")
+        return (loss, grad) if len(arguments) > 1 else loss
+
+    kernel = Kernel("late", "numpy", lambda _: reasons[0] if reasons else None, fail, fail)
+    register_kernel(kernel)
+    wanted = multi_margin_loss(X, T, backend="generic")
+    assert multi_margin_loss_and_grad(X, T)[0] == wanted
+    message = "kernel 'late' cannot run this call: no driver; known kernels are "
+    for function in (multi_margin_loss, multi_margin_loss_and_grad):
+        reasons.clear()
+        with pytest.raises(ValueError, match=f"^backend: {message}"):
+            function(X, T, backend="late")
+        reasons.clear()
+        with use_backend("late"), pytest.raises(ValueError, match=f"^use_backend: {message}"):
+            function(X, T)
+        reasons.clear()
+        monkeypatch.setattr(overrides, "environment", "late")
+        with pytest.raises(ValueError, match=f"^MML_ARRAYAPI_BACKEND: {message}"):
+            function(X, T)
+        monkeypatch.setattr(overrides, "environment", None)
 
 
 @pytest.mark.usefixtures("empty")

@@ -96,6 +96,18 @@ def test_sample_weights():
     np.testing.assert_allclose(got, expected(estimator, slice(None), weights))
 
 
+def test_masks_are_refused():
+    estimator = RidgeClassifier().fit(X, Y)
+    weights = np.ma.masked_less(np.arange(150.0), 3)
+    scorer = MultiMarginScorer()
+    with pytest.raises(TypeError, match=r"^sample_weight must be a dense array, but is a masked"):
+        scorer(estimator, X, Y, sample_weight=weights)
+    with pytest.raises(TypeError, match=r"^y must be a dense array, but is a masked"):
+        scorer(estimator, X, np.ma.masked_equal(Y, 1))
+    with pytest.raises(TypeError, match=r"^weight must be a dense array, but is a masked"):
+        MultiMarginScorer(weight=np.ma.ones(3))(estimator, X, Y)
+
+
 def test_sample_weights_are_routed():
     weights = np.arange(150.0) % 4
     folds = list(KFold(3, shuffle=True, random_state=0).split(X))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from typing import Any
 
@@ -10,13 +9,10 @@ import cupy
 import numpy as np
 
 from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.backends.cuda.loaded import Functions, Loaded, in_words
 from mml_arrayapi.backends.cuda.plan import Plan, Variant
 from mml_arrayapi.kernel import Array, Kernel, Problem
 from mml_arrayapi.validation import raise_invalid_target
-
-_functions: dict[tuple[int, Variant], dict[str, Any]] = {}  # by device
-_troubles: dict[tuple[int, Variant], str] = {}  # likewise: why a variant can't run there
-_lock = threading.Lock()
 
 
 def refuses(problem: Problem) -> str | None:
@@ -38,9 +34,9 @@ def _trouble(problem: Problem) -> str | None:
         with x.device:
             device = cupy.cuda.runtime.getDevice()
             size = problem.target.size, classes, _multiprocessors(device)
-            _load(device, cuda_plan.variant_for(scalar, problem.p, *size))
+            loaded.functions(device, cuda_plan.variant_for(scalar, problem.p, *size))
     except Exception as error:  # noqa: BLE001 - a device's failure must not end a user's call
-        return f"not usable on {x.device}: {type(error).__name__}: {error}"
+        return f"not usable on {x.device}: {in_words(error)}"
     return None
 
 
@@ -115,32 +111,24 @@ def _address(array: Array | None) -> int:
 
 def _launch(plan: Plan, addresses: tuple[int, ...], device: int) -> None:
     """Launch on CuPy's current stream. CuPy passes a NumPy array of one element by value."""
-    functions = _load(device, plan.variant)
+    functions = loaded.functions(device, plan.variant)
     packed = cuda_plan.pack(addresses, plan)
     argument = np.frombuffer(packed, np.dtype((np.void, len(packed))))
     for step in plan.launches:
         function = functions[step.name]
-        function((step.grid,), (step.block,), (argument,), shared_mem=step.shared)
+        try:
+            function((step.grid,), (step.block,), (argument,), shared_mem=step.shared)
+        except Exception as error:  # of CUDA: the arguments are bytes
+            raise loaded.refuse(device, plan.variant, error) from error
 
 
-def _load(device: int, variant: Variant) -> dict[str, Any]:
-    """Return a variant's kernels on the current device. A failure is kept, and raised again."""
-    key = device, variant
-    functions = _functions.get(key)
-    if functions is not None:
-        return functions
-    with _lock:
-        if key in _troubles:
-            raise RuntimeError(_troubles[key])
-        if key not in _functions:
-            try:
-                module = cupy.cuda.Module()
-                module.load(_compile(variant))
-                _functions[key] = {name: module.get_function(name) for name in variant.names()}
-            except Exception as error:
-                _troubles[key] = f"{type(error).__name__}: {error}"
-                raise
-    return _functions[key]
+def _load(device: int, variant: Variant) -> Functions:  # noqa: ARG001 - it is the current one
+    module = cupy.cuda.Module()
+    module.load(_compile(variant))
+    return {name: module.get_function(name) for name in variant.names()}
+
+
+loaded = Loaded(_load)
 
 
 def _compile(variant: Variant) -> bytes:

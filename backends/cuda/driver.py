@@ -11,18 +11,17 @@ import cuda.bindings
 from cuda.bindings import driver, nvrtc
 
 from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.backends.cuda.loaded import Functions, Loaded, in_words
 from mml_arrayapi.backends.cuda.plan import Plan, Variant
-
-Kernels = dict[str, Any]  # a variant's kernels by name
-
-_libraries: dict[tuple[int, Variant], Any] = {}  # by compute capability
-_kernels: dict[tuple[int, Variant], Kernels] = {}  # by device
-_troubles: dict[tuple[int, Variant], str] = {}  # by device: why a variant can't run there
-_lock = threading.Lock()
+from mml_arrayapi.kernel import Unusable
 
 
-class LaunchError(RuntimeError):
-    """The driver did not accept a launch. From now on :func:`trouble` gives the reason."""
+class CudaError(RuntimeError):
+    """The driver or NVRTC returned an error, the ``status``."""
+
+    def __init__(self, status: Any, where: str = "") -> None:
+        super().__init__(f"{status!s}{where}")
+        self.status = int(status)
 
 
 def missing() -> str | None:
@@ -41,7 +40,7 @@ def missing() -> str | None:
         try:
             _done(call())
         except Exception as error:  # noqa: BLE001 - the versions of cuda.bindings differ in kinds
-            return f"{what}: {type(error).__name__}: {error}"
+            return f"{what}: {in_words(error)}"
     return None
 
 
@@ -63,18 +62,19 @@ def trouble(device: int, scalar: int, p: float, rows: int, classes: int) -> str 
     """
     try:
         variant = cuda_plan.variant_for(scalar, p, rows, classes, multiprocessors(device))
-        reason = _troubles.get((device, variant))
-        if reason is None:
-            _load(device, variant)
+        loaded.functions(device, variant)
     except Exception as error:  # noqa: BLE001 - a device's failure must not end a user's call
-        reason = f"{type(error).__name__}: {error}"
-    return None if reason is None else f"not usable on cuda:{device}: {reason}"
+        return f"not usable on cuda:{device}: {in_words(error)}"
+    return None
 
 
 @cache
 def multiprocessors(device: int) -> int:
-    """Return how many multiprocessors a device has."""
-    return _attribute(device, "MULTIPROCESSOR_COUNT")
+    """Return how many multiprocessors a device has; raise ``Unusable`` if it doesn't say."""
+    try:
+        return _attribute(device, "MULTIPROCESSOR_COUNT")
+    except Exception as error:
+        raise Unusable(in_words(error)) from error
 
 
 @cache
@@ -160,30 +160,31 @@ def launch(plan: Plan, addresses: tuple[int, ...], device: int, stream: int) -> 
 
     Raises
     ------
-    RuntimeError
-        What NVRTC or the driver reports; a :class:`LaunchError` if it is about the launch.
+    mml_arrayapi.kernel.Unusable
+        NVRTC or the driver returned an error.
     """
-    kernels = _load(device, plan.variant)
+    functions = loaded.functions(device, plan.variant)
     memory, parameters = _memory.parts
     cuda_plan.pack_into(memory, addresses, plan)
-    context = _context(device)
-    # A thread of autograd's may have no context yet, and PyTorch's idea of the current device
-    # lags behind the driver's: a kernel runs in the context that is current.
-    elsewhere = int(_done(driver.cuCtxGetCurrent())) != int(context)
-    if elsewhere:
-        _done(driver.cuCtxPushCurrent(context))
     try:
-        for step in plan.launches:
-            answer = driver.cuLaunchKernel(
-                kernels[step.name], step.grid, 1, 1, step.block, 1, 1, step.shared, stream,
-                parameters, 0,
-            )  # fmt: skip
-            if int(answer[0]) != 0:
-                _troubles[device, plan.variant] = f"CUDA: {answer[0]!s} from {step.name}"
-                raise LaunchError(_troubles[device, plan.variant])
-    finally:
+        context = _context(device)
+        # A thread of autograd's may have no context yet, and PyTorch's idea of the current device
+        # lags behind the driver's: a kernel runs in the context that is current.
+        elsewhere = int(_done(driver.cuCtxGetCurrent())) != int(context)
         if elsewhere:
-            _done(driver.cuCtxPopCurrent())
+            _done(driver.cuCtxPushCurrent(context))
+        try:
+            for step in plan.launches:
+                answer = driver.cuLaunchKernel(
+                    functions[step.name], step.grid, 1, 1, step.block, 1, 1, step.shared, stream,
+                    parameters, 0,
+                )  # fmt: skip
+                _done(answer, step.name)
+        finally:
+            if elsewhere:
+                _done(driver.cuCtxPopCurrent())
+    except CudaError as error:
+        raise loaded.refuse(device, plan.variant, error) from error
 
 
 @cache
@@ -192,35 +193,22 @@ def _context(device: int) -> Any:
     return _done(driver.cuDevicePrimaryCtxRetain(_done(driver.cuDeviceGet(device))))
 
 
-def _load(device: int, variant: Variant) -> Kernels:
-    """Return a variant's kernels on a device."""
-    key = device, variant
-    kernels = _kernels.get(key)
-    if kernels is not None:
-        return kernels
-    with _lock:
-        if key in _troubles:
-            raise RuntimeError(_troubles[key])
-        if key not in _kernels:
-            try:
-                _kernels[key] = _kernels_on(device, variant, _library(capability(device), variant))
-            except Exception as error:
-                _troubles[key] = f"{type(error).__name__}: {error}"
-                raise
-    return _kernels[key]
+@cache
+def _code(capability: int, variant: Variant) -> bytes:
+    """Compile a variant, once for all devices of a capability."""
+    return compile_variant(
+        variant, cuda_plan.target_for(capability, _done(nvrtc.nvrtcGetSupportedArchs()))
+    )
 
 
+@cache
 def _library(capability: int, variant: Variant) -> Any:
-    """Return a variant's code, compiled and loaded once for all devices of a capability."""
-    key = capability, variant
-    if key not in _libraries:
-        target = cuda_plan.target_for(capability, _done(nvrtc.nvrtcGetSupportedArchs()))
-        code = compile_variant(variant, target)
-        _libraries[key] = _done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-    return _libraries[key]
+    return _done(driver.cuLibraryLoadData(_code(capability, variant), [], [], 0, [], [], 0))
 
 
-def _kernels_on(device: int, variant: Variant, library: Any) -> Kernels:
+def _load(device: int, variant: Variant) -> Functions:
+    """Return a variant's kernels on a device."""
+    library = _library(capability(device), variant)
     _done(driver.cuCtxPushCurrent(_context(device)))
     try:
         # It is here that the device gets the code, and may refuse it.
@@ -240,9 +228,12 @@ def _attribute(device: int, name: str) -> int:
     return int(_done(driver.cuDeviceGetAttribute(attribute, _done(driver.cuDeviceGet(device)))))
 
 
-def _done(answer: tuple[Any, ...]) -> Any:
+def _done(answer: tuple[Any, ...], what: str = "") -> Any:
     """Return what a call gives beside its status, and raise if the status is an error."""
     status, *values = answer
     if int(status) != 0:
-        raise RuntimeError(f"CUDA: {status!s}")
+        raise CudaError(status, f" from {what}" if what else "")
     return values[0] if values else None
+
+
+loaded = Loaded(_load)

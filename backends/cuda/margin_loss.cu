@@ -951,7 +951,14 @@ DEVICE void tiles(const Arguments& a) {
 
 // ---------------------------------------------------------------------------------------------
 
-#define TILES_RESIDENT (POWER == 0 ? 4 : 8)
+// Rows of more than 24 classes would spill with the registers that 8 blocks leave.
+#if POWER == 0
+#define TILES_RESIDENT 4
+#elif defined(CLASSES) && CLASSES <= 24
+#define TILES_RESIDENT 8
+#else
+#define TILES_RESIDENT (SCALAR == 64 ? 5 : 7)
+#endif
 #define ROWS_RESIDENT (POWER == 0 || SCALAR == 64 ? 2 : 3)
 #define GRAD_RESIDENT 2
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -109,6 +109,7 @@ class Geometry(NamedTuple):
 
     kernels: str  # a key of LAYOUTS
     lanes: int  # threads that share a row
+    mask_row: int  # bytes of bits of the mask for a row
     grid: int
     block: int
     shared: int  # bytes per block
@@ -220,7 +221,6 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-@cache
 def share(scalar: int, classes: int) -> tuple[str, int, int]:
     """Say how rows of so many classes are shared among threads, and the size of their mask.
 
@@ -250,11 +250,8 @@ def share(scalar: int, classes: int) -> tuple[str, int, int]:
     itemsize = ITEMSIZE[scalar]
     vectors = classes * itemsize // 16
     in_flight = 4 if itemsize == 2 else 8
-    lanes = 4
-    while lanes < 32 and lanes * in_flight < vectors:
-        lanes *= 2
-    if vectors >= WIDE_VECTORS:
-        lanes = BLOCK
+    groups = -(-vectors // in_flight)
+    lanes = min(max(1 << (groups - 1).bit_length(), 4), 32) if vectors < WIDE_VECTORS else BLOCK
     unit = lanes * 8 * itemsize // 16  # vectors whose bits make one byte per lane
     return "wide" if lanes == BLOCK else "rows", lanes, lanes * -(-vectors // unit)
 
@@ -272,6 +269,10 @@ def mask_bytes(scalar: int, classes: int) -> int:
     int
     """
     kernels, _, mask_row = share(scalar, classes)
+    return _mask_bytes(kernels, mask_row)
+
+
+def _mask_bytes(kernels: str, mask_row: int) -> int:
     return mask_row if kernels == "tiles" else 8 + mask_row
 
 
@@ -289,9 +290,9 @@ def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geom
     -------
     Geometry
     """
-    kernels, lanes, _ = share(scalar, classes)
+    kernels, lanes, mask_row = share(scalar, classes)
     if kernels == "wide" and 0 < rows < multiprocessors:
-        split = _split(scalar, rows, classes, multiprocessors)
+        split = _split(scalar, rows, classes, multiprocessors)._replace(mask_row=mask_row)
         if split.splits > 1:
             return split
     tiles = kernels == "tiles"
@@ -301,7 +302,7 @@ def geometry(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geom
     if rows * classes <= TINY:
         grid = min(grid, 1)
     shared = SCRATCH + TILE_BLOCK * classes * max(ITEMSIZE[scalar], 4) if tiles else SCRATCH
-    return Geometry(kernels, lanes, grid, block, shared)
+    return Geometry(kernels, lanes, mask_row, grid, block, shared)
 
 
 def _split(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geometry:
@@ -315,10 +316,10 @@ def _split(scalar: int, rows: int, classes: int, multiprocessors: int) -> Geomet
     most = multiprocessors * BLOCKS_PER_MULTIPROCESSOR["split"] // rows
     per_block = -(-turns // max(most, 1))
     splits = -(-turns // per_block)
-    return Geometry("split", BLOCK, rows * splits, BLOCK, SCRATCH, splits, per_block * turn)
+    grid, span = rows * splits, per_block * turn
+    return Geometry("split", BLOCK, 0, grid, BLOCK, SCRATCH, splits, span)
 
 
-@lru_cache(1024)
 def variant_for(scalar: int, p: float, rows: int, classes: int, multiprocessors: int) -> Variant:
     """Return what is compiled for a problem.
 
@@ -339,9 +340,8 @@ def _variant(scalar: int, p: float, shape: Geometry, classes: int) -> Variant:
     return Variant(scalar, power, shape.kernels, classes if shape.kernels == "tiles" else 0)
 
 
-@lru_cache(1024)
 def make_plan(call: Call, operation: str, shape: Geometry | None = None) -> Plan:
-    """Say what to launch. Kept for calls that come again: it takes longer than a small loss.
+    """Say what to launch.
 
     Parameters
     ----------
@@ -381,7 +381,7 @@ def make_plan(call: Call, operation: str, shape: Geometry | None = None) -> Plan
         tuple(launches),
         _pack_numbers(call, shape, summed, ignore_index, counting),
         counting + sums,
-        (call.rows, mask_bytes(call.scalar, call.classes)),
+        (call.rows, _mask_bytes(shape.kernels, shape.mask_row)),
     )
 
 
@@ -404,32 +404,22 @@ def _counting_blocks(call: Call) -> int:
 def _pack_numbers(
     call: Call, shape: Geometry, summed: bool, ignore_index: int | None, counting: int
 ) -> bytes:
-    mean = call.reduction == "mean"
-    counted_here = mean and not counting  # the kernels divide by what they counted
-    row_scale = 2.0 ** -math.ceil(math.log2(max(call.rows, 1))) if summed else 1.0
-    numbers = {
-        **call._asdict(),
-        "lanes": shape.lanes,
-        "vector": _vector(call),
-        "mask_row": share(call.scalar, call.classes)[2],
-        "summed": summed,
-        "ignoring": ignore_index is not None,
-        "ignore_index": ignore_index or 0,
-        "counted": counting,
-        "blocks": shape.grid,
-        "splits": shape.splits,
-        "span": shape.span,
-        "loss_factor": UP / call.classes,
-        "row_scale": row_scale,
-        "divisor": row_scale * (call.rows if counted_here else 1),
-        "grad_factor": call.p / call.classes / (max(call.rows, 1) if counted_here else 1),
-        "exponent": call.p - 1,
-    }
+    classes, rows = call.classes, max(call.rows, 1)
+    counted_here = call.reduction == "mean" and not counting  # the kernels divide by their count
+    row_scale = math.ldexp(1.0, -(rows - 1).bit_length()) if summed else 1.0
+    grad_factor = call.p / classes / (rows if counted_here else 1)
+    margin, exponent = call.margin, call.p - 1
     if call.scalar != 64:
-        numbers |= {name: _float32(numbers[name]) for name in REAL_FIELDS}
-        # Infinity times a slope of 0 would be NaN.
-        numbers["grad_factor"] = min(numbers["grad_factor"], FLOAT32_MAX)
-    return PACKED_NUMBERS[call.scalar].pack(*(numbers[name] for name in NUMBERS))
+        margin, exponent = _float32(margin), _float32(exponent)
+        grad_factor = min(grad_factor, FLOAT32_MAX)  # infinity times a slope of 0 would be NaN
+    # In the order of NUMBERS.
+    return PACKED_NUMBERS[call.scalar].pack(
+        call.rows, classes, call.row_stride, call.target_stride, call.target_kind,
+        call.upstream_stride, call.upstream_wide, call.weight_wide, shape.lanes, _vector(call),
+        shape.mask_row, summed, ignore_index is not None, ignore_index or 0,
+        counting, shape.grid, shape.splits, shape.span, UP / classes, row_scale,
+        row_scale * (call.rows if counted_here else 1), grad_factor, margin, exponent,
+    )  # fmt: skip
 
 
 def _float32(value: float) -> float:

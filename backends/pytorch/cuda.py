@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 from mml_arrayapi.backends.cuda import plan
 from mml_arrayapi.backends.pytorch import state
 from mml_arrayapi.backends.pytorch.autograd import Engine, make_kernel
-from mml_arrayapi.kernel import Options, Problem
+from mml_arrayapi.kernel import Options, Problem, Unusable
 from mml_arrayapi.validation import raise_invalid_target
 
 try:
     from mml_arrayapi.backends.cuda import driver
 
     MISSING = None
-except ImportError as error:  # nothing that fails may be imported where torch.compile traces
+except Exception as error:  # noqa: BLE001 - and nothing that fails may be imported within a trace
     driver = None  # type: ignore[assignment]
     MISSING = f"cannot be imported: {error}"
 
@@ -41,13 +40,8 @@ def refuses(problem: Problem) -> str | None:
     reason = MISSING or plan.refusal(problem)
     if reason or not state.ordinary() or type(x) not in state.PLAIN:
         return reason  # the sizes of tensors without values say nothing about real ones
-    return _trouble(x, problem.target, problem.p, problem.axis)
-
-
-def _trouble(input: Tensor, target: Tensor, p: float, axis: int) -> str | None:
-    trouble: str | None = driver.trouble(
-        input.device.index, SCALARS[input.dtype], p, target.numel(), input.shape[axis]
-    )
+    rows, classes = problem.target.numel(), x.shape[problem.axis]
+    trouble: str | None = driver.trouble(x.device.index, SCALARS[x.dtype], problem.p, rows, classes)
     return trouble
 
 
@@ -138,7 +132,6 @@ def _served(input: Tensor, target: Tensor, weight: Tensor | None, options: Optio
         and type(check_target) is str
         and check_target in CHECKS
         and (weight is None or _is_weight(weight, input, n_classes))
-        and _trouble(input, target, p, axis) is None
     )
 
 
@@ -163,9 +156,30 @@ def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
 
 def _launch(operation: str, arrays: dict[str, Any], options: Options) -> bool:
     """Launch an operation on the device's current stream; tell whether the driver took it."""
+    like, labels = arrays["input"], arrays["target"]
+    index, check_target = like.device.index, options[5]
+    try:
+        made = plan.make_plan(_describe(arrays, options), operation)
+        if made.scratch:
+            arrays["scratch"] = like.new_empty(made.scratch, dtype=torch.float64)
+        strict = check_target == "raise" and operation.startswith("loss")
+        if strict:
+            arrays["flag"] = like.new_full((), plan.FAR, dtype=torch.int64)
+        addresses = (arrays.get(name) for name in plan.ADDRESSES)
+        memory = tuple(0 if array is None else array.data_ptr() for array in addresses)
+        driver.launch(made, memory, index, state.current_stream(index))
+    except Unusable:  # refuses() tells why
+        return False
+    if strict and arrays["flag"].item() != plan.FAR:
+        raise_invalid_target(state.on_host(labels), like.shape[-1], options[3])
+    return True
+
+
+def _describe(arrays: dict[str, Any], options: Options) -> plan.Call:
+    """Describe a call in numbers; what can't be read as it lies is copied, in ``arrays``."""
     input, target, weight = arrays["input"], arrays["target"], arrays["weight"]
-    labels, upstream = target, arrays.get("upstream")
-    p, margin, reduction, ignore_index, _, check_target = options
+    upstream = arrays.get("upstream")
+    p, margin, reduction, ignore_index, _, _ = options
     rows, classes = target.numel(), input.shape[-1]
     real = torch.float64 if input.dtype == torch.float64 else torch.float32
     if input.ndim != 2 or (classes > 1 and input.stride(1) != 1):
@@ -176,8 +190,8 @@ def _launch(operation: str, arrays: dict[str, Any], options: Options) -> bool:
         weight = _readable(weight, input.dtype, real).contiguous()
     if upstream is not None:
         upstream = _readable(upstream, input.dtype, real).reshape(-1)
-    index = input.device.index
-    call = plan.Call(
+    arrays |= {"scores": input, "target": target, "weight": weight, "upstream": upstream}
+    return plan.Call(
         SCALARS[input.dtype],
         rows,
         classes,
@@ -192,35 +206,13 @@ def _launch(operation: str, arrays: dict[str, Any], options: Options) -> bool:
         margin,
         reduction,
         ignore_index,
-        _multiprocessors(index),
+        driver.multiprocessors(input.device.index),
     )
-    made = plan.make_plan(call, operation)
-    arrays |= {"scores": input, "target": target, "weight": weight, "upstream": upstream}
-    if made.scratch:
-        arrays["scratch"] = input.new_empty(made.scratch, dtype=torch.float64)
-    strict = check_target == "raise" and operation.startswith("loss")
-    if strict:
-        arrays["flag"] = input.new_full((), plan.FAR, dtype=torch.int64)
-    addresses = (arrays.get(name) for name in plan.ADDRESSES)
-    memory = tuple(0 if array is None else array.data_ptr() for array in addresses)
-    try:
-        driver.launch(made, memory, index, state.current_stream(index))
-    except driver.LaunchError:  # from now on refuses() tells why
-        return False
-    if strict and arrays["flag"].item() != plan.FAR:
-        raise_invalid_target(state.on_host(labels), input.shape[-1], ignore_index)
-    return True
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype, real: torch.dtype) -> Tensor:
     """Convert to the computing precision, unless it has that, or the scores' own."""
     return tensor if tensor.dtype in (dtype, real) else tensor.to(real)
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    number: int = driver.multiprocessors(index)
-    return number
 
 
 KERNEL = make_kernel("torch-cuda", Engine(DEVICE, refuses, loss, grad, loss_and_grad, mask_shape))

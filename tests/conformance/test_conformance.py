@@ -5,6 +5,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -81,10 +82,13 @@ def cases():
     ("configuration", "check", "dtype"),
     [pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2]}") for case in cases()],
 )
-def test_libraries(configuration, check, dtype):
+def test_libraries(configuration, check, dtype, record_property):
     with state_of(configuration) as name:
         context = Context(name, dtype=dtype, **CONFIGURATIONS[configuration][1])
         result = check(context)
+    # docs/make_conformance_results.py makes its page of what --junitxml writes.
+    record_property("configuration", configuration)
+    record_property("result", json.dumps(asdict(result)))
     if result.state in (NOT_RUN, UNSUPPORTED):
         pytest.skip(result.reason)
     assert result.state == PASS, str(result)

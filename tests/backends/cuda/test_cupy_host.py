@@ -9,9 +9,9 @@ import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
-from mml_arrayapi import InvalidTargetError, formula
+from mml_arrayapi import InvalidTargetError, formula, registry
 from mml_arrayapi.backends.cuda import plan as cuda_plan
-from mml_arrayapi.kernel import Problem
+from mml_arrayapi.kernel import Kernel, Problem
 
 emulator = pytest.importorskip(
     "tests.backends.cuda.emulator", reason="the emulator needs ml_dtypes"
@@ -88,6 +88,10 @@ class Cupy(types.ModuleType):
         assert program == "program"
 
 
+class OutOfMemory(RuntimeError):
+    status = 2
+
+
 class Module:
     def __init__(self, cupy):
         self.cupy = cupy
@@ -101,6 +105,10 @@ class Module:
         variant = int(self.defined["SCALAR"]), int(self.defined["POWER"])
 
         def run(grid, block, values, shared_mem):
+            if self.cupy.failing == "launch":
+                raise RuntimeError("CUDA_ERROR_INVALID_PTX")
+            if self.cupy.failing == "memory":
+                raise OutOfMemory("CUDA_ERROR_OUT_OF_MEMORY")
             (argument,) = values
             assert argument.size == 1  # or CuPy takes it for an array that should be on the device
             packed = argument.tobytes()
@@ -205,6 +213,30 @@ def test_what_cannot_be_compiled_or_loaded_is_refused_with_the_reason(
     assert refuses(problem._replace(p=2.0)) is None
 
 
+@pytest.mark.parametrize("operation", ["loss", "loss_and_grad"])
+@pytest.mark.parametrize("failing", ["launch", "memory"])
+def test_a_launch_that_fails_is_nobodys_error(
+    cupy_cuda, cupy, problem, monkeypatch, operation, failing
+):
+    """NumPy's rows are given to CuPy's kernel; what is expected comes from the formula."""
+    arguments = () if operation == "loss" else (None,)
+    wanted = getattr(formula, operation)(plain(problem), *arguments)
+    monkeypatch.setattr(registry, "kernels_of", lambda library: (cupy_cuda.KERNEL,))
+    generic = Kernel("generic", "*", lambda _: None, formula.loss, formula.loss_and_grad)
+    monkeypatch.setattr(registry, "GENERIC", generic)
+    cupy.failing = failing
+    got = registry.run(problem, None, operation, *arguments)
+    np.testing.assert_allclose(got[0] if arguments else got, wanted[0] if arguments else wanted)
+    cupy.failing = None if failing == "launch" else failing
+    reason = r"backend: kernel 'cupy-cuda' cannot run this call: .*CUDA_ERROR_"
+    with pytest.raises(ValueError, match=reason):
+        registry.run(problem, "cupy-cuda", operation, *arguments)
+    cupy.failing = None
+    kept = cupy_cuda.KERNEL.refuses(problem)
+    assert kept is None if failing == "memory" else "CUDA_ERROR_INVALID_PTX" in kept
+    assert registry.run(problem, None, operation, *arguments) is not None
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_ignored_rows(cupy_cuda, problem, rng, reduction):
     target = problem.target.copy()
@@ -232,6 +264,11 @@ def test_targets_out_of_range(cupy_cuda, problem):
     with pytest.raises(InvalidTargetError, match=r"target\[3\] is -1, but input has 40 classes"):
         cupy_cuda.KERNEL.loss(bad._replace(check_target="raise"))
     assert cupy_cuda.KERNEL.loss(problem._replace(check_target="raise")) > -1e9
+    ignored = bad._replace(check_target="raise", ignore_index=-1)
+    assert cupy_cuda.KERNEL.loss(ignored)[3] == 0
+    target[7] = 40  # the first bad one, but for the ignored
+    with pytest.raises(InvalidTargetError, match=r"target\[7\] is 40, but input has 40 classes"):
+        cupy_cuda.KERNEL.loss(ignored)
 
 
 def test_refusals(cupy_cuda, problem):

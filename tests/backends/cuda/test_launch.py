@@ -15,7 +15,9 @@ import pytest
 
 from mml_arrayapi import list_backends
 from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.backends.cuda.loaded import Loaded
 from mml_arrayapi.backends.cuda.plan import ADDRESSES, NUMBERS, Call, geometry, make_plan, pack
+from mml_arrayapi.kernel import Unusable
 
 
 def call(scalar=32, rows=100, classes=10, **changes):
@@ -292,11 +294,15 @@ class Recorder:
     capabilities = ((9, 0), (9, 0), (8, 0), (7, 0), (15, 0))  # by device
 
     def __init__(self):
-        self.loaded, self.launched, self.failing = [], [], {}
+        self.compiled, self.loaded, self.launched, self.failing = [], [], [], {}
         self.contexts = threading.local()
 
     def answer(self, name, *values):
         return (self.failing.get(name, 0), *values)
+
+    def compile(self, *how):
+        self.compiled.append(how)
+        return how
 
     def stack(self):
         self.contexts.__dict__.setdefault("stack", [])
@@ -310,17 +316,19 @@ class Recorder:
 
     def cuDeviceGetAttribute(self, attribute, device):
         major, minor = self.capabilities[device]
-        return 0, {"processors": 10, "major": major, "minor": minor}[attribute]
+        values = {"processors": 10, "major": major, "minor": minor}
+        return self.answer("cuDeviceGetAttribute", values[attribute])
 
     def cuDevicePrimaryCtxRetain(self, device):
-        return 0, 100 + device
+        return self.answer("cuDevicePrimaryCtxRetain", 100 + device)
 
     def cuCtxGetCurrent(self):
-        return 0, self.stack()[-1] if self.stack() else 0
+        return self.answer("cuCtxGetCurrent", self.stack()[-1] if self.stack() else 0)
 
     def cuCtxPushCurrent(self, context):
-        self.stack().append(context)
-        return (0,)
+        if "cuCtxPushCurrent" not in self.failing:
+            self.stack().append(context)
+        return self.answer("cuCtxPushCurrent")
 
     def cuCtxPopCurrent(self):
         return 0, self.stack().pop()
@@ -355,18 +363,18 @@ def driver(monkeypatch):
     nvrtc.nvrtcVersion = lambda: (0, 13, 0)
     monkeypatch.setattr(cuda_driver, "driver", recorder)
     monkeypatch.setattr(cuda_driver, "nvrtc", nvrtc)
-    for name in ("_libraries", "_kernels", "_troubles"):
-        monkeypatch.setattr(cuda_driver, name, {})
-    monkeypatch.setattr(cuda_driver, "compile_variant", lambda *how: how)
-    cached = cuda_driver.multiprocessors, cuda_driver.capability, cuda_driver._context
+    monkeypatch.setattr(cuda_driver, "loaded", Loaded(cuda_driver._load))
+    monkeypatch.setattr(cuda_driver, "compile_variant", recorder.compile)
+    names = ("multiprocessors", "capability", "_context", "_code", "_library")
+    cached = [getattr(cuda_driver, name) for name in names]
     for function in cached:
         function.cache_clear()
     recorder.trouble = lambda device, rows=1000, classes=100, p=1.0: cuda_driver.trouble(
         device, 32, p, rows, classes
     )
     recorder.missing = cuda_driver.missing
+    recorder.multiprocessors = cuda_driver.multiprocessors
     recorder.nvrtc = nvrtc
-    recorder.LaunchError = cuda_driver.LaunchError
     recorder.launch = lambda planned, device=0, stream=77, addresses=NO_ADDRESSES: (
         cuda_driver.launch(planned, addresses, device, stream)
     )
@@ -412,7 +420,7 @@ def test_a_launch_takes_place_in_its_devices_context(driver):
         driver.launch(planned, device=1)
         left.append(list(driver.stack()))
         driver.failing["cuLaunchKernel"] = 1
-        with pytest.raises(driver.LaunchError):
+        with pytest.raises(Unusable):
             driver.launch(planned, device=1)
         left.append(list(driver.stack()))
 
@@ -423,26 +431,63 @@ def test_a_launch_takes_place_in_its_devices_context(driver):
     assert {launched[0][0] for launched in driver.launched} == {101}
 
 
-def test_a_launch_that_the_driver_does_not_take_is_raised_and_kept_as_the_reason(driver):
+@pytest.mark.parametrize("status", [200, 209, 218, 701, 719])
+def test_a_launch_that_the_driver_does_not_take_is_kept_as_the_reason(driver, status):
     planned = make_plan(call(rows=1000, classes=100), "loss")
     assert driver.trouble(0) is None
-    driver.failing["cuLaunchKernel"] = 701
-    with pytest.raises(driver.LaunchError, match="CUDA: 701 from rows_loss"):
+    driver.failing["cuLaunchKernel"] = status
+    with pytest.raises(Unusable, match=f"CudaError: {status} from rows_loss"):
         driver.launch(planned)
-    assert driver.trouble(0) == "not usable on cuda:0: CUDA: 701 from rows_loss"
+    driver.failing.clear()
+    assert driver.trouble(0) == f"not usable on cuda:0: CudaError: {status} from rows_loss"
+    with pytest.raises(Unusable, match=f"CudaError: {status} from rows_loss"):
+        driver.launch(planned)
+    assert len(driver.launched) == 1
     assert driver.trouble(1) is None
+
+
+# No memory, a capture that forbids it, a capture that is spoilt.
+@pytest.mark.parametrize("status", [2, 900, 901])
+@pytest.mark.parametrize("step", ["cuLibraryLoadData", "cuKernelGetFunction", "cuLaunchKernel"])
+def test_what_may_soon_be_over_is_tried_again(driver, step, status):
+    planned = make_plan(call(rows=1000, classes=100), "loss")
+    driver.failing[step] = status
+    with pytest.raises(Unusable, match=f"CudaError: {status}"):
+        driver.launch(planned)
+    driver.failing.clear()
+    assert driver.trouble(0) is None
+    driver.launch(planned)
+    assert len(driver.compiled) == 1
+    assert driver.stack() == []
+
+
+@pytest.mark.parametrize(
+    "step", ["cuCtxGetCurrent", "cuCtxPushCurrent", "cuDevicePrimaryCtxRetain"]
+)
+def test_a_context_that_fails_makes_the_kernel_unusable(driver, step):
+    driver.failing[step] = 201
+    with pytest.raises(Unusable, match="CudaError: 201"):
+        driver.launch(make_plan(call(rows=1000, classes=100), "loss"))
+    assert driver.launched == []
+
+
+def test_a_device_that_does_not_say_what_it_is(driver):
+    driver.failing["cuDeviceGetAttribute"] = 101
+    assert driver.trouble(0) == "not usable on cuda:0: CudaError: 101"
+    with pytest.raises(Unusable, match="CudaError: 101"):
+        driver.multiprocessors(0)
 
 
 @pytest.mark.parametrize("step", ["cuLibraryLoadData", "cuKernelGetFunction"])
 def test_what_cannot_be_loaded_gives_a_reason_and_is_not_tried_again(driver, step):
     driver.failing[step] = 209
-    reason = "not usable on cuda:0: RuntimeError: CUDA: 209"
+    reason = "not usable on cuda:0: CudaError: 209"
     assert driver.trouble(0) == reason
     driver.failing.clear()
     assert driver.trouble(0) == reason
     assert len(driver.loaded) == 1
     assert driver.stack() == []
-    with pytest.raises(RuntimeError, match="CUDA: 209"):
+    with pytest.raises(Unusable, match="CudaError: 209"):
         driver.launch(make_plan(call(rows=1000, classes=100), "loss"))
     assert driver.trouble(2) is None
     assert driver.trouble(0, p=2.0) is None
@@ -458,8 +503,8 @@ def test_a_device_that_the_compiler_does_not_know(driver):
 def test_no_driver_and_no_compiler_are_reasons(driver, monkeypatch):
     assert driver.missing() is None
     driver.failing["cuInit"] = 100
-    assert driver.missing() == "no CUDA driver: RuntimeError: CUDA: 100"
-    assert driver.trouble(0) == "not usable on cuda:0: RuntimeError: CUDA: 100"
+    assert driver.missing() == "no CUDA driver: CudaError: 100"
+    assert driver.trouble(0) == "not usable on cuda:0: CudaError: 100"
     driver.failing.clear()
     driver.nvrtc.nvrtcVersion = lambda: raise_(RuntimeError("libnvrtc.so.13 is not found"))
     assert re.match(

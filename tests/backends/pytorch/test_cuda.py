@@ -6,6 +6,7 @@ import pytest
 
 from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
 from mml_arrayapi.backends.cuda import plan as cuda_plan
+from mml_arrayapi.kernel import Unusable
 
 torch = pytest.importorskip("torch")
 autograd = pytest.importorskip("mml_arrayapi.backends.pytorch.autograd")
@@ -18,10 +19,6 @@ CASES = [
 IDS = [f"{str(dtype).removeprefix('torch.')}-{p}" for dtype, p in CASES]
 
 
-class LaunchError(RuntimeError):
-    pass
-
-
 @pytest.fixture
 def device(monkeypatch, builds):
     """Let the emulator carry out what is launched, and keep the names of the kernels."""
@@ -32,7 +29,7 @@ def device(monkeypatch, builds):
 
     def launch(made, addresses, index, stream):
         if fake.fails:
-            raise LaunchError
+            raise Unusable("CudaError: 701 from rows_loss")
         variant = made.variant.scalar, made.variant.power
         if variant not in machines:
             machines[variant] = emulator.Machine(builds(variant))
@@ -43,14 +40,11 @@ def device(monkeypatch, builds):
         launch=launch,
         trouble=lambda *_: fake.trouble,
         multiprocessors=lambda _: 2,
-        LaunchError=LaunchError,
     )
     monkeypatch.setattr(engine, "driver", driver)
     monkeypatch.setattr(engine, "MISSING", None)
     monkeypatch.setattr(engine.state, "current_stream", lambda _: 0)
-    engine._multiprocessors.cache_clear()
-    yield fake
-    engine._multiprocessors.cache_clear()
+    return fake
 
 
 @pytest.fixture
@@ -188,8 +182,15 @@ def test_a_device_in_trouble_is_nobodys_error(device, kernel, batch, p):
     torch.testing.assert_close(
         x.grad, multi_margin_loss_and_grad(scores, target, p=p, backend="generic")[1]
     )
-    device.fails, device.trouble = False, "not usable on cuda:0: no room"
-    assert direct(kernel, scores, target, p=p) is None
+
+
+def test_a_device_that_says_nothing_is_nobodys_error(device, kernel, batch, monkeypatch):
+    def multiprocessors(_):
+        raise Unusable("CudaError: 101")
+
+    monkeypatch.setattr(engine.driver, "multiprocessors", multiprocessors)
+    assert direct(kernel, *batch[:2]) is None
+    assert device.launched == []
 
 
 def test_the_mask_is_what_the_fake_operator_says():
