@@ -155,7 +155,7 @@ def _chosen(
     options = call.options._replace(reduction="none", check_target="nan")
     problem = check_arrays(block, target, weight, options)
     block = _in_order(block)
-    if not isinstance(block, np.ndarray) or block.flags.aligned:
+    if not _is_numpy(block) or block.flags.aligned:
         problem = problem._replace(input=block)
         return problem, choose(problem, call.backend)
     # The kernel is chosen for an aligned block; it gets this one if it takes it, else a copy.
@@ -172,7 +172,7 @@ def _in_order(block: Array) -> Array:
     Pickling, and Dask's serialization, keep the order of contiguous arrays and make others
     C-contiguous. Left as they are: rows that follow one another at any distance.
     """
-    if not isinstance(block, np.ndarray) or block.flags.f_contiguous or _in_c_order(block):
+    if not _is_numpy(block) or block.flags.f_contiguous or _in_c_order(block):
         return block
     return block.copy(order="C")
 
@@ -346,7 +346,7 @@ NATIVE = "numpy-cpu"
 def _native(block: Array, target: Array, call: Call) -> tuple[Any, tuple[Any, ...]]:
     """Return the CPU kernels where they are chosen for a block and one class more, else None."""
     options = tuple(call.options._replace(check_target="nan"))
-    if not isinstance(block, np.ndarray) or not block.size:
+    if not _is_numpy(block) or not block.size:
         return None, options
     shape = tuple(n + (i == call.axis) for i, n in enumerate(block.shape))
     if _chosen(np.empty(shape, block.dtype), target, None, call)[1].name != NATIVE:
@@ -393,6 +393,10 @@ def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
 
 
 # What all have in common.
+
+
+def _is_numpy(block: Array) -> bool:
+    return library_of("input", block).name == "numpy"
 
 
 def _added(arrays: list[Array]) -> Array:
