@@ -183,7 +183,7 @@ def _dask() -> Library:
 
     row = plain("dask", xp, lambda _: LAZY)
     layout = alignment.unsupported_layout
-    return replace(row, unsupported_layout=layout, compute=compute, **graph.GENERIC)
+    return replace(row, unsupported_layout=layout, compute=compute, **graph.ROW)
 
 
 def _jax() -> Library:

@@ -250,7 +250,7 @@ KERNEL = Kernel(
 # The generic implementation for Dask arrays: the same graph, with the formula on every chunk. In
 # operations of dask.array it would make a dozen layers, of which the query planner lacks several,
 # and would need to know the sizes of the chunks.
-GENERIC = {
+ROW: dict[str, Any] = {
     "loss": partial(loss, backend="generic"),
     "loss_and_grad": partial(loss_and_grad, backend="generic"),
 }
