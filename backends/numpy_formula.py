@@ -43,6 +43,13 @@ def unsupported_layout(array: np.ndarray) -> str | None:
         return "a masked array, whose mask would be lost; call its filled() or compressed()"
     if isinstance(array, np.matrix):
         return "a numpy.matrix; call numpy.asarray() on it"
+    for meaning in ("mask", "unit", "units"):  # of Astropy's arrays, and of unyt's
+        if hasattr(array, meaning):
+            kind = type(array)
+            return (
+                f"a {kind.__module__}.{kind.__qualname__}, whose {meaning} would be lost; call "
+                f"numpy.asarray() on it"
+            )
     if not isinstance(array, (np.ndarray, np.generic)):
         return f"of type numpy.{type(array).__name__}"
     return None

@@ -9,6 +9,7 @@ from itertools import chain, permutations, product
 from math import inf, isfinite, isnan, nan
 from typing import Any
 
+import mml_arrayapi as mml
 from mml_arrayapi.conformance.context import Context, Fail, NotRun
 from mml_arrayapi.conformance.reference import reference
 from mml_arrayapi.conformance.suite import check
@@ -46,6 +47,39 @@ def all_samples_ignored(ctx: Context) -> None:
         ctx.same(ctx.loss(x, y, reduction=reduction, ignore_index=-1), wanted, wanted, reduction)
         if reduction != "mean":
             ctx.same(grad, [[0.0] * 3] * 3, [[0.0] * 3] * 3, f"{reduction}: gradient")
+
+
+@check(IGNORED)
+def chunks_of_ignored_samples_cost_nothing(ctx: Context) -> None:
+    """Some chunks are ignored whole, others in part: a mean of their means would be wrong."""
+    rows, target = ctx.scores(8, 9), [1, -100, -100, -100, 8, 0, 3, -100]
+    rows[2] = [nan] * 9
+    x, y = ctx.array(rows), ctx.integers(target)
+    if not hasattr(x, "rechunk"):
+        raise NotRun(f"arrays of {ctx.library} have no chunks")
+    chunked = ctx.note(y.rechunk((2,)), f"{ctx.source(y)}.rechunk((2,))")
+    for p, chunks in product((1, 2), ((2, 9), (3, 4))):
+        wanted = reference(rows, target, p=p, ignore_index=-100)
+        cut = ctx.note(x.rechunk(chunks), f"{ctx.source(x)}.rechunk({chunks})")
+        ctx.agrees(cut, chunked, wanted, f"p={p}, chunks {chunks}", p=p, ignore_index=-100)
+
+
+@check(IGNORED)
+def accumulators_leave_ignored_samples_out(ctx: Context) -> None:
+    """The count, the mean and the sum of batches, one of which is ignored whole."""
+    rows, target = ctx.scores(6, 9), [1, -100, 8, -100, -100, 3]
+    rows[4] = [nan] * 9
+    for p in (1, 2):
+        stream = mml.LossAccumulator(p=p, ignore_index=-100)
+        with nullcontext() if ctx.backend is None else mml.use_backend(ctx.backend):
+            for batch in (slice(0, 3), slice(3, 5), slice(5, 6)):
+                stream.update(ctx.array(rows[batch]), ctx.integers(target[batch]))
+        wanted = reference(rows, target, p=p, ignore_index=-100)
+        if stream.count != wanted.count:
+            raise Fail(f"p={p}: the accumulator counts {stream.count}, expected {wanted.count}")
+        for reduction in ("mean", "sum"):
+            total, scale = wanted.total(reduction)
+            ctx.same([stream.compute(reduction)], [total], [scale], f"p={p}: {reduction}")
 
 
 @check(IGNORED)

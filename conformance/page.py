@@ -12,6 +12,7 @@ from mml_arrayapi.conformance.report import Run, checks_of, kernels_of, remarks,
 from mml_arrayapi.conformance.suite import FAIL, PASS, STATES, UNSUPPORTED, Result
 
 OPEN = 3  # failures shown unfolded; where one thing is wrong, many checks fail
+_TITLE = "mml_arrayapi conformance"
 _SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -29,8 +30,8 @@ def as_html(head: dict[str, str], runs: Sequence[Run]) -> str:
     -------
     str
     """
-    template = files("mml_arrayapi.conformance").joinpath("page.html").read_text("utf-8")
-    return Template(template).substitute(
+    style, _, body = _text("conformance", "page.html").partition("</style>\n")
+    body = Template(body).substitute(
         head=" &middot; ".join(f"{escape(k)} {escape(v)}" for k, v in head.items()),
         cards="".join(map(_card, runs)),
         failures=_failures(runs),
@@ -40,6 +41,15 @@ def as_html(head: dict[str, str], runs: Sequence[Run]) -> str:
         reasons=_reasons(runs),
         capabilities="".join(map(_capabilities, runs)),
     )
+    page = _text("evaluation", "base.html")  # for Jinja, which is not needed here
+    parts = {"title": _TITLE, "style": style.removeprefix("<style>\n"), "body": body}
+    for name, part in parts.items():
+        page = page.replace(f"{{% block {name} %}}{{% endblock %}}", part)
+    return page
+
+
+def _text(package: str, name: str) -> str:
+    return files(f"mml_arrayapi.{package}").joinpath(name).read_text("utf-8")
 
 
 def _dot(state: str, text: str, title: str = "") -> str:

@@ -13,6 +13,7 @@ from mml_arrayapi.typing import Array
 from mml_arrayapi.validation import (
     check_ignore_index,
     check_parameters,
+    check_sample_weight,
     check_weight,
     shape_of,
 )
@@ -130,7 +131,7 @@ class LossAccumulator:
             ``sample_weight`` is not accepted. Nothing has been added then.
         """
         if sample_weight is not None:
-            shape_of("sample_weight", sample_weight)
+            check_sample_weight(sample_weight)
         losses = sample_losses(
             input,
             target,
@@ -141,7 +142,7 @@ class LossAccumulator:
             check_target="raise",
         )
         losses, classes, factors = _together(losses, target, sample_weight)
-        factors = None if factors is None else _check_sample_weight(factors, classes.shape)
+        factors = None if factors is None else _checked_factors(factors, classes.shape)
         if self.ignore_index is not None:
             kept = classes != self.ignore_index
             losses, factors = losses[kept], None if factors is None else factors[kept]
@@ -284,15 +285,24 @@ def _together(losses: Array, target: Array, sample_weight: Array | None) -> list
         lazy = [name for name, array in arrays.items() if type(array) is type(losses)]
         arrays |= zip(lazy, compute(*(arrays[name] for name in lazy)), strict=True)
     if sample_weight is not None:
-        shape_of("sample_weight", arrays["sample_weight"])  # chunks of Dask's may be masked
+        arrays["sample_weight"] = _readable(arrays["sample_weight"])
     return [None if array is None else to_numpy(array)[0] for array in arrays.values()]
 
 
-def _check_sample_weight(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _readable(sample_weight: Array) -> np.ndarray:
+    shape_of("sample_weight", sample_weight)  # Dask's chunks may turn out to be masked
+    try:
+        return to_numpy(sample_weight)[0]
+    except Exception as error:
+        raise TypeError(
+            f"sample_weight must be an array that can be read, but is of type "
+            f"{type(sample_weight).__name__}, which gives {type(error).__name__}: {error}"
+        ) from error
+
+
+def _checked_factors(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     import numpy as np
 
-    if weights.dtype.kind not in "fiu":
-        raise TypeError(f"sample_weight must have a real dtype, but has dtype {weights.dtype}")
     if weights.shape != shape:
         raise ValueError(
             f"sample_weight must have the shape of target, {shape}, but has shape {weights.shape}"

@@ -94,7 +94,7 @@ def check_options(options: Options) -> Options:
     ignore_index = check_ignore_index(options.ignore_index)
     mode = options.check_target
     if not isinstance(mode, str) or mode not in CHECKS:
-        raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {mode!r}")
+        raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {in_words(mode)}")
     return options._replace(p=p, margin=margin, ignore_index=ignore_index)
 
 
@@ -119,7 +119,7 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
         return None
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
-            f"ignore_index must be None or an integer, but is {_a(ignore_index)}"
+            f"ignore_index must be None or an integer, but is {in_words(ignore_index)}"
             f"{_static('ignore_index', ignore_index)}"
         )
     return int(ignore_index)
@@ -195,7 +195,7 @@ def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, fl
         With the argument's name, what was given, and what is accepted.
     """
     if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be a string, but is {_a(reduction)}")
+        raise TypeError(f"reduction must be a string, but is {in_words(reduction)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {_listed(REDUCTIONS)}, but is {reduction!r}")
     p = _real_number("p", p)
@@ -325,6 +325,32 @@ def check_weight(weight: Array) -> None:
     _check_dtype("weight", library_of("weight", weight), weight, REAL)
 
 
+def check_sample_weight(sample_weight: Array) -> None:
+    """Check factors for samples, but for their shape and values.
+
+    Parameters
+    ----------
+    sample_weight : array
+        As the caller gave it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        With what was given, and what is accepted.
+    """
+    shape_of("sample_weight", sample_weight)
+    library = library_of("sample_weight", sample_weight)
+    if not any(_is_of_kind(library, sample_weight, kind) for kind in (REAL, INTEGER)):
+        raise TypeError(
+            f"sample_weight must have a real dtype, but has dtype {sample_weight.dtype}"
+        )
+    if library.value_access(sample_weight) == TRACED:
+        raise ValueError(
+            "sample_weight must have values, but is being traced (jit, vmap, compile, meta or fake "
+            "tensors) and has none yet"
+        )
+
+
 def _weight_shape(weight: Array) -> tuple[Any, ...]:
     shape = shape_of("weight", weight)
     if len(shape) != 1:
@@ -336,7 +362,7 @@ def _classes(input: Array, axis: int) -> tuple[tuple[int, ...], int, int]:
     """Return input's shape (a 0-d input counts as one class), the axis from 0, and C."""
     shape = shape_of("input", input) or (1,)
     if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
-        raise TypeError(f"axis must be an integer, but is {_a(axis)}")
+        raise TypeError(f"axis must be an integer, but is {in_words(axis)}")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"axis must lie between {-len(shape)} and {len(shape) - 1} for input of shape "
@@ -369,20 +395,24 @@ def _check_types(input: Array, target: Array, weight: Array | None) -> Library:
 
 
 def _check_dtype(argument: str, library: Library, array: Array, kind: str) -> None:
-    """Check that a dtype is of a kind; real ones must have 16, 32 or 64 bits."""
-    xp = library.namespace
-    dtype = getattr(array, "dtype", None)
-    try:
-        good = library.kinds.get(dtype) == kind or (
-            xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
-        )
-    except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
-        good = False
-    if not good:
+    if not _is_of_kind(library, array, kind):
         wanted = "a real floating dtype (float16, bfloat16, float32 or float64)"
         if kind == INTEGER:
             wanted = "an integer dtype"
+        dtype = getattr(array, "dtype", None)
         raise TypeError(f"{argument} must have {wanted}, but has dtype {dtype}")
+
+
+def _is_of_kind(library: Library, array: Array, kind: str) -> bool:
+    """Tell whether an array's dtype is of a kind; real ones have 16, 32 or 64 bits."""
+    xp = library.namespace
+    dtype = getattr(array, "dtype", None)
+    try:
+        return library.kinds.get(dtype) == kind or (
+            xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
+        )
+    except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
+        return False
 
 
 def _native(array: Array) -> Array:
@@ -420,8 +450,8 @@ def _resolve(check_target: str, library: Library, target: Array) -> str:
     if value_access == TRACED:
         raise ValueError(
             "check_target='raise' needs the values of target, but target is being traced (jit, "
-            "vmap, compile, meta or fake tensors) and has none yet; accepted here are 'auto' and "
-            "'nan'"
+            "vmap, compile, meta or fake tensors, tensors that hold others) and has none to read; "
+            "accepted here are 'auto' and 'nan'"
         )
     return "raise"
 
@@ -456,7 +486,7 @@ def shape_of(argument: str, array: Array) -> tuple[Any, ...]:
     try:
         shape = tuple(array.shape)
     except Exception:  # noqa: BLE001 (each library has its own for arrays that have no shape)
-        raise TypeError(f"{argument} must be an array, but is {_a(array)}") from None
+        raise TypeError(f"{argument} must be an array, but is {in_words(array)}") from None
     if (form := library_of(argument, array).unsupported_layout(array)) is not None:
         raise TypeError(f"{argument} must be a dense array, but is {form}")
     return shape
@@ -483,7 +513,7 @@ def _real_number(argument: str, value: float) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{argument} must be a real number, but is {_a(value)}{_static(argument, value)}"
+            f"{argument} must be a real number, but is {in_words(value)}{_static(argument, value)}"
         )
     try:
         return float(value)
@@ -500,8 +530,18 @@ def _static(argument: str, value: object) -> str:
     return f"; under jax.jit name it in static_argnames=({argument!r},), else call float()"
 
 
-def _a(value: object) -> str:
-    """Show a value and its type, shortened, whatever it is."""
+def in_words(value: object) -> str:
+    """Show a value and its type, shortened, whatever it is.
+
+    Parameters
+    ----------
+    value : object
+        Anything.
+
+    Returns
+    -------
+    str
+    """
     try:
         shown = " ".join(repr(value).split())
     except Exception:  # noqa: BLE001 (an object need not have a repr() that works)

@@ -80,8 +80,12 @@ def test_groups_are_summed_apart(n_groups):
     ],
 )
 def test_values_beyond_the_finite(values, wanted):
-    result = exact_sum(values).over(1)
+    made, merged = exact_sum(values), ExactSum()
+    result = made.over(1)
     assert result == wanted or (math.isnan(result) and math.isnan(wanted))
+    merged.merge(made)
+    assert merged == made
+    assert merged.count == len(values)
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [0.1, -7e300], [math.nan, math.inf, 3.0, -math.inf]])
@@ -260,6 +264,26 @@ def test_accumulators_that_are_merged_into_each_other_at_once():
     assert not any(thread.is_alive() for thread in threads)
     a.merge(a)
     assert a.count % 400 == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_sample_weights_of_pytorch_and_jax_that_cannot_be_read():
+    scores, target = batch(2)
+    torch = pytest.importorskip("torch")
+    wrong = {
+        torch.ones(
+            2, dtype=torch.float8_e5m2
+        ): "must have a real dtype, but has dtype torch.float8",
+        torch.ones(2, device="meta"): "must have values, but is being traced",
+        torch.ones(2).to_sparse(): "must be a dense array, but is ",
+    }
+    jax = pytest.importorskip("jax")
+    wrong = [*wrong.items(), (jax.random.split(jax.random.key(0)), "must have a real dtype, but")]
+    masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+    wrong.append((masked, "must be an array that can be read, but is of type MaskedTensor, which"))
+    for factors, message in wrong:
+        with pytest.raises((TypeError, ValueError), match=f"^sample_weight {message}"):
+            LossAccumulator().update(scores, target, factors)
 
 
 def test_a_reset_among_updates_loses_no_later_one():

@@ -2,11 +2,17 @@
 
 import pickle
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 
-from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
+from mml_arrayapi import (
+    InvalidTargetError,
+    LossAccumulator,
+    multi_margin_loss,
+    multi_margin_loss_and_grad,
+)
 
 X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
 BAD_ARGUMENTS = [
@@ -337,6 +343,10 @@ def _torch(make):
     return lambda: make(pytest.importorskip("torch"))
 
 
+class _Quantity(np.ndarray):
+    unit = "m"
+
+
 def _jax(make):
     return lambda: make(pytest.importorskip("jax"))
 
@@ -380,6 +390,7 @@ ODD = {
     "numpy masked": lambda: np.ma.masked_array(X, X > 1),
     "numpy masked targets": lambda: np.ma.masked_array(T),
     "numpy matrix": lambda: np.asmatrix(X),
+    "numpy with a unit": lambda: X.view(_Quantity),
     "numpy records": lambda: np.rec.array([(1.0,)], dtype=[("a", "f4")]),
     "torch nested": _torch(lambda t: t.nested.nested_tensor([t.zeros(3), t.zeros(2)])),
     "torch jagged": _torch(
@@ -416,15 +427,18 @@ ODD = {
 
 
 @pytest.mark.filterwarnings("ignore")  # what libraries say of their own prototypes
-@pytest.mark.parametrize("argument", ["input", "target", "weight", "grad_output"])
+@pytest.mark.parametrize("argument", ["input", "target", "weight", "grad_output", "sample_weight"])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_objects(name, argument):
     odd = ODD[name]()
-    if odd is None and argument in ("weight", "grad_output"):
+    if odd is None and argument not in ("input", "target"):
         pytest.skip("None is the default")
     arguments = {"input": X, "target": T, argument: odd}
+    function = partial(multi_margin_loss_and_grad, backend="generic")
+    if argument == "sample_weight":
+        function = LossAccumulator().update
     with pytest.raises((TypeError, ValueError)) as info:
-        multi_margin_loss_and_grad(**arguments, backend="generic")
+        function(**arguments)
     message = str(info.value)
     # A 0-d array in place of scores is one sample: then the targets don't fit.
     assert message.startswith((f"{argument} must", "target must have input's shape"))

@@ -149,7 +149,7 @@ def _on_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
 
 def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
     """Compute batches of Dask arrays as one graph, so that whatever they share is computed once."""
-    import dask.threaded
+    import dask
 
     finished: SimpleQueue[Any] = SimpleQueue()
     stop = Event()
@@ -159,21 +159,17 @@ def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
             raise InterruptedError
         finished.put((number, result))
 
-    graph, keys = _graph(work)
-    for number, key in keys.items():
-        graph[f"deliver-{key}"] = (partial(deliver, number), key)
-
     def compute() -> None:
         try:
-            wanted = [f"deliver-{key}" for key in keys.values()]
-            dask.threaded.get(graph, wanted, num_workers=threads)
+            wanted = [dask.delayed(deliver)(n, one) for n, one in _delayed(work).items()]
+            dask.compute(wanted, scheduler="threads", num_workers=threads, optimize_graph=False)
         except BaseException as error:  # noqa: BLE001  (raised where it is waited for)
             finished.put((None, error))
 
     worker = Thread(target=compute, name="evaluate", daemon=True)
     worker.start()
     try:
-        for _ in keys:
+        for _ in work.batches:
             number, result = finished.get()
             if number is None:
                 raise result
@@ -183,62 +179,30 @@ def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
         worker.join()
 
 
-def _graph(work: Work) -> tuple[dict[Any, Any], dict[int, str]]:
-    """Return Dask's graph of all batches, and each one's key.
+def _delayed(work: Work) -> dict[int, Any]:
+    """Return each batch's count, to be computed together: what their arrays share is one task."""
+    import dask
 
-    It is made by hand: arrays that become arguments of delayed functions are optimised one by one,
-    and what they share is then computed for each.
-    """
-    from dask.highlevelgraph import HighLevelGraph
-
-    graphs, graph, keys = [], {}, {}
+    made = {}
     for number, batch in work.batches.items():
-        lazy = [part.shard.source for part in _parts(batch) if _is_lazy(part)]
-        graphs += [array.__dask_graph__() for array in lazy]
-        bare = Batch(
-            *batch[:2],
-            *(tuple(None if _is_lazy(part) else part for part in parts) for parts in batch[2:]),
-        )
-        count = partial(_count_blocks, work.count, bare, work.options)
-        keys[number] = _key(batch)
-        graph[keys[number]] = (count, [array.__dask_keys__() for array in lazy])
-    return {**HighLevelGraph.merge(*graphs), **graph}, keys
-
-
-def _parts(batch: Batch) -> list[Any]:
-    return [part for parts in batch[2:] for part in parts]
+        lazy = [part.shard.source for parts in batch[2:] for part in parts if _is_lazy(part)]
+        others = (tuple(None if _is_lazy(p) else p for p in parts) for parts in batch[2:])
+        count = partial(_count_blocks, work.count, Batch(*batch[:2], *others), work.options)
+        whole = [array.rechunk(-1).to_delayed(optimize_graph=False).item() for array in lazy]
+        made[number] = dask.delayed(count, pure=False)(*whole, dask_key_name=_key(batch))
+    return made
 
 
 def _is_lazy(part: Any) -> bool:
     return hasattr(part.shard.source, "dask")
 
 
-def _count_blocks(count: Callable[..., Any], batch: Batch, options: Any, arrays: list[Any]) -> Any:
-    """Count a batch with the blocks of arrays in place of those that were lazy."""
+def _count_blocks(count: Callable[..., Any], batch: Batch, options: Any, *arrays: Any) -> Any:
+    """Count a batch with arrays in place of those that were lazy."""
     left = iter(arrays)
-    parts = (tuple(_joined(next(left)) if p is None else p for p in one) for one in batch[2:])
+    parts = (tuple(next(left) if p is None else p for p in one) for one in batch[2:])
     scores, targets, weights = parts
     return count(Batch(*batch[:2], scores, targets, weights), *options)
-
-
-def _joined(blocks: Any) -> Any:
-    """Join nested lists of blocks; a block of a subclass stays one, to be refused."""
-    import numpy as np
-
-    flat, depth = blocks, 0
-    while isinstance(flat, list):
-        flat, depth = flat[0], depth + 1
-    if type(flat) is not np.ndarray:
-        return flat
-    return flat if flat.ndim == 0 or _single(blocks) else np.block(blocks)
-
-
-def _single(blocks: Any) -> bool:
-    while isinstance(blocks, list):
-        if len(blocks) != 1:
-            return False
-        (blocks,) = blocks
-    return True
 
 
 def _key(batch: Batch) -> str:
@@ -315,9 +279,9 @@ def _on_cluster(client: Any, work: Work, timeout: float, name: str) -> Iterator[
             watch(number, client.submit(work.count, batch, *work.options, **options))
 
     if work.lazy:
-        graph, keys = _graph(work)
+        made = _delayed(work)
         for number, future in zip(
-            keys, client.get(graph, list(keys.values()), sync=False), strict=True
+            made, client.compute(list(made.values()), optimize_graph=False), strict=True
         ):
             watch(number, future)
     else:

@@ -243,11 +243,11 @@ class Evaluation:
             made.append(("loss is NaN", f"{self.nan:,} samples, first {first}"))
         return made + [("read" if not i else "", line) for i, line in enumerate(self.pairs())]
 
-    def pairs(self) -> list[str]:
+    def pairs(self, most: int = SHOWN_FILES) -> list[str]:
         """Return which files and columns were read together, in order: a line for each."""
-        lines = [" with ".join(pair(line)) for line in self.pairing]
-        if len(lines) > SHOWN_FILES:
-            lines[SHOWN_FILES - 1 : -1] = [f"... {len(lines) - SHOWN_FILES:,} more ..."]
+        lines = [" with ".join(_pair(line)) for line in self.pairing]
+        if len(lines) > most:
+            lines[most - 1 : -1] = [f"... {len(lines) - most:,} more ..."]
         return lines
 
     def shown_classes(self) -> list[tuple[int, ClassFigures]]:
@@ -359,7 +359,7 @@ def percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.3f} %"
 
 
-def pair(line: dict[str, Any]) -> list[str]:
+def _pair(line: dict[str, Any]) -> list[str]:
     """Return the files, columns and rows of one line of the pairing, as text."""
     made = []
     for told in (line["scores"], *line.get("targets", []), *line.get("sample weights", [])):

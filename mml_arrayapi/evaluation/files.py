@@ -130,6 +130,8 @@ def find(given: str) -> list[File]:
     InputError
         There is none.
     """
+    if not given:
+        raise InputError("'': the path is empty; give that of a file")
     name, item = given, ""
     ends = [found.start() for found in re.finditer("#", given)]
     if ends and not os.path.exists(given):  # names of files and of columns may have a # too

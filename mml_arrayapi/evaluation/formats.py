@@ -103,10 +103,9 @@ def adopt(array: Array, role: str, rules: Rules) -> Array:
 
 def choose_item(file: File, role: str, items: Sequence[str]) -> str:
     """Return the array that is meant: the one that is named, or the only one."""
-    if file.item in items:
-        return file.item
-    if not file.item and len(items) == 1:
-        return items[0]
+    chosen = items[0] if len(items) == 1 and not file.item else file.item
+    if items.count(chosen) == 1:
+        return chosen
     plain = file.plain_name
     missing = f"has no array {file.item!r}" if file.item else f"holds {len(items)} arrays"
     raise InputError(
@@ -181,6 +180,8 @@ def _npy_header(opened: Any) -> tuple[tuple[int, ...], bool, Any]:
 
 
 def _open_npy(file: File, role: str, rules: Rules) -> Array:  # noqa: ARG001
+    if file.item:
+        choose_item(file, role, [])
     with file.open() as opened:
         shape, fortran, dtype = _npy_header(opened)
         made = RawArray(file, opened.tell(), shape, dtype, fortran=fortran)
@@ -205,7 +206,7 @@ class _NpzMember:
     def __init__(self, file: File, role: str, rules: Rules) -> None:  # noqa: ARG002
         self._file = file
         with file.open() as opened, zipfile.ZipFile(opened) as archive:
-            items = [name.removesuffix(".npy") for name in archive.namelist()]
+            items = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
             self._member = f"{choose_item(file, role, items)}.npy"
             with archive.open(self._member) as member:
                 self.shape, _, self.dtype = _npy_header(member)
@@ -323,20 +324,22 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
         store = storage.FsspecStore.from_mapper(fs.get_mapper(path), read_only=True)
     opened = zarr.open(store, mode="r")
     if not hasattr(opened, "dtype"):
-        named = file.item and file.item in opened and opened[file.item]
+        named: Any = opened[file.item] if file.item and file.item in opened else None
         if not hasattr(named, "dtype"):
             found = [p for p, one in opened.members(max_depth=None) if hasattr(one, "dtype")]
             named = opened[choose_item(file, role, found)]
-        opened = named
+        opened = zarr.open_array(store, path=named.path, mode="r")  # not as consolidated once
     elif file.item:
         choose_item(file, role, [])
     return _zarr_array(file, opened, role, rules)
 
 
 def _zarr_array(file: File, opened: Array, role: str, rules: Rules) -> Array:
+    import numpy as np
+
     fill = opened.fill_value if opened.metadata.zarr_format == 2 else None
     source = opened
-    if rules.refuse_unwritten(role):
+    if rules.refuse_unwritten(role) and np.dtype(opened.dtype).kind in "iuf":
         if opened.store.supports_listing and opened.nchunks_initialized < opened.nchunks:
             count = opened.nchunks - opened.nchunks_initialized
             raise _unwritten(file.name, role, f"{count:,} of its {opened.nchunks:,} chunks")
@@ -411,12 +414,19 @@ def _open_hdf5(file: File, role: str, rules: Rules) -> Array:
     found: list[str] = []
     with _hdf5_file(file) as opened:
         opened.visititems(lambda name, one: found.append(name) if hasattr(one, "dtype") else None)
-        item = choose_item(replace(file, item=file.item.strip("/")), role, found)
+        item = file.item.strip("/")
+        if not hasattr(item and opened.get(item), "dtype"):  # links are not visited
+            item = choose_item(replace(file, item=item), role, found)
         _check_written(file, opened[item], role, rules)
         return _Attributed(file, role, _Hdf5Dataset(file, item, opened[item]), rules, None)
 
 
 def _check_written(file: File, source: Array, role: str, rules: Rules) -> None:
+    if source.is_virtual and rules.unwritten != "fill":
+        raise InputError(
+            f"{file.name}: is virtual: rows of files that are missing would be read as its fill "
+            "value; give these files, or accept it by --unwritten-chunks fill"
+        )
     if not rules.refuse_unwritten(role) or not source.size:
         return
     chunks = [math.ceil(n / c) for n, c in zip(source.shape, source.chunks or (), strict=False)]

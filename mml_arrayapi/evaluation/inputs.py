@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from threading import Lock
 from typing import Any, NamedTuple
@@ -27,8 +26,11 @@ from mml_arrayapi.evaluation.formats import (
 
 Array = Any
 
-BATCH = 2**22  # scores read at a time, unless told otherwise: 16 MB of float32
-BLOCKS = 2**28  # bytes of decoded chunks that are kept for the batches after
+BATCH = 2**21  # scores read at a time, unless told otherwise: 8 MB of float32
+ROWS = 64  # read at a time at least: of each batch the worst samples are looked at once more
+CHUNKS = 8  # decoded chunks (of labels: scores are cut where chunks begin) kept for other batches
+
+_lock = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,8 @@ class Shard:
         """Read rows; a chunk that they are only a part of is kept for the batches after."""
         import numpy as np
 
-        array = _open(self.source, self.role, self.rules, self.version)
+        key = (self.source, self.role, self.rules, self.version)
+        array = _open(*key)
         axis, start, stop = len(where) - 1, where[-1].start, where[-1].stop
         starts = self.starts(axis)
         first = bisect_right(starts, start) - 1
@@ -130,62 +133,26 @@ class Shard:
         for low, high in pairwise(starts[first:]):
             if low >= stop:
                 break
-            key = (self.source, self.role, self.version, low)
-            kept = _blocks.get(key, partial(array.__getitem__, (*where[:-1], slice(low, high))))
+            with _lock:  # whoever comes second finds it read
+                kept = _read_chunk(key, axis, low, high)
             parts.append(kept[(*where[:-1], slice(max(start - low, 0), stop - low))])
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
-class _Blocks:
-    """Decoded chunks that several batches share; each is decoded once, by whoever comes first."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._futures: OrderedDict[Any, Future[Any]] = OrderedDict()
-
-    def get(self, key: Any, load: Callable[[], Array]) -> Array:
-        with self._lock:
-            future = self._futures.pop(key, None)
-            mine = future is None
-            future = self._futures[key] = future or Future()
-        if mine:
-            try:
-                future.set_result(load())
-            except BaseException as error:
-                future.set_exception(error)
-                with self._lock:
-                    self._futures.pop(key, None)
-                raise
-            self._forget_old()
-        return future.result()
-
-    def clear(self) -> None:
-        with self._lock:
-            self._futures.clear()
-
-    def _forget_old(self) -> None:
-        with self._lock:
-            done = {k: f.result().nbytes for k, f in self._futures.items() if f.done()}
-            total = sum(done.values())
-            for key, size in done.items():
-                if total <= BLOCKS:
-                    break
-                total -= size
-                del self._futures[key]
-
-
-_blocks = _Blocks()
-
-
 def forget() -> None:
     """Forget decoded chunks and open files."""
-    _blocks.clear()
+    _read_chunk.cache_clear()
     _open.cache_clear()
 
 
 @lru_cache(maxsize=64)
 def _open(file: File, role: str, rules: Rules, version: str) -> Array:  # noqa: ARG001
     return open_array(file, role, rules)
+
+
+@lru_cache(maxsize=CHUNKS)
+def _read_chunk(key: Any, axis: int, start: int, stop: int) -> Array:
+    return _open(*key)[(*(slice(None),) * axis, slice(start, stop))]
 
 
 def file_version(file: File) -> str:
@@ -258,11 +225,8 @@ class Dataset(NamedTuple):
     @property
     def samples_per_row(self) -> int:
         """How many samples a row has, where the scores have more than two axes."""
-        counts = [n for i, n in enumerate(self.shape) if i not in (self.axis, self.rows_axis)]
-        made = 1
-        for n in counts:
-            made *= n
-        return made
+        axes = (self.axis, self.rows_axis)
+        return math.prod(n for i, n in enumerate(self.shape) if i not in axes)
 
     @property
     def is_lazy(self) -> bool:
@@ -272,12 +236,8 @@ class Dataset(NamedTuple):
     def largest_batch(self) -> int:
         """Return the bytes of the scores of the largest batch."""
         rows = max((batch.stop - batch.start for batch in self.batches), default=0)
-        return (
-            rows
-            * self.samples_per_row
-            * self.n_classes
-            * int(self.shards[SCORES][0].dtype.itemsize)
-        )
+        per_row = self.samples_per_row * self.n_classes
+        return rows * per_row * int(self.shards[SCORES][0].dtype.itemsize)
 
     def place(self, sample: int) -> tuple[str, int, tuple[int, ...]]:
         """Return a sample's file, its row there, and its position in the whole."""
@@ -356,8 +316,11 @@ def open_dataset(
     InputError
         With the name of the file, what is wrong, and what to do.
     """
+    import numpy as np
+
     given = {SCORES: logits, TARGETS: targets, WEIGHTS: sample_weight}
-    found = {role: _shards(one, role, rules) for role, one in given.items() if one is not None}
+    optional = [WEIGHTS] if sample_weight is None else []
+    found = {role: _shards(given[role], role, rules) for role in given if role not in optional}
     found = _optimised(found)
     scores = found[SCORES] = _of_known_width(found[SCORES])
     first = scores[0]
@@ -370,10 +333,9 @@ def open_dataset(
         raise InputError(f"{first.name}: scores have {ndim} axes, but axis is {axis}")
     data = Dataset(found, [], axis % ndim)
     _check_alike(scores, data.axis, data.rows_axis)
+    _check_once(scores)
     batch = tuple(n for i, n in enumerate(first.shape) if i not in (data.axis, data.rows_axis))
-    for role, shards in found.items():
-        if role == SCORES:
-            continue
+    for role, shards in [*found.items()][1:]:
         for shard in shards:
             if shard.shape[1:] != batch or not shard.shape:
                 wanted = ", ".join(map(str, ("N", *batch)))
@@ -383,9 +345,14 @@ def open_dataset(
                     f"{shard.shape}"
                 )
         _check_order(scores, shards)
+        kinds = {str(shard.dtype): shard.dtype for shard in shards}
+        if role == TARGETS and np.result_type(*kinds.values()).kind not in "iu":
+            raise InputError(
+                f"targets: no integer type holds those of {' and '.join(kinds)}; convert some"
+            )
         _check_lengths(scores, shards, data.rows_axis)
     per_row = max(1, data.n_classes * data.samples_per_row)
-    step = max(1, BATCH // per_row) if chunk_size is None else chunk_size
+    step = max(ROWS, BATCH // per_row) if chunk_size is None else chunk_size
     return data._replace(batches=list(_batches(data, step)))
 
 
@@ -445,6 +412,13 @@ def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
                 f"{first.name} are {', '.join(first.columns)}; name them, in the order of the "
                 f"classes, as in {first.name}#NAME,NAME"
             )
+
+
+def _check_once(scores: list[Shard]) -> None:
+    places = [shard.source.where for shard in scores if shard.version]
+    for place, shard in zip(places, scores, strict=False):
+        if places.count(place) > 1:
+            raise InputError(f"{shard.name}: is given twice; its samples would count twice")
 
 
 def _of_known_width(scores: list[Shard]) -> list[Shard]:

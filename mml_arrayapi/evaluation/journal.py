@@ -159,7 +159,9 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
             continue
         if key == "inputs":
             before = old.get(key) or []
-            changed = [one[0] for one in value if one not in before] or ["fewer files"]
+            changed = [one[0] for one in value if one not in before] or [
+                "fewer files, or another order"
+            ]
             raise InputError(
                 f"{path}: was begun with other inputs (now: {', '.join(changed[:3])}); give the "
                 "same files, unchanged, or another folder"

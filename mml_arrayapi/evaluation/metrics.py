@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 TILE = 2**17  # scores looked at together: what is derived from them stays in the cache
-BLOCK = 2**20  # scores whose losses are computed together
 ROWS = 2**18  # rows counted together: what is kept of each is about 100 bytes
-FEW_CLASSES = 32  # up to here the highest score is found class by class, for all rows at once
+BLOCK = 2**23  # scores counted together: a kernel may need several times their memory
+MANY_CLASSES = 2**12  # from here on a look at each row costs less than a copy of it
+FEW_CLASSES = 16  # up to here the highest score is found class by class, for all rows at once
 STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
 WORST = 20  # samples that are kept as the worst, and as the first that are NaN
 SHOWN_SCORES = 3  # highest scores that are kept of each of the worst samples
@@ -170,8 +171,9 @@ class MetricState:
                 target = np.where(ignored, 0, target)
         if len(target) and not (target.min() >= 0 and target.max() < scores.shape[1]):
             raise_invalid_target(target, scores.shape[1])
-        for start in range(0, len(target) if keep is None else len(keep), ROWS):
-            rows: Any = slice(start, min(start + ROWS, len(target)))
+        step = max(64, min(ROWS, BLOCK // scores.shape[1]))
+        for start in range(0, len(target) if keep is None else len(keep), step):
+            rows: Any = slice(start, min(start + step, len(target)))
             places = np.arange(rows.start, rows.stop) if keep is None else keep[rows]
             rows = rows if keep is None else places
             weight = None if weights is None else weights[rows]
@@ -332,8 +334,7 @@ def _count(
     if made.counts[3].any():
         made.nan = places[np.flatnonzero(np.isnan(losses))[:WORST]].tolist()
     wrong = np.flatnonzero(lead <= 0)
-    rivals = _rivals(scores, target, wrong) if rival is None else rival[wrong]
-    made.confusions = _frequencies(target[wrong] * scores.shape[1] + rivals)
+    made.confusions = _frequencies(target[wrong] * scores.shape[1] + rival[wrong])
     made.worst = _worst(scores, target, losses, places)
     return made
 
@@ -364,20 +365,6 @@ def _frequencies(values: np.ndarray) -> Counter[int]:
     return Counter(dict(zip(kept.tolist(), counts.tolist(), strict=True)))
 
 
-def _rivals(scores: np.ndarray, target: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the class of the highest other score in some rows."""
-    import numpy as np
-
-    rivals = np.empty(len(rows), np.int64)
-    step = max(1, BLOCK // scores.shape[1])
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        others = scores[part]
-        others[np.arange(len(part)), target[part]] = -math.inf
-        rivals[start : start + step] = np.argmax(others, axis=1)
-    return rivals
-
-
 def _worst(
     scores: np.ndarray, target: np.ndarray, losses: np.ndarray, places: np.ndarray
 ) -> list[Sample]:
@@ -394,7 +381,7 @@ def _worst(
     rows = rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
     made = []
     for row in rows.tolist():
-        own, c = scores[row].astype(np.float64), int(target[row])
+        own, c = scores[row].copy(), int(target[row])
         score, shown = float(own[c]), []
         for _ in range(min(SHOWN_SCORES, len(own))):
             best = int(np.argmax(own))
@@ -412,33 +399,14 @@ def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
     """
     import numpy as np
 
-    kept: list[int] = []
-    if lead.dtype == np.float32 and math.frexp(unit)[0] == 0.5:  # dividing is exact
-        with np.errstate(over="ignore", under="ignore"):
-            found = _frequencies(_leading_bits(lead / np.float32(unit), np.int32, 23 - STEPS))
-        kept = [b for b in found if abs(b) <= 0xFF << STEPS]
-        if not any(0 < abs(b) <= 1 << STEPS for b in kept):  # none is below float32's normal range
-            starts = np.asarray([abs(b) << (23 - STEPS) for b in kept], np.int32).view(np.float32)
-            wide = starts.astype(np.float64).view(np.int64) >> (52 - STEPS)
-            return Counter(
-                {w if b >= 0 else -w: found[b] for b, w in zip(kept, wide.tolist(), strict=True)}
-            )
     with np.errstate(over="ignore", under="ignore"):
-        found = _frequencies(_leading_bits(lead.astype(np.float64) / unit, np.int64, 52 - STEPS))
-    return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
-
-
-def _leading_bits(values: np.ndarray, bits: Any, shift: int) -> Any:
-    """Return floats' bits but the last ``shift``, rounded down, as integers of the same order."""
-    import numpy as np
-
-    told: Any = values.view(bits)
-    sign = told >> (8 * told.itemsize - 1)
-    told = told & np.iinfo(bits).max
+        told: Any = (lead / np.float64(unit)).view(np.int64)
+    sign = told >> 63
+    told = told & np.iinfo(np.int64).max
     told ^= sign
-    told -= sign
-    told >>= shift
-    return told
+    told -= sign  # integers of the floats' order; shifting rounds down
+    found = _frequencies(told >> (52 - STEPS))
+    return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
 
 
 def bin_start(number: int) -> float:
@@ -452,63 +420,74 @@ def bin_start(number: int) -> float:
 
 def _look_at(
     scores: np.ndarray, target: np.ndarray, loss: Loss
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return each sample's loss, lead, whether it is inside the margin, and its rival.
 
-    The lead is the target's score less the highest other one; the rival is the class of that, None
-    where there are so many classes that it is better looked up for those that need it.
+    The lead is the target's score less the highest other one; the rival is the class of that.
 
-    The scores are walked in blocks, so that what is derived from them stays small. These are
-    C-contiguous, whatever the file's order, so that a row is always summed in the same order.
+    The scores are walked in tiles, so that what is derived from them stays in the cache.
     """
     import numpy as np
 
     n, n_classes = scores.shape
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    columns: Any = np.empty((3, n), dtype)
-    losses, own, highest = columns
-    rival = np.empty(n, np.int8) if n_classes <= FEW_CLASSES else None
-    step, small = max(1, BLOCK // n_classes), max(1, TILE // n_classes)
+    own, highest = np.empty((2, n), dtype)
+    rival = np.empty(n, np.int64)
+    step = max(4, TILE // n_classes)
+    others = _others_by_class if n_classes <= FEW_CLASSES else _others_by_row
     options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
     with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
+        scores = np.ascontiguousarray(scores, dtype=dtype)  # each row is summed in the same order
+        losses = np.asarray(sample_losses(scores, target, check_target="nan", **options))
         for start in range(0, n, step):
-            part = slice(start, start + step)
-            block, own_class = np.ascontiguousarray(scores[part], dtype=dtype), target[part]
-            losses[part] = sample_losses(block, own_class, check_target="nan", **options)
-            for low in range(0, len(block), small):
-                tile = slice(low, low + small)
-                rows = slice(start + low, min(start + low + small, start + len(block)))
-                own[rows], highest[rows], others = _others(block[tile], own_class[tile])
-                if rival is not None:
-                    rival[rows] = _first_equal(others, highest[rows])
+            rows = slice(start, start + step)
+            own[rows], highest[rows], rival[rows] = others(scores[rows], target[rows])
         # In the loss's own order of operations; a sample with a NaN counts as inside.
         inside = ~((highest - own) + dtype(loss.margin) <= 0)
         return losses, own - highest, inside, rival
 
 
-def _others(tile: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the target's score, the highest other one, and the others: of few classes by class."""
+def _others_by_row(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]:
+    """Return the target's score, the highest other one (or NaN), and the first class of that."""
     import numpy as np
 
-    n, n_classes = tile.shape
-    few = n_classes <= FEW_CLASSES
-    others = (tile.T if few else tile).copy()
-    flat = others.reshape(-1)
-    rows = np.arange(n)
-    places = target * n + rows if few else rows * n_classes + target
+    rows = np.arange(len(tile))
+    if tile.shape[1] < MANY_CLASSES:
+        others = tile.copy()
+        others[rows, target] = -math.inf
+        rival = others.argmax(axis=1)
+        return tile[rows, target], others[rows, rival], rival
+    rival = np.asarray([_highest_other(*one) for one in zip(tile, target.tolist(), strict=True)])
+    return tile[rows, target], tile[rows, rival], rival
+
+
+def _highest_other(row: np.ndarray, target: int) -> int:
+    """Return the class of the highest score but the target's, or of a NaN, without a copy."""
+    found = []
+    if target:
+        found.append(int(row[:target].argmax()))
+    if target + 1 < len(row):
+        found.append(target + 1 + int(row[target + 1 :].argmax()))
+    first, last = found[0], found[-1]
+    return first if row[first] >= row[last] or row[first] != row[first] else last
+
+
+def _others_by_class(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]:
+    """Return the same (but no class beside NaN) without a reduction of each short row."""
+    import numpy as np
+
+    others = tile.T.copy()
+    flat, places = others.reshape(-1), target * len(tile) + np.arange(len(tile))
     own = flat[places]
     flat[places] = -math.inf
-    return own, others.max(axis=0 if few else 1), others
-
-
-def _first_equal(others: np.ndarray, highest: np.ndarray) -> np.ndarray:
-    """Return the first class that has the highest score; -1 where that is NaN."""
-    import numpy as np
-
-    found = np.full(len(highest), -1, np.int8)
-    for c in range(len(others) - 1, -1, -1):
-        np.copyto(found, c, where=others[c] == highest)
-    return found
+    highest = others.max(axis=0)
+    first = np.zeros(len(tile), np.int8)  # 127 less the first class that has the highest score
+    for c, column in enumerate(others):
+        mask = (column == highest).view(np.int8)
+        np.negative(mask, out=mask)
+        mask &= np.int8(127 - c)
+        np.maximum(first, mask, out=first)
+    return own, highest, 127 - first
 
 
 def count_batch(

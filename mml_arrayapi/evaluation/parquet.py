@@ -64,6 +64,9 @@ class ParquetColumns:
                 f"{plain}: column {self.columns[0]!r} and others cannot be read together: one "
                 "column of lists, or one column of numbers per class"
             )
+        if len({one.floats for one in self._kinds}) > 1:
+            told = ", ".join(f"{name} ({self._schema.field(name).type})" for name in self.columns)
+            raise InputError(f"{plain}: some of its columns are floats, some are not: {told}")
         width: tuple[Any, ...] = ()
         if kind.nested:
             width = kind.width or self._first_width()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,10 +19,32 @@ def bar() -> Iterator[Callable[[int, int], None] | None]:
     callable or None
         To be called as ``progress(done, rows)``.
     """
-    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-    if not seen or find_spec("rich") is None:
+    ipython: Any = sys.modules.get("IPython")
+    if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
+        yield _in_notebook()
+    elif sys.stderr.isatty() and find_spec("rich") is not None:
+        with _in_terminal() as progress:
+            yield progress
+    else:
         yield None
-        return
+
+
+def _in_notebook() -> Callable[[int, int], None]:
+    shown: Any = None
+
+    def progress(done: int, rows: int) -> None:
+        nonlocal shown
+        if shown is None:
+            # rich's bar needs ipywidgets there
+            shown = import_module("IPython.display").ProgressBar(rows)
+            shown.display()
+        shown.progress = done
+
+    return progress
+
+
+@contextmanager
+def _in_terminal() -> Iterator[Callable[[int, int], None]]:
     import rich.progress
     from rich.console import Console
 
@@ -32,9 +54,7 @@ def bar() -> Iterator[Callable[[int, int], None] | None]:
         rich.progress.TextColumn("{task.fields[rows]}", justify="right"),
         rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    shown = rich.progress.Progress(*columns, console=Console(stderr=True), expand=True)
-    with warnings.catch_warnings(), shown:
-        warnings.simplefilter("ignore")  # in a notebook without ipywidgets
+    with rich.progress.Progress(*columns, console=Console(stderr=True), expand=True) as shown:
         task: Any = None
 
         def progress(done: int, rows: int) -> None:

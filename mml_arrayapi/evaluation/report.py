@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -68,12 +69,25 @@ def comparison(figures: Evaluation, before: dict[str, Any], name: str) -> str:
         What to call the old ones.
     """
     lines = [f"{'':<15}{'now':>15}{'before':>15}{'change':>15}   before: {name}"]
-    for key in ("loss", *SHARES):
-        new, old = getattr(figures, key), before[key]
-        shown = [percent(v) if key in SHARES else f"{v:.6g}" for v in (new, old)]
-        change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
-        lines.append(f"{key.replace('_', ' '):<15}{shown[0]:>15}{shown[1]:>15}{change:>15}")
+    for key, new, old, change, _ in _changes(figures, before):
+        lines.append(f"{key.replace('_', ' '):<15}{new:>15}{old:>15}{change:>15}")
     return "\n".join(lines)
+
+
+def _changes(figures: Evaluation, before: dict[str, Any] | None) -> Iterator[list[str]]:
+    """Yield each figure's name, itself, the one before, the change, and what to think of that."""
+    for key in ("loss", *SHARES):
+        new = getattr(figures, key)
+        shown = percent if key in SHARES else "{:.6g}".format
+        if before is None:
+            yield [key, shown(new), "", "", ""]
+            continue
+        old = before[key]
+        better = (new > old) == (key == "accuracy")
+        style = ("better" if better else "worse") if new > old or new < old else ""
+        change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
+        change = "-" if math.isnan(new - old) else change
+        yield [key, shown(new), shown(old), change, style]
 
 
 def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = None) -> str:
@@ -121,18 +135,12 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
         headings=headings[: 6 if old else 5],
         rows=[[_cell(v, i) for i, v in enumerate(row)] for row in data[:ROWS]],
         table_note=f"{min(ROWS, len(data)):,} of {len(data):,} classes",
-        pairs=figures.pairs() if len(figures.pairing) > 1000 else _all_pairs(figures),
+        pairs=figures.pairs(1000),
         command=command,
         data=data,
         page=ROWS,
         percent_columns=[3, 4],
     )
-
-
-def _all_pairs(figures: Evaluation) -> list[str]:
-    from mml_arrayapi.evaluation.figures import pair
-
-    return [" with ".join(pair(line)) for line in figures.pairing]
 
 
 def _title(figures: Evaluation) -> str:
@@ -142,27 +150,15 @@ def _title(figures: Evaluation) -> str:
 
 
 def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
-    told = [
-        ("loss", f"{figures.loss:.6g}", f"loss ({figures.reduction})"),
-        ("accuracy", percent(figures.accuracy), "accuracy: target has the highest score"),
-        (
-            "inside_margin",
-            percent(figures.inside_margin),
-            "inside the margin: another class within",
-        ),
+    labels = {
+        "loss": f"loss ({figures.reduction})",
+        "accuracy": "accuracy: target has the highest score",
+        "inside_margin": "inside the margin: another class within",
+    }
+    cards: list[Any] = [
+        (new, labels[key], old, (change, style))
+        for key, new, old, change, style in _changes(figures, before)
     ]
-    cards: list[Any] = []
-    for key, value, label in told:
-        if before is None:
-            cards.append((value, label, "", None))
-            continue
-        old, new = before[key], getattr(figures, key)
-        change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
-        better = (new > old) == (key == "accuracy")
-        style = ("better" if better else "worse") if new > old or new < old else ""
-        cards.append(
-            (value, label, percent(old) if key in SHARES else f"{old:.6g}", (change, style))
-        )
     samples = f"samples in {len(figures.classes):,} classes"
     old = "" if before is None else f"{before['samples']:,}"
     cards.append((f"{figures.samples:,}", samples, old, ("", "")))

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi.evaluation.errors import InputError, require
@@ -79,9 +80,9 @@ def evaluate(
         The number of threads or processes, as many as the CPUs and the memory allowed to this
         process suffice for if left out; of a cluster, how many workers to wait for.
     chunk_size : int, optional
-        The number of rows per batch; about 4 million scores if left out. What is stored together
-        (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz`` array) is not torn
-        apart.
+        The number of rows per batch; about 2 million scores and at least 64 rows if left out. What
+        is stored together (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz``
+        array) is not torn apart.
     checkpoint : path or URL, optional
         A folder for a journal of the finished batches. A run that was killed is resumed there.
     timeout : float, default 300
@@ -125,9 +126,7 @@ def evaluate(
     from mml_arrayapi.evaluation.metrics import MetricState, count_batch
 
     loss = _check(p, margin, weight, reduction, backend, ignore_index)
-    for name, value in (("workers", workers), ("chunk_size", chunk_size), ("timeout", timeout)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, but is {value}")
+    _check_options(axis, workers, chunk_size, timeout, progress)
     if unwritten_chunks not in (None, "error", "fill"):
         raise ValueError(f"unwritten_chunks must be 'error' or 'fill', but is {unwritten_chunks!r}")
     rules = Rules(ignore_index, unwritten_chunks)
@@ -173,6 +172,20 @@ def evaluate(
                 progress(done, data.n_rows)
     data.check_versions()
     return figures_of(total, data, loss, reduction, kernel, names, dict(sorted(nan.items())))
+
+
+def _check_options(axis: Any, workers: Any, chunk_size: Any, timeout: Any, progress: Any) -> None:
+    given = (("axis", axis), ("workers", workers), ("chunk_size", chunk_size), ("timeout", timeout))
+    for name, value in given:
+        if value is None and name in ("workers", "chunk_size"):
+            continue
+        kind = (Real, "a number") if name == "timeout" else (Integral, "an integer")
+        if isinstance(value, bool) or not isinstance(value, kind[0]):
+            raise TypeError(f"{name} must be {kind[1]}, but is {value!r}")
+        if name != "axis" and not float(value) > 0:
+            raise ValueError(f"{name} must be positive, but is {value}")
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be a callable, True or False, but is {progress!r}")
 
 
 def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mml_arrayapi import Kernel, registry
+from mml_arrayapi import Kernel, LossAccumulator, registry
 from mml_arrayapi.conformance import Context, all_checks
 from mml_arrayapi.conformance.suite import FAIL, MISSING, NOT_RUN, PASS, UNSUPPORTED
 from tests.conformance.broken import kernels, libraries
@@ -28,8 +28,9 @@ def test_nothing_is_found_where_nothing_is_wrong(name, kernel, registered):
     if kernel == "plain":
         registered(kernels.kernel("", LIBRARY))
     backend = kernels.name_of("") if kernel == "plain" else "generic"
+    xp = libraries.READABLE if name.startswith("accumulators") else libraries.SOUND
     for dtype in ("float32", "float64", "float16") if CHECKS[name].every_dtype else ("float32",):
-        result = outcome(name, libraries.SOUND, dtype, backend=backend)
+        result = outcome(name, xp, dtype, backend=backend)
         assert result.state in (PASS, NOT_RUN), result
 
 
@@ -77,6 +78,8 @@ def test_every_check_that_judges_numbers_finds_something():
         "valid targets pass in every mode",
         "nothing is computed before it is asked for",
         "libraries agree with each other",
+        "chunks of ignored samples cost nothing",
+        "accumulators leave ignored samples out",
     }
 
 
@@ -106,6 +109,66 @@ def test_libraries_that_disagree(registered):
     bad = outcome(name, libraries.SOUND, backend=kernels.name_of(fault), other=other)
     assert (good.state, bad.state) == (PASS, FAIL)
     assert outcome(name, libraries.SOUND).reason == "give a second --xp to compare with"
+
+
+def test_a_mean_of_the_chunks_means_is_found(registered):
+    pytest.importorskip("dask.array", reason="Dask is not installed")
+
+    def loss(problem):
+        if problem.reduction != "mean":
+            return registry.GENERIC.loss(problem)
+        parts = [slice(i, i + 2) for i in range(0, problem.target.shape[0], 2)]
+        means = [
+            registry.GENERIC.loss(
+                problem._replace(input=problem.input[part], target=problem.target[part])
+            )
+            for part in parts
+        ]
+        return problem.xp.nanmean(problem.xp.stack(means))
+
+    def loss_and_grad(problem, grad_output):
+        return loss(problem), registry.GENERIC.loss_and_grad(problem, grad_output)[1]
+
+    features = frozenset({"ignore_index"})
+    registered(
+        Kernel("mean-of-means", "dask", lambda _: None, loss, loss_and_grad, supports=features)
+    )
+    name = "chunks of ignored samples cost nothing"
+    assert outcome(name, "dask").state == PASS
+    result = outcome(name, "dask", backend="mean-of-means")
+    assert (result.state, result.reason[:8]) == (FAIL, "p=1, chu")
+    assert ".rechunk((2, 9))" in result.snippet
+    assert outcome(name, libraries.SOUND).reason == "arrays of sound have no chunks"
+
+
+class _CountsAll(LossAccumulator):
+    count = 6
+
+
+class _AveragesAll(LossAccumulator):
+    def compute(self, reduction="mean"):
+        return super().compute(reduction) / (2 if reduction == "mean" else 1)
+
+
+class _AddsIgnored(LossAccumulator):
+    def compute(self, reduction="mean"):
+        return super().compute(reduction) + (1 if reduction == "sum" else 0)
+
+
+@pytest.mark.parametrize("broken", [_CountsAll, _AveragesAll, _AddsIgnored])
+def test_accumulators_that_take_ignored_samples_in(broken, monkeypatch):
+    name = "accumulators leave ignored samples out"
+    assert outcome(name, "numpy").state == PASS
+    monkeypatch.setattr("mml_arrayapi.LossAccumulator", broken)
+    assert outcome(name, "numpy").state == FAIL
+
+
+def test_accumulators_run_the_kernel_that_is_asked_for(registered):
+    fault = "differs from the generic code"
+    registered(kernels.kernel(fault, LIBRARY))
+    name = "accumulators leave ignored samples out"
+    assert outcome(name, libraries.READABLE, backend="generic").state == PASS
+    assert outcome(name, libraries.READABLE, backend=kernels.name_of(fault)).state == FAIL
 
 
 def test_modes_that_give_different_losses(registered):

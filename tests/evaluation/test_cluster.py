@@ -159,7 +159,7 @@ def test_a_worker_that_hangs(folder, client, wanted):
     victims = pids(client)
     stop = at(5, lambda: os.kill(victims[0], signal.SIGSTOP))
     try:
-        assert run(folder, client.scheduler.address, timeout=1, progress=stop) == wanted
+        assert run(folder, client.scheduler.address, timeout=2, progress=stop) == wanted
     finally:
         os.kill(victims[0], signal.SIGCONT)
 

@@ -1,5 +1,6 @@
 """Every format and every place where data is kept: read right, with the same bits."""
 
+import gc
 import io
 import json
 import os
@@ -292,6 +293,13 @@ def served(files):
     server.shutdown()
     thread.join()
     server.server_close()
+    close_sessions(pytest.importorskip("fsspec.implementations.http").HTTPFileSystem)
+
+
+def close_sessions(kind):
+    """Have fsspec's sessions collected here, where the warning that they are open is expected."""
+    kind.clear_instance_cache()
+    gc.collect()
 
 
 # Arrow leaves it to the collector to close copies of files.
@@ -406,11 +414,13 @@ def bucket(monkeypatch):
     fs = s3fs.S3FileSystem()
     fs.mkdir("bucket")
     yield fs
-    s3fs.S3FileSystem.clear_instance_cache()
+    close_sessions(s3fs.S3FileSystem)
     server.stop()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_s3(arrays, files, wanted, bucket):
     write_everything(bucket, "bucket/run", arrays)
     read_everything("s3://bucket/run", wanted)

@@ -48,7 +48,7 @@ def test_sample_weights(arrays, losses):
     ours = mml.LossAccumulator()
     ours.update(*arrays, sample_weight=weights)
     assert ours.compute() == figures.loss
-    for size in (1, 33, None):
+    for size in (33, None):
         assert mml.evaluate(*arrays, sample_weight=weights, chunk_size=size) == figures
 
 
@@ -83,11 +83,10 @@ def save(path, array):
     return path
 
 
-@pytest.mark.parametrize("label", [-100, -1, 2, 255])
-@pytest.mark.parametrize("dtype", ["int64", "int16", "uint8"])
+@pytest.mark.parametrize(
+    ("label", "dtype"), [(-100, "int64"), (-1, "int16"), (2, "int64"), (255, "uint8")]
+)
 def test_ignored_samples_leave_no_trace(arrays, label, dtype):
-    if label < 0 and dtype == "uint8":
-        pytest.skip("uint8 holds no such label")
     scores, target = arrays[0].copy(), arrays[1].astype(dtype)
     target[::3] = label
     scores[::3, 1] = np.nan
@@ -95,7 +94,7 @@ def test_ignored_samples_leave_no_trace(arrays, label, dtype):
     if label == 2:
         scores[~kept, 1] = np.nan
     wanted = mml.evaluate(scores[kept], target[kept])
-    for size in (1, 40, None):
+    for size in (40, None):
         figures = mml.evaluate(scores, target, ignore_index=label, chunk_size=size)
         assert (figures.loss, figures.classes) == (wanted.loss, wanted.classes)
         assert figures.histogram == wanted.histogram
@@ -140,7 +139,7 @@ def test_too_many_confusions_are_not_kept(monkeypatch):
 
 def test_the_worst_samples(arrays, files, losses):
     order = sorted(range(N), key=lambda i: (-losses[i], i))[:20]
-    for size in (1, 37, None):
+    for size in (37, None):
         figures = mml.evaluate("x.npy", "y.npy", chunk_size=size)
         assert [s.row for s in figures.worst] == order
     first = figures.worst[0]

@@ -421,3 +421,197 @@ def test_checksums_of_pages_are_verified(arrays, files, fails):
         file.seek(1000)
         file.write(b"\x01")
     assert "p.parquet: rows 0 to 699 cannot be read (" in fails("p.parquet", "y.npy")
+
+
+# Odd inputs.
+
+
+def test_the_same_scores_twice(arrays, files, fails):
+    parts("part", arrays[0], 2)
+    with pytest.raises(mml.InputError, match=r"part-1\.npy: is given twice; its samples would"):
+        mml.evaluate(["part-*.npy", "part-1.npy"], "y.npy")
+    half = np.split(arrays[0], 2)
+    assert mml.evaluate(half * 2, ["y.npy", "y.npy"]).samples == 2 * N  # labels may serve twice
+
+
+def test_an_empty_path_is_not_this_folder(arrays, files, fails):
+    parquet("p.parquet", logits=list(arrays[0]), label=arrays[1])
+    assert "'': the path is empty; give that of a file" in fails("", "y.npy")
+    assert "'': the path is empty" in fails("x.npy", "")
+    with pytest.raises(TypeError, match="targets must be a path, an array, or a list of those, bu"):
+        mml.evaluate("x.npy", None)
+
+
+def test_an_item_where_there_is_one_array(files, fails):
+    assert "x.npy: has no array 'logits'" in fails("x.npy#logits", "y.npy")
+
+
+def test_members_of_archives_that_are_no_arrays_or_two(arrays, files, fails, wanted):
+    import zipfile
+
+    with zipfile.ZipFile("x.npz", "w") as archive:
+        archive.write("x.npy")
+        archive.writestr("readme.txt", "text")
+        assert archive.namelist() == ["x.npy", "readme.txt"]
+    assert mml.evaluate("x.npz", "y.npy") == wanted
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("x.npz", "a") as archive:
+        archive.write("y.npy", "x.npy")
+    assert "x.npz: has no array 'x'; name the one with the scores" in fails("x.npz#x", "y.npy")
+
+
+def test_labels_of_several_integer_types(arrays, files, wanted):
+    target = arrays[1]
+    for kinds in (("i1", "u4"), (">i2", "<i8"), ("u1", "u8")):
+        for i, kind in enumerate(kinds):
+            np.save(f"label-{i}.npy", target[350 * i : 350 * i + 350].astype(kind))
+        assert mml.evaluate("x.npy", "label-*.npy") == wanted
+    np.save("label-0.npy", target[:350].astype("i1"))  # as floats, as NumPy joins them, they round
+    with pytest.raises(mml.InputError, match="targets: no integer type holds those of int8 and ui"):
+        mml.evaluate("x.npy", "label-*.npy")
+
+
+@pytest.mark.parametrize("kind", ["f8", "U3", "?", "M8[s]", "O", "c8"])
+def test_labels_that_are_no_integers(arrays, files, fails, kind):
+    np.save("z.npy", arrays[1].astype(kind), allow_pickle=True)
+    assert "z.npy: " in fails("x.npy", "z.npy")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.filterwarnings("ignore")  # consolidated metadata is not in Zarr's specification
+def test_consolidated_metadata_that_is_stale(arrays, files, wanted, version):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group("s.zarr", mode="w", zarr_format=version)
+    for name, array in (("x", arrays[0]), ("y", arrays[1])):
+        made = group.create_array(
+            name, shape=(600, *array.shape[1:]), chunks=(100, *array.shape[1:]), dtype=array.dtype,
+            fill_value=9,
+        )  # fmt: skip
+        made[...] = array[:600]
+    zarr.consolidate_metadata("s.zarr")
+    for name, array in (("x", arrays[0]), ("y", arrays[1])):
+        made = zarr.open_array(f"s.zarr/{name}", mode="r+")
+        made.resize(array.shape)
+        made[600:] = array[600:]
+    assert mml.evaluate("s.zarr#x", "s.zarr#y") == wanted
+
+
+@pytest.mark.parametrize("dtype", [bool, str])
+@pytest.mark.filterwarnings("ignore")
+def test_labels_of_zarr_that_are_no_numbers(arrays, files, fails, dtype):
+    zarr_file("y.zarr", arrays[1].astype(dtype), fill_value=dtype())
+    assert "y.zarr: targets must be integers, but are" in fails("x.npy", "y.zarr")
+
+
+def test_links_layouts_and_virtual_datasets_of_hdf5(arrays, files, fails, wanted):
+    h5py = pytest.importorskip("h5py")
+    scores, target = arrays
+    with h5py.File("s.h5", "w") as file:
+        file["x"] = scores.astype(">f4")
+        file["link"], file["nothing"] = h5py.SoftLink("/x"), h5py.SoftLink("/none")
+        layout = h5py.VirtualLayout((N, C), "f4")
+        layout[:] = h5py.VirtualSource("gone.h5", "x", shape=(N, C))
+        file.create_virtual_dataset("virtual", layout)
+        compact = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        compact.set_layout(h5py.h5d.COMPACT)
+        space = h5py.h5s.create_simple((N,))
+        made = h5py.h5d.create(file.id, b"y", h5py.h5t.NATIVE_INT64, space, compact)
+        made.write(h5py.h5s.ALL, h5py.h5s.ALL, target)
+        external = [("x.bin", 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("external", scores.shape, "f4", external=external)[...] = scores
+    for name in ("x", "link", "external"):
+        assert mml.evaluate(f"s.h5#{name}", "s.h5#y", chunk_size=300) == wanted
+    assert "s.h5: has no array 'nothing'" in fails("s.h5#nothing", "y.npy")
+    assert "s.h5#virtual: is virtual: rows of files that are missing" in fails(
+        "s.h5#virtual", "y.npy"
+    )
+    assert mml.evaluate("s.h5#virtual", "y.npy", unwritten_chunks="fill").loss == np.float32(5 / 6)
+
+
+def test_an_integer_among_the_columns_of_scores(arrays, files, fails):
+    names = [f"c{i}" for i in range(C)]
+    parquet("p.parquet", **by_class(arrays[0], names), count=arrays[1])
+    line = fails("p.parquet#c*", "y.npy")
+    assert "p.parquet: some of its columns are floats, some are not: c0 (float), " in line
+
+
+def odd_columns():
+    import decimal
+
+    pa = pytest.importorskip("pyarrow")
+    numbers = list(range(N))
+    return {
+        "null": (pa.array([None, *numbers[1:]]), "column 'y' has empty values; fill or drop"),
+        "decimal": (pa.array(map(decimal.Decimal, numbers), pa.decimal128(9, 0)), "but are object"),
+        "time": (pa.array(numbers, pa.timestamp("us")), "but are datetime64[us]"),
+        "duration": (pa.array(numbers, pa.duration("us")), "but are timedelta64[us]"),
+        "text": (pa.array(map(str, numbers)).dictionary_encode(), "but are object"),
+        "bool": (pa.array([True] * N), "but are bool"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["null", "decimal", "time", "duration", "text", "bool"])
+def test_columns_that_are_no_labels(files, fails, kind):
+    column, message = odd_columns()[kind]
+    parquet("p.parquet", y=column)
+    assert message in fails("x.npy", "p.parquet#y")
+
+
+@pytest.mark.parametrize("kind", ["null list", "null score", "nested", "integers"])
+def test_columns_that_are_no_scores(arrays, files, fails, kind):
+    rows = arrays[0].tolist()
+    made = {
+        "null list": [None, *rows[1:]],
+        "null score": [[None] * C, *rows[1:]],
+        "nested": [[row] for row in rows],
+        "integers": [[1] * C] * N,
+    }
+    parquet("p.parquet", x=made[kind])
+    assert "p.parquet" in fails("p.parquet#x", "y.npy")
+
+
+def test_what_spark_leaves_beside_its_parts(arrays, files, wanted):
+    os.mkdir("folder")
+    for i in (10, 2):
+        rows = slice(0, 350) if i == 2 else slice(350, N)
+        parquet(f"folder/part-{i}.parquet", logits=list(arrays[0][rows]), label=arrays[1][rows])
+    for name in ("_SUCCESS", "_metadata", ".part-2.parquet.crc", "_temporary.parquet"):
+        open(f"folder/{name}", "w").close()
+    for folder in ("folder", "folder/"):
+        assert mml.evaluate(folder, folder) == wanted
+
+
+def test_names_with_odd_characters(arrays, files, wanted):
+    os.mkdir("a b#c%20[1]")
+    np.save("a b#c%20[1]/x 1.npy", arrays[0])
+    np.savez("a b#c%20[1]/h#.npz", k=arrays[0], j=arrays[0])
+    np.save("x[1].npy", arrays[0])
+    np.save("x1.npy", arrays[0][:3])
+    os.symlink("x.npy", "link.npy")
+    for path in ("a b#c%20[1]/x 1.npy", "a b#c%20[1]/h#.npz#k", "x[1].npy", "link.npy"):
+        assert mml.evaluate(path, "y.npy") == wanted
+
+
+def test_options_of_the_wrong_type(files):
+    for options, message in (
+        ({"workers": 1.5}, "workers must be an integer, but is 1.5"),
+        ({"chunk_size": "10"}, "chunk_size must be an integer, but is '10'"),
+        ({"axis": None}, "axis must be an integer, but is None"),
+        ({"timeout": "3"}, "timeout must be a number, but is '3'"),
+        ({"progress": 1}, "progress must be a callable, True or False, but is 1"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            mml.evaluate("x.npy", "y.npy", **options)
+
+
+def test_safetensors_by_hand(arrays, files, fails, wanted):
+    import json
+
+    for at, message in ((0, ""), (-8, "s.safetensors: 8 bytes follow it"), (8, "cannot be read")):
+        places = [at, at + arrays[0].nbytes]
+        told = json.dumps({"x": {"dtype": "F32", "shape": [N, C], "data_offsets": places}})
+        with open("s.safetensors", "wb") as file:
+            file.write(len(told).to_bytes(8, "little") + told.encode() + arrays[0].tobytes())
+        if message:
+            assert message in fails("s.safetensors", "y.npy")
+        else:
+            assert mml.evaluate("s.safetensors", "y.npy") == wanted

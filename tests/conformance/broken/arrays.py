@@ -75,6 +75,13 @@ for _name in _OPERATORS:
 Array.__hash__ = object.__hash__
 
 
+class ReadableArray(Array):
+    """One that NumPy can read, as accumulators must."""
+
+    def __array__(self, dtype=None, copy=None):
+        return self.a
+
+
 class LazyArray(Array):
     """The same, but its values can be had by ``compute()`` only."""
 

@@ -2,7 +2,13 @@
 
 import array_api_compat.numpy as np
 
-from tests.conformance.broken.arrays import Array, ComputingArray, LazyArray, Namespace
+from tests.conformance.broken.arrays import (
+    Array,
+    ComputingArray,
+    LazyArray,
+    Namespace,
+    ReadableArray,
+)
 
 
 def _narrow_targets(x, dtype, **keywords):
@@ -82,6 +88,7 @@ LIBRARIES = {
 }  # fmt: skip
 
 SOUND = Namespace("sound")
+READABLE = Namespace("sound", ReadableArray)  # accumulators want to read
 LAZY = Namespace("lazy", LazyArray)
 EAGER_TO_COMPUTE = Namespace("eager_to_compute", ComputingArray)
 WITHOUT_ANY = Namespace("without_any", any=None)
