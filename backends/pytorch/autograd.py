@@ -289,7 +289,6 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
 # What the operators return in shape and type alone, for compilers and tensors without values.
 
 
-@torch.library.register_fake(_loss, lib=_library)
 def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     options, keep_mask = options[:-1], options[-1]
     loss = input.new_empty(target.shape if options[2] == "none" else ())
@@ -298,16 +297,22 @@ def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Ten
     return loss, _empty_mask(_engines[input.device.type], input, target, options)
 
 
-@torch.library.register_fake(_gradient, lib=_library)
 def _fake_gradient(_: Any, input: Any, *__: Any) -> Tensor:
     return torch.empty_like(input)
 
 
-@torch.library.register_fake(_loss_and_grad, lib=_library)
 def _fake_loss_and_grad(
     input: Any, target: Any, weight: Any, _: Any, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return _fake_loss(input, target, weight, *options, False)[0], torch.empty_like(input)
+
+
+for _operator, _fake in (
+    (_loss, _fake_loss),
+    (_gradient, _fake_gradient),
+    (_loss_and_grad, _fake_loss_and_grad),
+):
+    torch.library.register_fake(_operator, _fake, lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------

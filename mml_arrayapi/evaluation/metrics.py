@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TILE = 2**17  # scores looked at together: what is derived from them stays in the cache
-ROWS = 2**18  # rows counted together: what is kept of each is about 100 bytes
+ROWS = 2**17  # rows counted together: what is kept of each is about 100 bytes
 BLOCK = 2**23  # scores counted together: a kernel may need several times their memory
 MANY_CLASSES = 2**12  # from here on a look at each row costs less than a copy of it
 FEW_CLASSES = 16  # up to here the highest score is found class by class, for all rows at once
@@ -402,10 +402,11 @@ def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
     with np.errstate(over="ignore", under="ignore"):
         told: Any = (lead / np.float64(unit)).view(np.int64)
     sign = told >> 63
-    told = told & np.iinfo(np.int64).max
+    told &= np.iinfo(np.int64).max
     told ^= sign
     told -= sign  # integers of the floats' order; shifting rounds down
-    found = _frequencies(told >> (52 - STEPS))
+    told >>= 52 - STEPS
+    found = _frequencies(told)
     return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
 
 
