@@ -202,8 +202,9 @@ def test_equals_float64_reference_under_sanitizers(builds, variant):
     assert int(done.stdout.split()[0]) > 120
 
 
-TILES = [(32, 1, n) for n in (1, 2, 8, 10, 16, 24, 31)]
-TILES += [(17, 1, 10), (16, 2, 8), (17, 1, 31), (64, 1, 10), (64, 2, 16), (64, 0, 5), (64, 1, 24)]
+# One number of classes read by 1, 2 and 4 elements for each size; those of 16 bytes are permuted.
+TILES = [(32, 1, n) for n in (1, 10, 16, 31)]
+TILES += [(17, 1, 10), (16, 2, 8), (64, 1, 10), (64, 0, 5), (64, 2, 24)]
 
 
 @pytest.mark.parametrize(
