@@ -452,8 +452,8 @@ def _resolve(check_target: str, library: Library, target: Array) -> str:
     if value_access == TRACED:
         raise ValueError(
             "check_target='raise' needs the values of target, but target is being traced (jit, "
-            "vmap, compile, meta or fake tensors) and has none yet; accepted here are 'auto' and "
-            "'nan'"
+            "vmap, compile, meta or fake tensors, tensors that hold others) and has none to read; "
+            "accepted here are 'auto' and 'nan'"
         )
     return "raise"
 

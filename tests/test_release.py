@@ -44,3 +44,14 @@ def test_the_extras_in_the_readme_are_those_there_are():
     table = README.partition("| extra | installs |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`([a-z0-9]+)`", table.replace("`mml-arrayapi", "")))
     assert named == set(PROJECT["optional-dependencies"])
+
+
+def test_the_workflows_run_sessions_that_exist():
+    """``nox -s workflows`` checks the rest of them, by actionlint."""
+    defined = set(re.findall(r"^def (\w+)\(session\)", (ROOT / "noxfile.py").read_text(), re.M))
+    named = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text("utf-8")
+        for words in re.findall(r"nox -s ([a-z]+)|session: \[(.+)\]", text):
+            named |= set(re.findall(r"[a-z]+", " ".join(words)))
+    assert named == defined

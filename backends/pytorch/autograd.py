@@ -21,6 +21,7 @@ from mml_arrayapi import formula
 from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.backends.pytorch.state import (
     below_autograd,
+    is_dynamo_compiling,
     is_grad_enabled,
     ordinary,
     readable,
@@ -99,6 +100,8 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         return state.why_generic() or engine.refuses(problem)
 
     def direct(input: Any, target: Any, weight: Any, options: Options) -> Tensor | None:
+        if is_dynamo_compiling():
+            return _in_graph(input, target, weight, *options) if engine.device == "cpu" else None
         if (
             not ordinary()
             or not getattr(input, on_device)
@@ -161,6 +164,57 @@ for _name, _signature in zip(_NAMES, _SIGNATURES, strict=True):
 _loss = torch.ops.mml_arrayapi.multi_margin_loss.default
 _gradient = torch.ops.mml_arrayapi.multi_margin_loss_backward.default
 _loss_and_grad = torch.ops.mml_arrayapi.multi_margin_loss_and_grad.default
+
+
+def _in_graph(
+    input: Any, target: Any, weight: Any, p: Any, margin: Any, reduction: Any,
+    ignore_index: Any, axis: Any, check_target: Any,
+) -> Tensor | None:  # fmt: skip
+    """Put the operator into torch.compile's graph; None for a call that is not plainly right.
+
+    Each name that is looked up while tracing is checked again before every compiled call: those of
+    all the checks took 28 of 105 microseconds.
+    """
+    if (
+        not input.is_cpu
+        or not input.is_floating_point()
+        or input.itemsize == 1
+        or input.layout is not torch.strided
+        or type(target) is not torch.Tensor
+        or not target.is_cpu
+        or target.dtype is not torch.int64
+        or not 0 < target.ndim + 1 == input.ndim <= 16
+        or target.shape != input.shape[:-1]
+        or input.shape[-1] == 0
+    ):
+        return None
+    if weight is not None and (
+        type(weight) is not torch.Tensor
+        or weight.dtype is not input.dtype
+        or not weight.is_cpu
+        or weight.shape != input.shape[-1:]
+        or weight.requires_grad
+    ):
+        return None
+    if (
+        type(p) not in (int, float)
+        or not 1 <= p < 1000
+        or type(margin) not in (int, float)
+        or not -1e9 < margin < 1e9
+        or type(reduction) is not str
+        or reduction not in ("none", "mean", "sum")
+        or not (ignore_index is None or type(ignore_index) is int)
+        or type(axis) is not int
+        or axis not in (-1, input.ndim - 1)
+        or type(check_target) is not str
+        or check_target not in ("auto", "nan")
+    ):
+        return None
+    input = under_autocast(input)
+    keep_mask = p == 1 and input.requires_grad and is_grad_enabled()
+    axis = input.ndim - 1
+    options = float(p), float(margin), reduction, ignore_index, axis, "nan"
+    return _loss(input, target, weight, *options, keep_mask)[0]
 
 
 def _implement(engine: Engine) -> None:
@@ -235,7 +289,6 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
 # What the operators return in shape and type alone, for compilers and tensors without values.
 
 
-@torch.library.register_fake(_loss, lib=_library)
 def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     options, keep_mask = options[:-1], options[-1]
     loss = input.new_empty(target.shape if options[2] == "none" else ())
@@ -244,16 +297,22 @@ def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Ten
     return loss, _empty_mask(_engines[input.device.type], input, target, options)
 
 
-@torch.library.register_fake(_gradient, lib=_library)
 def _fake_gradient(_: Any, input: Any, *__: Any) -> Tensor:
     return torch.empty_like(input)
 
 
-@torch.library.register_fake(_loss_and_grad, lib=_library)
 def _fake_loss_and_grad(
     input: Any, target: Any, weight: Any, _: Any, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return _fake_loss(input, target, weight, *options, False)[0], torch.empty_like(input)
+
+
+for _operator, _fake in (
+    (_loss, _fake_loss),
+    (_gradient, _fake_gradient),
+    (_loss_and_grad, _fake_loss_and_grad),
+):
+    torch.library.register_fake(_operator, _fake, lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,8 +389,7 @@ class _Loss(state.SingleLevelFunction):
             with torch.enable_grad(), below_autograd():  # outer levels of torch.func go on deriving
                 made = _loss(input, target, weight, *options, keep_mask)
         loss, mask = made
-        ctx.save_for_backward(input, target, weight, mask)
-        ctx.kinds = input.device, input.dtype, input.shape, target.dtype, target.shape
+        _save(ctx, input=input, target=target, weight=weight, mask=mask)
         ctx.options, ctx.engine = options, engine
         ctx.set_materialize_grads(False)
         return loss if engine is not None else made
@@ -345,11 +403,8 @@ class _Loss(state.SingleLevelFunction):
 
 def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     """Return the gradient for the scores, from whatever autograd hands back."""
-    input, target, weight, mask = ctx.saved_tensors
-    device, dtype, shape, target_dtype, target_shape = ctx.kinds
-    input = _as_saved("input", input, device, dtype, shape)
-    target = _as_saved("target", target, device, target_dtype, target_shape)
-    arguments = grad_output, input, target, weight, mask
+    arguments = grad_output, *_saved(ctx)
+    input, target, weight = arguments[1:4]
     p, margin, reduction, ignore_index, axis, _ = ctx.options
     options = p, margin, reduction, ignore_index, axis % input.ndim, "nan"  # the loss has looked
     if state.is_mapped(grad_output):
@@ -362,19 +417,29 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     return _gradient(*arguments, *options)
 
 
-def _as_saved(
-    name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, shape: torch.Size
-) -> Tensor:
-    """Return what a hook or an assignment to ``.data`` gave back, in the dtype it had."""
-    if tensor.shape != shape:
-        raise RuntimeError(
-            f"{name} had shape {tuple(shape)} when the loss was computed, but comes back for the "
-            f"backward pass with shape {tuple(tensor.shape)} (saved_tensors_hooks, or .data was "
-            f"assigned)"
-        )
-    if tensor.dtype is not dtype or tensor.device != device:
-        tensor = tensor.to(device, dtype)
-    return tensor
+def _save(ctx: Any, **tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors.values())
+    ctx.kinds = {
+        name: None if tensor is None else (tensor.device, tensor.dtype, tensor.shape)
+        for name, tensor in tensors.items()
+    }
+
+
+def _saved(ctx: Any) -> Iterator[Tensor | None]:
+    """Yield what was saved, where hooks or an assignment to ``.data`` changed it as it was."""
+    for tensor, (name, kind) in zip(ctx.saved_tensors, ctx.kinds.items(), strict=True):
+        if kind is None:
+            yield None
+            continue
+        device, dtype, shape = kind
+        if tensor.shape != shape:
+            raise RuntimeError(
+                f"{name} had shape {tuple(shape)} when the loss was computed, but comes back for "
+                f"the backward pass with shape {tuple(tensor.shape)} (saved_tensors_hooks, or "
+                f".data was assigned)"
+            )
+        changed = tensor.dtype is not dtype or tensor.device != device
+        yield tensor.to(device, dtype) if changed else tensor
 
 
 class _Gradient(state.SingleLevelFunction):
@@ -390,14 +455,14 @@ class _Gradient(state.SingleLevelFunction):
         mask: Tensor | None,
         options: Options,
     ) -> Tensor:
-        ctx.save_for_backward(grad_output, input, target, weight)
+        _save(ctx, grad_output=grad_output, input=input, target=target, weight=weight)
         ctx.options = options
         with torch.enable_grad(), below_autograd():
             return _gradient(grad_output, input, target, weight, mask, *options)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
-        arguments = tangent, *ctx.saved_tensors, ctx.options
+        arguments = tangent, *_saved(ctx), ctx.options
         of_upstream, of_input, *_ = ctx.needs_input_grad
         return (
             _for_upstream(*arguments) if of_upstream else None,

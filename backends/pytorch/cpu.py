@@ -55,7 +55,7 @@ def grad(
 ) -> Tensor | None:
     """Compute the gradient; see :class:`Engine`."""
     into = empty_like(input, requires_grad=False)
-    bits = _written(mask, input, target, options)
+    bits = _written(mask, input, options)
     return native.grad(input, target, weight, options, into, grad_output, bits, get_num_threads)
 
 
@@ -80,12 +80,12 @@ def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]
     return (rows * ((n_classes + 7) // 8) + 1,)
 
 
-def _written(mask: Tensor | None, input: Tensor, target: Tensor, options: Options) -> Tensor | None:
+def _written(mask: Tensor | None, input: Tensor, options: Options) -> Tensor | None:
     """Return the bits of a mask that has been written for such an input, or None."""
     if mask is None or mask.dtype is not torch.uint8:
         return None
-    shape = mask_shape(input.dtype, target.numel(), input.shape[options[4]])
-    return mask[:-1] if mask.shape == shape and mask[-1] else None
+    size = native.bits_size(input, options)  # 0 for few scores; to read the mark takes longer
+    return mask[:-1] if size and mask.shape == (size + 1,) and mask[-1] else None
 
 
 def _new_mask(input: Tensor, options: Options) -> Tensor | None:

@@ -40,10 +40,10 @@ single_level: Callable[[], AbstractContextManager[None]] = enable_single_level_a
 below_autograd: Callable[[], AbstractContextManager[None]] = torch._C._AutoDispatchBelowAutograd
 
 
-class SingleLevelFunction(torch.autograd.Function):
+class SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
     """A Function whose ``apply`` knows nothing of torch.func, which saves 2 microseconds."""
 
-    apply = torch._C._FunctionBase.__dict__["apply"]
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
 def ordinary() -> bool:
@@ -86,20 +86,19 @@ def readable(tensor: torch.Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
         and not _functorch.is_legacy_batchedtensor(tensor)
-        and (
-            tensor.untyped_storage().nbytes()
-            >= (tensor.storage_offset() + _extent(tensor)) * tensor.itemsize
-        )
+        and tensor.untyped_storage().nbytes() >= _end(tensor)
     )
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    """Return how many elements of its storage a tensor spans."""
+def _end(tensor: torch.Tensor) -> int:
+    """Return the byte of its storage before which a tensor ends."""
+    begin = tensor.storage_offset() * tensor.itemsize
     if tensor.is_contiguous():
-        return tensor.numel()
+        return begin + tensor.nbytes
     if not tensor.numel():
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        return begin
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin + (last + 1) * tensor.itemsize
 
 
 def why_not_kernel(name: str, tensor: torch.Tensor, device: str) -> str | None:
@@ -134,18 +133,24 @@ def value_access(tensor: torch.Tensor) -> str:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return TRACED
     tensor = _within_grad(tensor)
-    if tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+    if tensor.device.type == "meta" or _holds_others(tensor):
         return TRACED
     if _functorch.is_functorch_wrapped_tensor(tensor):  # torch.func.vmap
         return TRACED
     return HOST if tensor.device.type == "cpu" else DEVICE
 
 
+def _holds_others(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has no memory of its own: fake and distributed tensors, for example."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def under_autocast(input: torch.Tensor) -> torch.Tensor:
     """Widen 16-bit scores where autocast is on, as it does for PyTorch's own loss."""
-    kind = input.device.type  # PyTorch raises for types that have no autocast, such as meta
-    if input.itemsize == 2 and kind in _AUTOCAST and torch.is_autocast_enabled(kind):
-        return input.float()
+    if input.itemsize == 2:
+        kind = input.device.type  # PyTorch raises for types that have no autocast, such as meta
+        if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+            return input.float()
     return input
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from mml_arrayapi.evaluation.formats import (
 Array = Any
 
 BATCH = 2**21  # scores read at a time, unless told otherwise: 8 MB of float32
+ROWS = 64  # read at a time at least: of each batch the worst samples are looked at once more
 CHUNKS = 8  # decoded chunks (of labels: scores are cut where chunks begin) kept for other batches
 
 _lock = Lock()
@@ -223,11 +225,8 @@ class Dataset(NamedTuple):
     @property
     def samples_per_row(self) -> int:
         """How many samples a row has, where the scores have more than two axes."""
-        counts = [n for i, n in enumerate(self.shape) if i not in (self.axis, self.rows_axis)]
-        made = 1
-        for n in counts:
-            made *= n
-        return made
+        axes = (self.axis, self.rows_axis)
+        return math.prod(n for i, n in enumerate(self.shape) if i not in axes)
 
     @property
     def is_lazy(self) -> bool:
@@ -237,12 +236,8 @@ class Dataset(NamedTuple):
     def largest_batch(self) -> int:
         """Return the bytes of the scores of the largest batch."""
         rows = max((batch.stop - batch.start for batch in self.batches), default=0)
-        return (
-            rows
-            * self.samples_per_row
-            * self.n_classes
-            * int(self.shards[SCORES][0].dtype.itemsize)
-        )
+        per_row = self.samples_per_row * self.n_classes
+        return rows * per_row * int(self.shards[SCORES][0].dtype.itemsize)
 
     def place(self, sample: int) -> tuple[str, int, tuple[int, ...]]:
         """Return a sample's file, its row there, and its position in the whole."""
@@ -357,7 +352,7 @@ def open_dataset(
             )
         _check_lengths(scores, shards, data.rows_axis)
     per_row = max(1, data.n_classes * data.samples_per_row)
-    step = max(1, BATCH // per_row) if chunk_size is None else chunk_size
+    step = max(ROWS, BATCH // per_row) if chunk_size is None else chunk_size
     return data._replace(batches=list(_batches(data, step)))
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 TILE = 2**17  # scores looked at together: what is derived from them stays in the cache
-ROWS = 2**18  # rows counted together: what is kept of each is about 100 bytes
+ROWS = 2**17  # rows counted together: what is kept of each is about 100 bytes
+BLOCK = 2**23  # scores counted together: a kernel may need several times their memory
+MANY_CLASSES = 2**12  # from here on a look at each row costs less than a copy of it
 FEW_CLASSES = 16  # up to here the highest score is found class by class, for all rows at once
 STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
 WORST = 20  # samples that are kept as the worst, and as the first that are NaN
@@ -169,8 +171,9 @@ class MetricState:
                 target = np.where(ignored, 0, target)
         if len(target) and not (target.min() >= 0 and target.max() < scores.shape[1]):
             raise_invalid_target(target, scores.shape[1])
-        for start in range(0, len(target) if keep is None else len(keep), ROWS):
-            rows: Any = slice(start, min(start + ROWS, len(target)))
+        step = max(64, min(ROWS, BLOCK // scores.shape[1]))
+        for start in range(0, len(target) if keep is None else len(keep), step):
+            rows: Any = slice(start, min(start + step, len(target)))
             places = np.arange(rows.start, rows.stop) if keep is None else keep[rows]
             rows = rows if keep is None else places
             weight = None if weights is None else weights[rows]
@@ -378,7 +381,7 @@ def _worst(
     rows = rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
     made = []
     for row in rows.tolist():
-        own, c = scores[row].astype(np.float64), int(target[row])
+        own, c = scores[row].copy(), int(target[row])
         score, shown = float(own[c]), []
         for _ in range(min(SHOWN_SCORES, len(own))):
             best = int(np.argmax(own))
@@ -399,10 +402,11 @@ def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
     with np.errstate(over="ignore", under="ignore"):
         told: Any = (lead / np.float64(unit)).view(np.int64)
     sign = told >> 63
-    told = told & np.iinfo(np.int64).max
+    told &= np.iinfo(np.int64).max
     told ^= sign
     told -= sign  # integers of the floats' order; shifting rounds down
-    found = _frequencies(told >> (52 - STEPS))
+    told >>= 52 - STEPS
+    found = _frequencies(told)
     return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
 
 
@@ -422,25 +426,23 @@ def _look_at(
 
     The lead is the target's score less the highest other one; the rival is the class of that.
 
-    The scores are walked in tiles, so that what is derived from them stays small. These are
-    C-contiguous, whatever the file's order, so that a row is always summed in the same order.
+    The scores are walked in tiles, so that what is derived from them stays in the cache.
     """
     import numpy as np
 
     n, n_classes = scores.shape
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    columns: Any = np.empty((3, n), dtype)
-    losses, own, highest = columns
+    own, highest = np.empty((2, n), dtype)
     rival = np.empty(n, np.int64)
-    step = max(8, TILE // n_classes)
+    step = max(4, TILE // n_classes)
     others = _others_by_class if n_classes <= FEW_CLASSES else _others_by_row
     options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
     with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
+        scores = np.ascontiguousarray(scores, dtype=dtype)  # each row is summed in the same order
+        losses = np.asarray(sample_losses(scores, target, check_target="nan", **options))
         for start in range(0, n, step):
             rows = slice(start, start + step)
-            tile, classes = np.ascontiguousarray(scores[rows], dtype=dtype), target[rows]
-            losses[rows] = sample_losses(tile, classes, check_target="nan", **options)
-            own[rows], highest[rows], rival[rows] = others(tile, classes)
+            own[rows], highest[rows], rival[rows] = others(scores[rows], target[rows])
         # In the loss's own order of operations; a sample with a NaN counts as inside.
         inside = ~((highest - own) + dtype(loss.margin) <= 0)
         return losses, own - highest, inside, rival
@@ -450,10 +452,25 @@ def _others_by_row(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]
     """Return the target's score, the highest other one (or NaN), and the first class of that."""
     import numpy as np
 
-    rows, others = np.arange(len(tile)), tile.copy()
-    others[rows, target] = -math.inf
-    rival = others.argmax(axis=1)
-    return tile[rows, target], others[rows, rival], rival
+    rows = np.arange(len(tile))
+    if tile.shape[1] < MANY_CLASSES:
+        others = tile.copy()
+        others[rows, target] = -math.inf
+        rival = others.argmax(axis=1)
+        return tile[rows, target], others[rows, rival], rival
+    rival = np.asarray([_highest_other(*one) for one in zip(tile, target.tolist(), strict=True)])
+    return tile[rows, target], tile[rows, rival], rival
+
+
+def _highest_other(row: np.ndarray, target: int) -> int:
+    """Return the class of the highest score but the target's, or of a NaN, without a copy."""
+    found = []
+    if target:
+        found.append(int(row[:target].argmax()))
+    if target + 1 < len(row):
+        found.append(target + 1 + int(row[target + 1 :].argmax()))
+    first, last = found[0], found[-1]
+    return first if row[first] >= row[last] or row[first] != row[first] else last
 
 
 def _others_by_class(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]:

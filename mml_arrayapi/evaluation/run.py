@@ -80,9 +80,9 @@ def evaluate(
         The number of threads or processes, as many as the CPUs and the memory allowed to this
         process suffice for if left out; of a cluster, how many workers to wait for.
     chunk_size : int, optional
-        The number of rows per batch; about 4 million scores if left out. What is stored together
-        (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz`` array) is not torn
-        apart.
+        The number of rows per batch; about 2 million scores and at least 64 rows if left out. What
+        is stored together (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz``
+        array) is not torn apart.
     checkpoint : path or URL, optional
         A folder for a journal of the finished batches. A run that was killed is resumed there.
     timeout : float, default 300

@@ -128,6 +128,25 @@ def test_confusions(arrays):
     assert tie.confusions == ((0, 1, 1), (2, 0, 1))  # a tie is lost to the first of the others
 
 
+@pytest.mark.parametrize("n_classes", [2, 16, 17, 5000])
+def test_the_highest_other_score_of_few_and_of_many_classes(n_classes):
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, n_classes, 90)
+    target[:2] = 0, n_classes - 1
+    scores = rng.integers(-3, 4, (90, n_classes)).astype(np.float32)  # many ties
+    scores[np.arange(0, 90, 2), target[::2]] = 5
+    scores[7, n_classes - 1], scores[9, 0], scores[11, 1] = np.nan, np.inf, -np.inf
+    with np.errstate(invalid="ignore"):
+        lead, rival = leads(scores, target)
+    figures = mml.evaluate(scores, target, chunk_size=70)
+    assert figures.accuracy == np.mean(lead > 0)
+    wrong = lead <= 0
+    counted = Counter(zip(target[wrong].tolist(), rival[wrong].tolist(), strict=True))
+    first = sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:50]
+    assert figures.confusions == tuple((t, o, n) for (t, o), n in first)
+    assert figures.undefined == 90 - np.sum(~np.isnan(lead))
+
+
 def test_too_many_confusions_are_not_kept(monkeypatch):
     from mml_arrayapi.evaluation import metrics
 

@@ -5,6 +5,13 @@ import pytest
 from tests.backends.cuda.conftest import builds  # noqa: F401 - a fixture
 
 
+def compile_whole(function, **options):
+    """Compile a function whole, as Inductor would, but for the machine code: that takes seconds."""
+    import torch
+
+    return torch.compile(function, fullgraph=True, backend="aot_eager_decomp_partition", **options)
+
+
 @pytest.fixture
 def kernels_ran(monkeypatch):
     """The names of the C++ functions that have computed something, in order."""

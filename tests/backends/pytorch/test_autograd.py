@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
+from tests.backends.pytorch.conftest import compile_whole
 from tests.reference import loss_and_grad as reference
 
 torch = pytest.importorskip("torch")
@@ -97,46 +98,16 @@ def test_function_transforms(batch, p):
         assert hessian.abs().sum() > 0
 
 
-@pytest.mark.parametrize("p", P)
-def test_compiled_whole(batch, p):
-    scores, target, weight = batch
-
-    @torch.compile(fullgraph=True)
-    def step(x, y, w):
-        return multi_margin_loss(x, y, p=p, weight=w)
-
-    x = scores.clone().requires_grad_()
-    loss = step(x, target, weight)
-    loss.backward()
-    expected, expected_grad = multi_margin_loss_and_grad(scores, target, p=p, weight=weight)
-    torch.testing.assert_close(loss.detach(), expected)
-    torch.testing.assert_close(x.grad, expected_grad)
-    with_grad = torch.compile(multi_margin_loss_and_grad, fullgraph=True)
-    torch.testing.assert_close(
-        with_grad(scores, target, p=p, weight=weight), (expected, expected_grad)
-    )
-
-
-def test_compiled_with_changing_sizes_and_margins(batch):
-    scores, target, _ = batch
-    step = torch.compile(
-        lambda x, y, margin: multi_margin_loss(x, y, margin=margin), fullgraph=True
-    )
-    for n, margin in ((3, 1.0), (4, 0.5), (5, 0.25)):
-        expected = multi_margin_loss(scores[:n], target[:n], margin=margin)
-        torch.testing.assert_close(step(scores[:n], target[:n], margin), expected)
-
-
 def test_compiled_at_the_kink_the_gradient_is_zero():
     # Written with clamp, as PyTorch's own loss is when compiled, it would be 1 / C.
     x = torch.tensor([[1.0, 2.0, 0.0]], requires_grad=True)
     target = torch.tensor([1])
-    torch.compile(multi_margin_loss, fullgraph=True)(x, target).backward()
+    compile_whole(multi_margin_loss)(x, target).backward()
     assert x.grad.tolist() == [[0, 0, 0]]
 
 
 def test_compiled_targets_out_of_range_and_nan_give_nan():
-    step = torch.compile(multi_margin_loss, fullgraph=True)
+    step = compile_whole(multi_margin_loss)
     x = torch.zeros(3, 4, requires_grad=True)
     loss = step(x, torch.tensor([0, 9, 1]), reduction="none")
     loss.sum().backward()
@@ -163,17 +134,6 @@ def test_tensors_without_values():
             assert grad.shape == (3, 4)
     with FakeTensorMode():
         assert multi_margin_loss(torch.empty(3, 4), torch.empty(3, dtype=torch.int64)).shape == ()
-
-
-def test_export(batch):
-    scores, target, _ = batch
-
-    class Model(torch.nn.Module):
-        def forward(self, x, y):
-            return multi_margin_loss(x, y)
-
-    program = torch.export.export(Model(), (scores, target))
-    torch.testing.assert_close(program.module()(scores, target), multi_margin_loss(scores, target))
 
 
 def test_autocast(batch):

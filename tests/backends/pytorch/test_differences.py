@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
+from tests.backends.pytorch.conftest import compile_whole
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -18,7 +19,7 @@ VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 def both(function):
     """A function as it is and compiled."""
-    return [function, torch.compile(function, fullgraph=True)]
+    return [function, compile_whole(function)]
 
 
 def gradient(function, x, target, **options):

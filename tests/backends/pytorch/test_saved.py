@@ -6,7 +6,9 @@ from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
 
 torch = pytest.importorskip("torch")
 LARGE = (1100, 1000)  # from 2**20 scores on the mask is kept
-SHAPES = pytest.mark.parametrize("shape", [(6, 5), LARGE], ids=["small", "large"])
+SHAPES_AND_P = pytest.mark.parametrize(
+    ("shape", "p"), [((6, 5), 1), ((6, 5), 2), (LARGE, 1)], ids=["p=1", "p=2", "with a mask"]
+)
 P = pytest.mark.parametrize("p", [1, 2])
 
 
@@ -26,8 +28,7 @@ def expected(scores, target, upstream=None, **options):
     )[1]
 
 
-@SHAPES
-@P
+@SHAPES_AND_P
 @pytest.mark.parametrize(
     ("pack", "unpack"),
     [
@@ -48,8 +49,7 @@ def test_hooks_that_change_the_memory(shape, p, pack, unpack):
     torch.testing.assert_close(x.grad, expected(scores, target, p=p, weight=weight))
 
 
-@SHAPES
-@P
+@SHAPES_AND_P
 def test_hooks_that_pack_to_half(shape, p):
     scores, target, weight = batch(shape)
     x = scores.clone().requires_grad_()
@@ -60,6 +60,49 @@ def test_hooks_that_pack_to_half(shape, p):
     # Half's rounding moves scores across the kink here and there; for p = 1 that is a whole step.
     wrong = (x.grad - expected(scores, target, p=p, weight=weight)).abs() > 2e-3 / shape[1]
     assert wrong.float().mean() < 2e-3
+
+
+@SHAPES_AND_P
+def test_hooks_that_move_to_another_device(shape, p):
+    # The meta device keeps no values: what it stands for here is kept beside it.
+    scores, target, weight = batch(shape)
+    options = {"p": p, "weight": weight}
+    wanted = expected(scores, target, **options)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.detach().clone())
+        return len(kept) - 1, tensor.to("meta")
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    for context in (
+        hooks(pack, lambda packed: kept[packed[0]]),
+        torch.autograd.graph.save_on_cpu(),
+        torch.autograd.graph.disable_saved_tensors_hooks("none here"),
+    ):
+        x = scores.clone().requires_grad_()
+        with context:
+            loss = multi_margin_loss(x, target, **options)
+        loss.backward()
+        torch.testing.assert_close(x.grad, wanted)
+    for lost in kept:  # one comes back without its values: never a plausible number
+        x = scores.clone().requires_grad_()
+        with hooks(lambda t, like=lost: t.to("meta") if t.shape == like.shape else t, lambda t: t):
+            loss = multi_margin_loss(x, target, **options)
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            loss.backward()
+
+
+@P
+def test_what_the_second_derivative_saves_comes_back_from_another_device(p):
+    scores, target, weight = batch((6, 5), torch.float64)
+    x = scores.clone().requires_grad_()
+    loss = multi_margin_loss(x, target, p=p, weight=weight)
+    upstream = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to("meta"), lambda t: t):
+        (grad,) = torch.autograd.grad(loss, x, upstream, create_graph=True)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        grad.sum().backward()
 
 
 @P
@@ -79,8 +122,7 @@ def test_hooks_that_swap_to_disk(tmp_path, p):
     torch.testing.assert_close(x.grad, expected(scores, target, p=p))
 
 
-@SHAPES
-@P
+@SHAPES_AND_P
 def test_data_of_another_shape(shape, p):
     scores, target, _ = batch(shape)
     x = scores.clone().requires_grad_()
@@ -93,8 +135,7 @@ def test_data_of_another_shape(shape, p):
         loss.backward()
 
 
-@SHAPES
-@P
+@SHAPES_AND_P
 def test_data_of_another_layout_and_type(shape, p):
     scores, target, _ = batch(shape)
     for other in (scores.t().contiguous().t(), scores.double(), scores[:, :1].expand(shape)):
@@ -106,14 +147,15 @@ def test_data_of_another_layout_and_type(shape, p):
             torch.testing.assert_close(x.grad.float(), expected(other.float(), target, p=p))
 
 
-@SHAPES
-@P
-def test_a_target_that_shrinks(shape, p):
-    scores, target, _ = batch(shape)
+@SHAPES_AND_P
+@pytest.mark.parametrize("name", ["target", "weight"])
+def test_a_target_or_weight_that_shrinks(shape, p, name):
+    scores, target, weight = batch(shape)
     x = scores.clone().requires_grad_()
-    loss = multi_margin_loss(x, target, p=p)
-    target.data = target[:2].clone()
-    with pytest.raises(RuntimeError, match="target had shape"):
+    loss = multi_margin_loss(x, target, p=p, weight=weight)
+    tensor = {"target": target, "weight": weight}[name]
+    tensor.data = tensor[:2].clone()
+    with pytest.raises(RuntimeError, match=f"{name} had shape"):
         loss.backward()
 
 
@@ -148,8 +190,7 @@ UPSTREAM = {
 }
 
 
-@SHAPES
-@P
+@SHAPES_AND_P
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("make", UPSTREAM.values(), ids=UPSTREAM)
 def test_upstream_gradients(shape, p, reduction, make):
@@ -178,8 +219,7 @@ def test_upstream_gradients(shape, p, reduction, make):
     torch.testing.assert_close(explicit, wanted)
 
 
-@SHAPES
-@P
+@SHAPES_AND_P
 def test_an_expanded_upstream_gradient(shape, p):
     scores, target, _ = batch(shape)
     x = scores.clone().requires_grad_()

@@ -1,12 +1,17 @@
 """The private names of PyTorch that are used: each is there, and means what it is taken for."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+import mml_arrayapi
+
 torch = pytest.importorskip("torch")
-state = pytest.importorskip("mml_arrayapi.backends.pytorch.state")
+# Not importorskip(): a name that PyTorch has removed must fail, not skip.
+state = importlib.import_module("mml_arrayapi.backends.pytorch.state")
 func = torch.func
 fwAD = torch.autograd.forward_ad
 
@@ -268,9 +273,42 @@ def test_the_name_of_the_current_stream():
         assert callable(torch._C._cuda_getCurrentRawStream)
 
 
+def private_names(tree):
+    """The names with an underscore that a module takes from PyTorch, or from any tensor."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            yield from node.module.split(".")
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.Import):
+            names = (name.name for name in node.names)
+            yield from (
+                part for name in names if name.startswith("torch") for part in name.split(".")
+            )
+
+
 def test_private_names_stand_in_one_file():
-    root = Path(__file__).parents[3]
-    for path in [*root.glob("backends/pytorch/*.py"), root / "mml_arrayapi" / "pytorch.py"]:
-        if path.name != "state.py":
-            private = re.findall(r"\w\.(_(?!_)\w+)", path.read_text())
-            assert set(private) <= {"_replace"}, path  # of named tuples
+    folder = Path(state.__file__).parent
+    own = {"_replace"}  # of named tuples
+    for path in [*folder.glob("*.py"), Path(mml_arrayapi.__file__).parent / "pytorch.py"]:
+        tree = ast.parse(path.read_text("utf-8"))
+        found = {name for name in private_names(tree) if re.match("_[^_]", name)} - own
+        assert bool(found) == (path.name == "state.py"), (path, found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import torch._C", "from torch import _C", "from torch._C import x", "x._base", "torch._C"],
+)
+def test_private_names_are_found(code):
+    assert [name for name in private_names(ast.parse(code)) if name.startswith("_")]
+
+
+def test_tensors_of_compilers_are_recorded():
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+    with FunctionalTensorMode():
+        functional = FunctionalTensor.to_functional(torch.ones(2))
+        assert state.why_not_kernel("input", functional, "cpu") is None
+        assert state.value_access(functional) == "traced"

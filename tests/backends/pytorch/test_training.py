@@ -1,10 +1,13 @@
 """As people train: mixed precision, checkpoints, hooks, optimisers, several processes."""
 
 import copy
+import datetime
+import sys
 
 import pytest
 
 from mml_arrayapi import explain, multi_margin_loss, multi_margin_loss_and_grad
+from tests.backends.pytorch.conftest import compile_whole
 
 torch = pytest.importorskip("torch")
 theirs = torch.nn.functional.multi_margin_loss
@@ -42,7 +45,7 @@ def test_autocast_gives_float32_as_pytorchs_own(batch, dtype, backend):
 def test_autocast_compiled(batch, dtype, fresh_compiler):
     scores, target = batch[0].to(dtype), batch[1]
     with torch.autocast("cpu", dtype=dtype):
-        loss = torch.compile(multi_margin_loss, fullgraph=True)(scores, target)
+        loss = compile_whole(multi_margin_loss)(scores, target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, multi_margin_loss(scores.float(), target))
 
@@ -164,6 +167,125 @@ def test_lbfgs(batch):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_checkpoints_that_stop_early(batch, early_stop):
+    scores, target = batch
+    x = scores.clone().requires_grad_()
+    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+        loss = torch.utils.checkpoint.checkpoint(
+            lambda x: multi_margin_loss(x * 1, target).exp().log(), x, use_reentrant=False
+        )
+        loss.backward()
+    torch.testing.assert_close(x.grad, multi_margin_loss_and_grad(scores, target)[1])
+
+
+def test_inference_mode_between_forward_and_backward(batch):
+    scores, target = batch
+    x = scores.clone().requires_grad_()
+    loss = multi_margin_loss(x, target)
+    with torch.inference_mode():
+        multi_margin_loss(x, target)
+        loss.backward()
+    torch.testing.assert_close(x.grad, multi_margin_loss_and_grad(scores, target)[1])
+    with torch.inference_mode():
+        labels = target * 1
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):  # as PyTorch's own
+        multi_margin_loss(x, labels)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_functional_call_and_parametrised_modules(batch, p):
+    scores, target = batch
+    model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 5))
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(values, function):
+        return function(torch.func.functional_call(model, values, (scores,)), target, p=p)
+
+    expected = torch.autograd.grad(theirs(model(scores), target, p=p), model.parameters())
+    ours = torch.autograd.grad(multi_margin_loss(model(scores), target, p=p), model.parameters())
+    torch.testing.assert_close(ours, expected)
+    functional = torch.func.grad(loss)(values, multi_margin_loss)
+    torch.testing.assert_close(tuple(functional.values()), expected)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"
+)
+@pytest.mark.parametrize("p", [1, 2])
+def test_autograd_functional(batch, p):
+    x, target = batch[0][:2].double(), batch[1][:2]
+    functional = torch.autograd.functional
+    ones = torch.ones_like(x)
+
+    def derivatives(**options):
+        def loss(x):
+            return multi_margin_loss(x, target, p=p, **options)
+
+        yield functional.hessian(loss, x)
+        yield functional.hessian(loss, x, vectorize=True)
+        yield functional.jacobian(loss, x, vectorize=True, strategy="forward-mode")
+        yield functional.hvp(loss, x, ones)[1]
+        yield functional.vhp(loss, x, ones)[1]
+
+    for ours, expected in zip(derivatives(), derivatives(backend="generic"), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Losses and gradients that the workers of a DataLoader compute."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        # No backward(): PyTorch's engine refuses to run in a fork of a process that has used it.
+        target = torch.zeros(i + 3, dtype=torch.int64)
+        loss, grad = multi_margin_loss_and_grad(torch.eye(5)[: i + 3], target)
+        return [loss.item(), grad.tolist()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_data_loaders_that_fork():
+    multi_margin_loss(torch.zeros(1100, 1000), torch.zeros(1100, dtype=torch.int64))  # on threads
+    loader = torch.utils.data.DataLoader(
+        Batches(), batch_size=None, num_workers=1, multiprocessing_context="fork"
+    )
+    assert list(loader) == [Batches()[i] for i in range(2)]
+
+
+class Holder(torch.Tensor):
+    """A tensor that holds another, as distributed and quantised ones do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        tree_map = torch.utils._pytree.tree_map_only
+        args, kwargs = tree_map(Holder, lambda holder: holder.inner, (args, kwargs or {}))
+        return tree_map(torch.Tensor, Holder, function(*args, **kwargs))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_subclasses_that_hold_other_tensors(batch, p):
+    scores, target = batch
+    x = Holder(scores).requires_grad_()
+    loss = multi_margin_loss(x, Holder(target), p=p)
+    loss.backward()
+    value, grad = multi_margin_loss_and_grad(scores, target, p=p, backend="generic")
+    torch.testing.assert_close((loss.inner, x.grad.inner), (value, grad))
+    with pytest.raises(ValueError, match="check_target='raise' needs the values of target"):
+        multi_margin_loss(Holder(scores), Holder(target), check_target="raise")
+
+
 class Mine(torch.Tensor):
     pass
 
@@ -178,7 +300,10 @@ def test_subclasses_go_to_the_formula(batch, kernels_ran):
 
 def _train(rank, folder, state, scores, target):
     store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    patience = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=patience
+    )
     try:
         model = torch.nn.Linear(5, 5)
         model.load_state_dict(state)
@@ -194,8 +319,12 @@ def _train(rank, folder, state, scores, target):
 def test_two_processes(batch, tmp_path):
     scores, target = batch
     model = torch.nn.Linear(5, 5)
-    state = copy.deepcopy(model.state_dict())
-    torch.multiprocessing.spawn(_train, (tmp_path, state, scores, target), nprocs=2)
+    arguments = tmp_path, copy.deepcopy(model.state_dict()), scores, target
+    other = torch.multiprocessing.get_context("spawn").Process(target=_train, args=(1, *arguments))
+    other.start()
+    _train(0, *arguments)
+    other.join()
+    assert other.exitcode == 0
     multi_margin_loss(model(scores), target).backward()
     for rank in (0, 1):
         for ours, parameter in zip(
