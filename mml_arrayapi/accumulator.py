@@ -280,7 +280,7 @@ class LossAccumulator:
 
 def _together(losses: Array, target: Array, sample_weight: Array | None) -> list[Any]:
     """Return all three as NumPy arrays; those of a lazy library are computed together."""
-    arrays = {"input": losses, "target": target, "sample_weight": sample_weight}
+    arrays: dict[str, Any] = {"input": losses, "target": target, "sample_weight": sample_weight}
     if (compute := library_of("input", losses).compute) is not None:
         lazy = [name for name, array in arrays.items() if type(array) is type(losses)]
         arrays |= zip(lazy, compute(*(arrays[name] for name in lazy)), strict=True)
