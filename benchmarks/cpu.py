@@ -1,13 +1,14 @@
 """The CPU kernels beside PyTorch eager, torch.compile, jax.jit, NumPy, and the machine's bandwidth.
 
     python benchmarks/cpu.py [--quick] [--dtype float32] [--p 1] [--out benchmarks/results]
+    python benchmarks/cpu.py --rows 32 512 --add    # a part of it, added to what is there
 
-One run makes one table. All candidates of a row are called in turn, each five times in a row, round
-after round, so that what else the machine does hits them alike; a time is the median of all its
-calls, a ratio is one of medians of the same rows. (Called once each, a call that needs fresh memory
-took up to twice as long: freed memory goes back to a virtual machine's host within seconds.) Scores
-are normal: with uniform scores every hinge is active, PyTorch's eager loop, which branches on each,
-is predicted without a miss and takes a third of the time.
+One run, or a few in a row, make one table. All candidates of a row are called in turn, each five
+times in a row, round after round, so that what else the machine does hits them alike; a time is the
+median of all its calls, a ratio is one of medians of the same rows. (Called once each, a call that
+needs fresh memory took up to twice as long: freed memory goes back to a virtual machine's host
+within seconds.) Scores are normal: with uniform scores every hinge is active, PyTorch's eager loop,
+which branches on each, is predicted without a miss and takes a third of the time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 SHAPES = ((32, 10), (512, 512), (65536, 1000), (1_000_000, 10), (4096, 32000))
-BUDGET = 3.0  # seconds of rounds for one row of the table
+BUDGET = 1.0  # seconds of rounds for one row of the table
 
 
 def measure(calls, budget):
@@ -66,6 +67,7 @@ def _in_turn(calls, budget):
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(next(iter(times.values()))) < 10:
         for name, call in calls.items():
+            call()  # meanwhile the threads of the one before, which look for more work, fall asleep
             for _ in range(5):
                 begin = time.perf_counter()
                 for _ in range(repeat[name]):
@@ -284,12 +286,20 @@ def plot(result, path):
     figure.savefig(path, dpi=110)
 
 
+def _key(row):
+    """Where a row stands in the table."""
+    shape = tuple(row["shape"])
+    return row["dtype"] != "float32", SHAPES.index(shape), row["p"], row["gradient"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--p", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rows", type=int, nargs="+", help="numbers of samples; else all SHAPES")
+    parser.add_argument("--add", action="store_true", help="keep the results that are there")
     parser.add_argument("--from-json", type=Path, help="only write the table and plot of a run")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -298,10 +308,13 @@ def main():
         result = json.loads(options.from_json.read_text())
     else:
         touch_memory()
-        result = {"machine": machine(), "rows": []}
+        rows = {}
+        if options.add and path.exists():
+            rows = {_key(row): row for row in json.loads(path.read_text())["rows"]}
+        result = {"machine": machine()}
         budget = BUDGET / 10 if options.quick else BUDGET
         for dtype in options.dtype:
-            for shape in SHAPES:
+            for shape in (s for s in SHAPES if s[0] in (options.rows or s)):
                 for p in options.p:
                     for gradient in (False, True):
                         calls = candidates(shape, dtype, p, gradient)
@@ -310,8 +323,9 @@ def main():
                         del calls
                         if shape[0] * shape[1] > 10**6 and sys.platform == "linux":
                             row["memory"] = peak_memory(shape, dtype, p, gradient)
-                        result["rows"].append(row)
+                        rows[_key(row)] = row
                         print(table({**result, "rows": [row]}).splitlines()[-1], flush=True)
+        result["rows"] = [rows[key] for key in sorted(rows)]
         path.write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "cpu.md").write_text(table(result))
     plot(result, options.out / "cpu.png")

@@ -11,8 +11,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <type_traits>
-#ifdef __F16C__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -30,7 +32,8 @@ constexpr int WIDTH = 16;
 constexpr int LANE_TERMS = 16;
 constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
-constexpr int64_t STAGE = 1 << 16;  // bytes of rows that are copied together
+constexpr int64_t AHEAD = 6144;     // bytes from what is read to what is fetched
+constexpr int64_t STAGE = 1 << 17;  // bytes of rows that are copied together
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr int32_t OUTSIDE = -1, IGNORED = -2;
@@ -59,11 +62,28 @@ struct Brain {
     uint16_t bits;
 };
 
+// 16-bit numbers to 32 bits and back. GCC 12 takes them one by one.
+template <int N> INLINE Vec<uint32_t, N> from_16_bits(const char *p) {
+#ifdef __AVX2__
+    if constexpr (N == 8) return bits_as<Vec<uint32_t, N>>(_mm256_cvtepu16_epi32(read<__m128i>(p)));
+#endif
+    return convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p));
+}
+template <int N> INLINE Vec<uint16_t, N> to_16_bits(Vec<uint32_t, N> x) {
+#ifdef __AVX2__
+    if constexpr (N == 8) {
+        __m256i bits = bits_as<__m256i>(x);
+        return bits_as<Vec<uint16_t, N>>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+    }
+#endif
+    return convert<Vec<uint16_t, N>>(x);
+}
+
 // N elements as float32, or as they are where they are float64.
 template <int N> INLINE Vec<double, N> load(const char *p, double) { return read<Vec<double, N>>(p); }
 template <int N> INLINE Vec<float, N> load(const char *p, float) { return read<Vec<float, N>>(p); }
 template <int N> INLINE Vec<float, N> load(const char *p, Brain) {
-    auto bits = convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p)) << 16;
+    auto bits = from_16_bits<N>(p) << 16;
     return bits_as<Vec<float, N>>(bits);
 }
 template <int N> INLINE Vec<float, N> load(const char *p, Half) {
@@ -76,7 +96,7 @@ template <int N> INLINE Vec<float, N> load(const char *p, Half) {
 #endif
     // Exponent and mantissa move to their places in a float32; times 2**112 mends the exponent's bias
     // and normalises subnormals; infinity and NaN get the full exponent.
-    auto bits = convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p));
+    auto bits = from_16_bits<N>(p);
     auto moved = (bits & 0x7fff) << 13;
     auto finite = bits_as<Vec<uint32_t, N>>(bits_as<Vec<float, N>>(moved) * 0x1p112f);
     auto special = bits_as<Vec<uint32_t, N>>(moved >= 0x0f800000) & 0x7f800000;
@@ -90,7 +110,7 @@ template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Brain) {
     auto bits = bits_as<Vec<uint32_t, N>>(x);
     auto nan = bits_as<Vec<uint32_t, N>>(x != x);
     bits = (bits + 0x7fff + (bits >> 16 & 1)) & ~nan;
-    return convert<Vec<uint16_t, N>>((bits | (nan & 0x7fc00000)) >> 16);
+    return to_16_bits<N>((bits | (nan & 0x7fc00000)) >> 16);
 }
 template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Half) {
 #ifdef __F16C__
@@ -104,12 +124,15 @@ template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Half) {
     auto is_small = bits_as<U>(size < 0x38800000), is_large = bits_as<U>(size >= 0x47800000);
     auto large = 0x7c00 | (bits_as<U>(size > 0x7f800000) & 0x0200);
     auto finite = (small & is_small) | (normal & ~is_small);
-    return convert<Vec<uint16_t, N>>((large & is_large) | (finite & ~is_large) | (bits >> 16 & 0x8000));
+    return to_16_bits<N>((large & is_large) | (finite & ~is_large) | (bits >> 16 & 0x8000));
 }
 
 template <class E> INLINE auto widen(const char *p) {  // one element
     if constexpr (std::is_floating_point<E>::value) return read<E>(p);
-    else {
+    else if constexpr (std::is_same<E, Brain>::value) {
+        uint32_t bits = uint32_t(read<uint16_t>(p)) << 16;
+        return read<float>(&bits);
+    } else {
         char padded[8] = {};
         std::memcpy(padded, p, 2);
         return load<4>(padded, E{})[0];
@@ -190,10 +213,15 @@ template <class T> class Sum {
 
   public:
     INLINE void add(typename L::F x) {
+#ifdef __AVX2__  // GCC 12 converts two numbers at a time
+        low += bits_as<Vec<double, H>>(_mm256_cvtps_pd(_mm256_castps256_ps128(bits_as<__m256>(x))));
+        high += bits_as<Vec<double, H>>(_mm256_cvtps_pd(_mm256_extractf128_ps(bits_as<__m256>(x), 1)));
+#else
         Vec<T, H> halves[2];
         std::memcpy(halves, &x, sizeof x);
         low += convert<Vec<double, H>>(halves[0]);
         high += convert<Vec<double, H>>(halves[1]);
+#endif
     }
     INLINE double total() const {
         double result = 0;
@@ -238,14 +266,15 @@ struct Other {
     template <class F> INLINE F slope(F h) const { return power(h, factor - 1); }
 
   private:
-    template <class F> static INLINE F power(F h, double p) {
+    template <class F> static NOINLINE F power(F h, double p) {
         for (unsigned k = 0; k < sizeof h / sizeof h[0]; k++)
             if (h[k] != 0) h[k] = std::pow(h[k], p);
         return h;
     }
 };
 
-// A row's sum of slopes; for p = 1 a count.
+// A row's sum of slopes; for p = 1 a count, by lanes where several vectors come in a row.
+constexpr int ALONE = 4;  // which vector of a step: none
 template <class T, class P> class Slopes {
     using F = typename Lanes<T>::F;
     F part[2] = {};
@@ -254,28 +283,26 @@ template <class T, class P> class Slopes {
   public:
     INLINE void add(F slope, int which) { part[which % 2] += slope; }
     INLINE void flush() { sum.add(part[0] + part[1]), part[0] = part[1] = F{}; }
-    INLINE double total() const { return sum.total(); }
-    static INLINE double of(F slopes) {  // of one vector
-        Sum<T> sum;
-        sum.add(slopes);
-        return sum.total();
-    }
+    INLINE double total() { return flush(), sum.total(); }
 };
 template <class T> class Slopes<T, One> {
     using L = Lanes<T>;
+    using Pairs = Vec<int64_t, WIDTH / 8>;
     typename L::I minus{};
+    int64_t count = 0;
 
   public:
-    INLINE void add(typename L::F slope, int) { minus += slope > 0; }
-    INLINE void flush() {}
-    INLINE double total() const {
-        int64_t result = 0;
-        for (int k = 0; k < L::W; k++) result -= minus[k];
-        return double(result);
+    INLINE void add(typename L::F slope, int which) {
+        if (which < ALONE) minus += slope > 0;
+        else count += __builtin_popcount(unsigned(L::to_bits(slope > 0)));
     }
-    static INLINE double of(typename L::F slopes) {
-        return __builtin_popcount(unsigned(L::to_bits(slopes > 0)));
+    INLINE void flush() {
+        Pairs sums = bits_as<Pairs>(minus);
+        if (sizeof(T) == 4) sums = (sums >> 32) + (sums << 32 >> 32);
+        for (int k = 0; k < WIDTH / 8; k++) count -= sums[k];
+        minus = typename L::I{};
     }
+    INLINE double total() { return double(count); }
 };
 
 // ---- What belongs to the rows themselves.
@@ -340,16 +367,14 @@ NOINLINE void look_up_weights(const Call &c, const int32_t *y, int64_t count, do
     });
 }
 template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, int64_t count, Group<T> &g) {
+    const bool needs_own = !c.bits || !c.grad.data;  // the backward pass by bits reads no score
     g.count = int(count);
     look_up_targets(c, start, count, g.y);
-    each(c.x, start, count, [&](int64_t t, const char *p) { g.row[t] = p; });
-    if (c.part) {
-        each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
-    } else if (!c.bits || !c.grad.data) {  // the backward pass by bits reads no score
-        const int64_t step = c.x.step;
-        for (int t = 0; t < count; t++)
-            g.own[t] = g.y[t] >= 0 ? T(widen<E>(g.row[t] + g.y[t] * step)) : T(NOT_A_NUMBER);
-    }
+    each(c.x, start, count, [&](int64_t t, const char *p) {
+        g.row[t] = p;
+        if (!c.part && needs_own) g.own[t] = g.y[t] >= 0 ? T(widen<E>(p + g.y[t] * c.x.step)) : T(NOT_A_NUMBER);
+    });
+    if (c.part) each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
     if (c.weight.data) look_up_weights(c, g.y, count, g.weight);
 }
 
@@ -357,6 +382,13 @@ template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, 
 struct Sums {
     double terms, slopes, unit;
 };
+
+// Room for copies of rows and of their gradients, of each thread; null where there is no memory. Not
+// on the stack: with musl a thread has 128 KB.
+inline char *stage() {
+    thread_local std::unique_ptr<char[]> room(new (std::nothrow) char[2 * STAGE]);
+    return room.get();
+}
 
 // ---- The kernels for scores of type E, the exponent P, classes side by side (UNIT) or not.
 
@@ -367,6 +399,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     using I = typename L::I;
     static constexpr int W = L::W;
     static constexpr int64_t SIZE = sizeof(E);
+    static constexpr int STEP = 4 * W, RUN = LANE_TERMS / 2 * STEP;
 
     const Call &c;
     const P power;
@@ -375,8 +408,8 @@ template <class E, class P, bool UNIT> struct Kernel {
     const int64_t bytes;           // of a row's bits
     const double common;           // factor of all rows' gradients
     const I rest;                  // the lanes of the last vector that no other covers
+    const I last_classes;          // the classes in it
 
-    int64_t ahead = 0;             // bytes to the row that is fetched meanwhile
     // Rows whose classes do not lie side by side, or are fewer than a vector, are worked on in copies.
     const bool staged;
     const int64_t pitch;           // bytes from copy to copy
@@ -389,18 +422,24 @@ template <class E, class P, bool UNIT> struct Kernel {
           whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
                (L::iota() < (I{} + typename L::Index(n - last)))),
-          staged(UNIT && !in_place(c)), pitch((n > W ? n : W) * SIZE), in_step(staged ? SIZE : c.x.step),
+          last_classes(L::iota() + typename L::Index(last)),
+          staged(UNIT && !in_place(c)), pitch(pitch_of(n)), in_step(staged ? SIZE : c.x.step),
           out_step(staged ? SIZE : c.grad.step) {}
 
     static bool in_place(const Call &c) {
         return c.x.step == SIZE && (!c.grad.data || c.grad.step == SIZE) && c.classes >= W;
     }
-    static bool can_stage(const Call &c) { return (c.classes > W ? c.classes : W) * SIZE <= STAGE; }
+    static bool can_stage(const Call &c) { return pitch_of(c.classes) <= STAGE; }
+    // Whole lines and one more, so that neighbours in a column are not apart by a power of two.
+    static int64_t pitch_of(int64_t n) { return n < 4 * W ? (n > W ? n : W) * SIZE : (n * SIZE / 64 + 2) * 64; }
     INLINE char *out(int64_t i) const { return staged ? copies + (i - base) * pitch : c.grad.at(i); }
 
     // The scores of the W classes from j on; beyond the row's end the last one comes again.
     INLINE F scores(const char *row, int64_t j, int64_t step) const {
         if constexpr (UNIT) return convert<F>(load<W>(row + j * int64_t(sizeof(E)), E{}));
+        else return scattered_scores(row, j, step);
+    }
+    NOINLINE F scattered_scores(const char *row, int64_t j, int64_t step) const {
         F x;
         for (int k = 0; k < W; k++) x[k] = widen<E>(row + (j + k < n ? j + k : n - 1) * step);
         return x;
@@ -415,15 +454,17 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     static INLINE I place(int64_t y, int64_t j) { return I{} + typename L::Index(y - j); }
 
-    // The sum of a row's terms. ``each`` sees the hinges of whole vectors and of the last one.
-    template <class Each> INLINE double terms(const char *row, int64_t y, T own_, Each &each) const {
-        constexpr int STEP = 4 * W, RUN = LANE_TERMS / 2 * STEP;
-        F own = L::all(own_);
-        Sum<T> sum;
+    // The sum of a row's terms times weight, without what is added to ``sum`` on the way. ``each``
+    // sees the hinges of whole vectors and of the last one.
+    template <class Each>
+    INLINE F terms(const char *row, int64_t y, T own_, F weight, Each &each, Sum<T> &sum) const {
+        F own = L::all(own_), s{};
         int64_t j = 0;
         while (j + STEP <= n) {
             F a{}, b{}, d{}, e{};
-            for (int64_t stop = n < j + RUN ? n : j + RUN; j + STEP <= stop; j += STEP) {
+            const int64_t stop = n < j + RUN ? n : j + RUN;
+            for (; j + STEP <= stop; j += STEP) {
+                fetch(row + j * SIZE, STEP * SIZE);
                 I at = place(y, j);
                 F h0 = hinge(row, j, 0, at, own), h1 = hinge(row, j, W, at, own);
                 F h2 = hinge(row, j, 2 * W, at, own), h3 = hinge(row, j, 3 * W, at, own);
@@ -431,15 +472,33 @@ template <class E, class P, bool UNIT> struct Kernel {
                 each.whole(j, h0, 0), each.whole(j + W, h1, 1);
                 each.whole(j + 2 * W, h2, 2), each.whole(j + 3 * W, h3, 3);
             }
-            sum.add((a + b) + (d + e)), each.flush();
+            s = (a + b) + (d + e);
+            each.flush();
+            if (j + STEP <= n) sum.add(s * weight), s = F{};
         }
-        F s{};
         for (; j + W <= n; j += W) {
             F h = hinge(row, j, 0, place(y, j), own);
-            s += power.term(h), each.whole(j, h, 0);
+            s += power.term(h), each.whole(j, h, ALONE);
         }
         F h = hinge(row, last, 0, place(y, last), own);
-        sum.add(s + L::only(power.term(h), rest)), each.last(h), each.flush();
+        each.last(h);
+        return (s + L::only(power.term(h), rest)) * weight;
+    }
+    // The same for a row of fewer than two vectors.
+    template <class Each> INLINE F short_terms(const char *row, const int32_t &y_, T own_, Each &each) const {
+        F own = L::all(own_), s{};
+        I y = I{} + typename L::Index(y_);
+        if (n >= W) {
+            F h = hinge(scores(row, 0, in_step), L::iota() == y, own);
+            s = power.term(h), each.whole(0, h, ALONE);
+        }
+        F h = hinge(scores(row, last, in_step), last_classes == y, own);
+        each.last(h);
+        return s + L::only(power.term(h), rest);
+    }
+    template <class Each> INLINE double row_terms(const Group<T> &g, int t, Each &each) const {
+        Sum<T> sum;
+        sum.add(terms(g.row[t], g.y[t], g.own[t], L::all(1), each, sum));
         return sum.total();
     }
     struct Nothing {
@@ -460,34 +519,51 @@ template <class E, class P, bool UNIT> struct Kernel {
         Slopes<T, P> slopes;
         explicit AddSlopes(const Kernel &k) : k(k) {}
         INLINE void whole(int64_t, F h, int which) { slopes.add(k.power.slope(h), which); }
-        INLINE void last(F h) { slopes.add(L::only(k.power.slope(h), k.rest), 0); }
+        INLINE void last(F h) { slopes.add(L::only(k.power.slope(h), k.rest), ALONE); }
         INLINE void flush() { slopes.flush(); }
     };
+    // What all active classes of a row get for p = 1, in the element type.
+    class Same {
+        using Bits = typename std::conditional<sizeof(E) == 2, Vec<uint32_t, W>, F>::type;
+        Bits value;
+
+      public:
+        explicit Same(double scale) {
+            if constexpr (sizeof(E) == 2) value = Bits{} + in_element_type(L::all(T(scale)))[0];
+            else value = L::all(T(scale));
+        }
+        INLINE auto where(I mask) const {
+            if constexpr (sizeof(E) == 2) return to_16_bits<W>(value & bits_as<Bits>(mask));
+            else return L::only(value, mask);
+        }
+    };
     struct Write : Nothing {  // the gradient but for the target's class
+        static constexpr bool SAME = std::is_same<P, One>::value;
         const Kernel &k;
         char *to;
-        F scale;
+        typename std::conditional<SAME, Same, F>::type scale;
         Slopes<T, P> slopes;
-        Write(const Kernel &k, char *to, double by) : k(k), to(to), scale(L::all(T(by))) {
-            if (std::is_same<P, One>::value) scale = rounded(scale);
+        Write(const Kernel &k, char *to, double by) : k(k), to(to), scale(scale_from(by)) {}
+        static INLINE auto scale_from(double by) {
+            if constexpr (SAME) return Same(by);
+            else return L::all(T(by));
         }
         INLINE F put(int64_t j, F h) {
             F slope = k.power.slope(h);
-            k.put(to, j, slope_times(h, slope, scale));
+            if constexpr (SAME) k.put(to, j, scale.where(h > 0));
+            else k.put(to, j, in_element_type(L::only(slope * scale, h > 0)));  // no 0 * infinity
             return slope;
         }
         INLINE void whole(int64_t j, F h, int which) { slopes.add(put(j, h), which); }
-        INLINE void last(F h) { slopes.add(L::only(put(k.last, h), k.rest), 0); }
+        INLINE void last(F h) { slopes.add(L::only(put(k.last, h), k.rest), ALONE); }
         INLINE void flush() { slopes.flush(); }
     };
-    struct WriteShort : Write {  // of fewer than two vectors, to the end
+    struct WriteWhole : Write {  // with the target's class
         int64_t y;
-        double scale, sum = 0;
-        WriteShort(const Kernel &k, int64_t i, int64_t y, double by)
+        double scale;
+        WriteWhole(const Kernel &k, int64_t i, int64_t y, double by)
             : Write(k, k.out(i), by), y(y), scale(by) {}
-        INLINE void whole(int64_t j, F h, int) { sum += Slopes<T, P>::of(this->put(j, h)); }
-        INLINE void last(F h) { sum += Slopes<T, P>::of(L::only(this->put(this->k.last, h), this->k.rest)); }
-        INLINE void end() { this->k.finish(this->to, y, 0, {0, sum, 1}, scale); }
+        INLINE void end() { this->k.finish(this->to, y, 0, {0, this->slopes.total(), 1}, scale); }
     };
 
     // Sums in float64, term by term; where float64 overflows too, in large units.
@@ -506,30 +582,23 @@ template <class E, class P, bool UNIT> struct Kernel {
         }
         return s;
     }
-    static INLINE F slope_times(F h, F slope, F scale) {
-        if (std::is_same<P, One>::value) return L::only(scale, h > 0);
-        return L::only(slope * scale, h > 0);  // 0 * infinity is 0 here: the class isn't active
-    }
-    static INLINE F rounded(F x) {  // to E and back
-        if constexpr (sizeof(E) != 2) return x;
-        else {
-            auto bits = in_element_type(x);
-            return convert<F>(load<W>(reinterpret_cast<const char *>(&bits), E{}));
-        }
-    }
     // The rest of a gradient: the target's class; NaN in all of a row whose loss is NaN.
-    void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
+    INLINE void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
         if (loss != loss) return fill(to, NOT_A_NUMBER);
-        if (y >= 0) store_rounded<E>(to + y * out_step, double(T(-(s.slopes * scale) * s.unit)));
+        if (y < 0) return;
+        T own = T(-(s.slopes * scale) * s.unit);
+        if constexpr (sizeof(T) == 4) write(to + y * out_step, in_element_type(L::all(own))[0]);
+        else store_rounded<E>(to + y * out_step, own);
     }
     NOINLINE void fill(char *to, double value) const {
         for (int64_t j = 0; j < n; j++) store_rounded<E>(to + j * out_step, value);
     }
-    INLINE void put(char *to, int64_t j, F g) const {
-        auto values = in_element_type(g);
+    template <class V> INLINE void put(char *to, int64_t j, V values) const {
         if constexpr (UNIT) write(to + j * int64_t(sizeof(E)), values);
-        else
-            for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * out_step, values[k]);
+        else scatter(to, j, values);
+    }
+    template <class V> NOINLINE void scatter(char *to, int64_t j, V values) const {
+        for (int k = 0; k < W && j + k < n; k++) write(to + (j + k) * out_step, values[k]);
     }
     static INLINE auto in_element_type(F g) {
         if constexpr (sizeof(E) == 8) return g;
@@ -559,50 +628,50 @@ template <class E, class P, bool UNIT> struct Kernel {
         if (c.grad.data) fill(out(i), 0);
         if (c.bits) std::memset(c.bits + i * bytes, 0, size_t(bytes));
     }
-    // Looking up targets here and there hides from the processor that rows are read in turn: those of
-    // the next group are fetched by hand, one for each row that is worked on.
-    INLINE void fetch(const char *row) const {
+    // Looking up targets here and there hides from the processor that rows are read in turn: what
+    // comes next is fetched by hand.
+    static INLINE void fetch(const char *p, int64_t bytes) {
         if constexpr (UNIT)
-            if (ahead)
-                for (int64_t k = 0; k < n * int64_t(sizeof(E)); k += 64) __builtin_prefetch(row + ahead + k);
+            for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + AHEAD + k);
     }
 
-    // Rows of fewer than two vectors, whose own sums nobody asks for: a lane adds up several rows.
-    // False where the sum is not finite; the usual way finds the rows, and what they come to.
-    template <class Make> INLINE bool short_rows(int64_t start, const Group<T> &g, Result &result, Make make) const {
-        if (n == 1 || n >= 2 * W || c.losses.data || c.part) return false;
-        Sum<T> sum;
-        Result found;
-        for (int t = 0; t < g.count;) {
+    // Adds up the rows of a group. Returns how many are ignored.
+    template <bool SHORT, class Make>
+    INLINE int64_t add_rows(int64_t start, const Group<T> &g, Sum<T> &sum, Make make) const {
+        const int64_t rows = SHORT ? LANE_TERMS - 4 : n < RUN ? LANE_TERMS - 6 - n / STEP : 1;
+        const bool weighted = c.weight.data;
+        int64_t ignored = 0;
+        for (int64_t t = 0; t < g.count;) {
             F s{};
-            for (int stop = t + LANE_TERMS / 2; t < stop && t < g.count; t++) {
+            for (int64_t stop = t + rows < g.count ? t + rows : g.count; t < stop; t++) {
+                if (SHORT) fetch(g.row[t], 64);
                 if (g.y[t] == IGNORED) {
-                    ignore(start + t);
+                    ignore(start + t), ignored++;
                     continue;
                 }
-                fetch(g.row[t]);
-                F own = L::all(g.own[t]);
                 auto each = make(start + t, t);
-                F h = hinge(g.row[t], last, 0, place(g.y[t], last), own);
-                each.last(h);
-                F term = L::only(power.term(h), rest);
-                if (n >= W) {
-                    h = hinge(g.row[t], 0, 0, place(g.y[t], 0), own);
-                    each.whole(0, h, 0);
-                    term += power.term(h);
+                if (SHORT) {
+                    F row = short_terms(g.row[t], g.y[t], g.own[t], each);
+                    s += weighted ? row * L::all(T(g.weight[t])) : row;
+                } else {
+                    s += terms(g.row[t], g.y[t], g.own[t], L::all(T(g.weight[t])), each, sum);
                 }
                 each.end();
-                s += term * L::all(T(g.weight[t]));
-                found.bad |= g.y[t] < 0;
-                found.count++;
             }
             sum.add(s);
         }
-        found.sum = sum.total() * c.shrink;
-        if (found.sum - found.sum != 0) return false;
-        result.sum += found.sum;
-        result.count += found.count;
-        result.bad |= found.bad;
+        return ignored;
+    }
+    // Rows whose own sums nobody asks for: a lane adds up several. False where the sum is not finite;
+    // the usual way finds the rows, and what they come to.
+    template <class Make> INLINE bool together(int64_t start, const Group<T> &g, Result &result, Make make) const {
+        if (n == 1 || c.losses.data || c.part) return false;
+        Sum<T> sum;
+        int64_t ignored = n < 2 * W ? add_rows<true>(start, g, sum, make) : add_rows<false>(start, g, sum, make);
+        double total = sum.total() * c.shrink;
+        if (total - total != 0) return false;
+        result.sum += total;
+        result.count += g.count - ignored;
         return true;
     }
     // Calls f with the place and number of each row that isn't ignored.
@@ -612,7 +681,6 @@ template <class E, class P, bool UNIT> struct Kernel {
                 ignore(start + t);
                 continue;
             }
-            fetch(g.row[t]);
             result.bad |= g.y[t] < 0;
             f(t, start + t);
         }
@@ -623,30 +691,30 @@ template <class E, class P, bool UNIT> struct Kernel {
         return {no_value ? NOT_A_NUMBER : terms, slopes, 1};
     }
     void losses(int64_t start, const Group<T> &g, Result &result) const {
-        if (short_rows(start, g, result, [&](int64_t, int) { return Nothing(); })) return;
+        if (together(start, g, result, [&](int64_t, int64_t) { return Nothing(); })) return;
         each_row(start, g, result, [&](int t, int64_t i) {
             Nothing nothing;
-            account(i, checked(g, t, terms(g.row[t], g.y[t], g.own[t], nothing), 0), g.weight[t], result);
+            account(i, checked(g, t, row_terms(g, t, nothing), 0), g.weight[t], result);
         });
     }
     void losses_and_bits(int64_t start, const Group<T> &g, Result &result) const {
-        if (short_rows(start, g, result, [&](int64_t i, int) { return Keep(*this, i); })) return;
+        if (together(start, g, result, [&](int64_t i, int64_t) { return Keep(*this, i); })) return;
         each_row(start, g, result, [&](int t, int64_t i) {
             Keep keep(*this, i);
-            Sums s = checked(g, t, terms(g.row[t], g.y[t], g.own[t], keep), 0);
+            Sums s = checked(g, t, row_terms(g, t, keep), 0);
             double loss = account(i, s, g.weight[t], result);
             if (loss != loss) std::memset(keep.bits, 255, size_t(bytes));
         });
     }
     void gradients(int64_t start, const Group<T> &g, Result &result) const {
-        if (short_rows(start, g, result, [&](int64_t i, int t) {
-                return WriteShort(*this, i, g.y[t], scale_of(i, g.weight[t]));
+        if (together(start, g, result, [&](int64_t i, int64_t t) {
+                return WriteWhole(*this, i, g.y[t], scale_of(i, g.weight[t]));
             }))
             return;
         each_row(start, g, result, [&](int t, int64_t i) {
             double scale = scale_of(i, g.weight[t]);
             Write write(*this, out(i), scale);
-            double sum = terms(g.row[t], g.y[t], g.own[t], write);
+            double sum = row_terms(g, t, write);
             Sums s = checked(g, t, sum, write.slopes.total());
             double loss = account(i, s, g.weight[t], result);
             if (c.part) loss = s.slopes = read<double>(c.slopes.at(i)) / power.factor, s.unit = 1;
@@ -657,18 +725,22 @@ template <class E, class P, bool UNIT> struct Kernel {
     void parts(int64_t start, const Group<T> &g, Result &result) const {
         each_row(start, g, result, [&](int t, int64_t i) {
             AddSlopes add(*this);
-            double sum = terms(g.row[t], g.y[t], g.own[t], add);
+            double sum = row_terms(g, t, add);
             account(i, checked(g, t, sum, add.slopes.total()), 1, result);
         });
     }
 
     template <class Work> static void in_groups(const Call &c, int64_t start, int64_t stop, Work work) {
         Kernel kernel(c);
-        if (kernel.staged) return kernel.in_stages(start, stop, work);
+        if constexpr (UNIT)
+            if (kernel.staged) {
+                char *room = stage();
+                if (room) return kernel.in_stages(room, start, stop, work);
+                return Kernel<E, P, false>::in_groups(c, start, stop, work);
+            }
         Group<T> group;
         // Few rows at a time where they are long: what a look at the target has fetched is in reach.
         const int64_t size = group_size(NEAR / (c.classes * SIZE));
-        if (UNIT && size > 1 && c.x.ndim == 1) kernel.ahead = size * c.x.stride[0];
         for (int64_t first = start; first < stop; first += size) {
             look_up<E>(c, first, first + size < stop ? size : stop - first, group);
             work(kernel, first, group);
@@ -676,13 +748,12 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     static int64_t group_size(int64_t rows) { return rows > GROUP ? GROUP : rows < 1 ? 1 : rows; }
 
-    template <class Work> NOINLINE void in_stages(int64_t start, int64_t stop, Work work) {
+    template <class Work> NOINLINE void in_stages(char *in, int64_t start, int64_t stop, Work work) {
         Group<T> group;
-        alignas(64) char in[STAGE], back[STAGE];
         char *rows[GROUP];
         const int64_t size = group_size(STAGE / pitch);
         std::memset(in, 0, size_t(size * pitch));
-        copies = back;
+        copies = in + STAGE;
         for (base = start; base < stop; base += size) {
             const int64_t count = base + size < stop ? size : stop - base;
             look_up<E>(c, base, count, group);
@@ -692,7 +763,7 @@ template <class E, class P, bool UNIT> struct Kernel {
             work(*this, base, group);
             if (!c.grad.data) continue;
             each(c.grad, base, count, [&](int64_t t, char *p) { rows[t] = p; });
-            copy<false>(back, rows, count, c.grad.step, c.grad);
+            copy<false>(copies, rows, count, c.grad.step, c.grad);
         }
     }
     // Between rows and their copies. What lies side by side in the rows' memory is taken in turn.
@@ -710,26 +781,26 @@ template <class E, class P, bool UNIT> struct Kernel {
                 for (int64_t j = 0; j < n; j++) move(t, j);
     }
     static void loss_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             if constexpr (std::is_same<P, One>::value)
                 if (c.bits) return k.losses_and_bits(first, g, result);
             k.losses(first, g, result);
         });
     }
     static void part_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             k.parts(first, g, result);
         });
     }
     static void grad_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             k.gradients(first, g, result);
         });
     }
 
     // The gradient of p = 1 from the bits that loss_block kept.
     static void bits_block(const Call &c, int64_t start, int64_t stop, Result &result) {
-        in_groups(c, start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) {
+        in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
             for (int t = 0; t < g.count; t++) {
                 result.bad |= g.y[t] == OUTSIDE;
                 k.row_of_bits(first + t, g.y[t], g.weight[t]);
@@ -743,19 +814,18 @@ template <class E, class P, bool UNIT> struct Kernel {
         int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
         if (y < 0 || (bits[byte] >> bit & 1)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
         double scale = scale_of(i, weight);
-        finish(to, y, 0, {0, double(from_bits(bits, to, T(scale))), 1}, scale);
+        finish(to, y, 0, {0, double(from_bits(bits, to, Same(scale))), 1}, scale);
     }
-    INLINE int64_t from_bits(const uint8_t *bits, char *to, T scale_) const {
-        F scale = rounded(L::all(scale_));  // as Write does
+    INLINE int64_t from_bits(const uint8_t *bits, char *to, Same scale) const {
         int64_t count = 0;
         for (int64_t j = 0; j < whole; j += W) {
             count += __builtin_popcount(bits[j / W]);
-            put(to, j, L::only(scale, L::from_bits(bits[j / W])));
+            put(to, j, scale.where(L::from_bits(bits[j / W])));
         }
         if (whole < n) {
             int byte = bits[whole / W];
             count += __builtin_popcount(byte & L::to_bits(rest));
-            put(to, last, L::only(scale, L::from_bits(byte)));
+            put(to, last, scale.where(L::from_bits(byte)));
         }
         return count;
     }
@@ -816,7 +886,6 @@ Block grad_block(const Call &c) {
 Block bits_block(const Call &c) {
     return with_kernel<One>(c, [](auto *k) -> Block { return std::remove_pointer_t<decltype(k)>::bits_block; });
 }
-bool walks_tiles(const Call &) { return false; }
 void own_scores(const Call &c) {
     int32_t y;
     for (int64_t i = 0; i < c.rows; i++) {

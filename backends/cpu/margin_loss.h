@@ -70,7 +70,6 @@ void store_float(char *, Type, double);              // rounded once, to nearest
 int64_t count_not_ignored(const Call &);             // looks at the targets only
 int64_t row_bytes(Type, int64_t classes);            // bits of one row, in whole bytes
 Block loss_block(const Call &), grad_block(const Call &), bits_block(const Call &);
-bool walks_tiles(const Call &);                      // rows are neighbours in memory
 void own_scores(const Call &);                       // writes Call::own, 0 where elsewhere
 
 }  // namespace mml

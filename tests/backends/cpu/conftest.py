@@ -1,12 +1,14 @@
-"""Both builds of the CPU kernels, called directly, and a reference in float64 and fractions."""
+"""Both builds of the CPU kernels, called directly, and what they are compared with."""
 
 import importlib
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mml_arrayapi.backends import cpu, threads
+from mml_arrayapi.conformance.reference import reference
 
 BUILDS = tuple(
     name for name in cpu.BUILDS if importlib.util.find_spec(f"mml_arrayapi.backends.cpu._{name}")
@@ -42,29 +44,14 @@ def options(p=1, margin=1.0, reduction="mean", ignore_index=None, axis=-1, check
     return p, margin, reduction, ignore_index, axis, check_target
 
 
-class Reference:
-    """Losses and gradient of rows (N, C) in float64, with the scale of what rounding may do."""
-
-    def __init__(self, x, y, p=1, margin=1.0, weight=None):
-        x, rows = np.asarray(x).astype(np.float64), np.arange(len(x))
-        n_classes = x.shape[1]
-        z = (x - x[rows, y][:, None]) + margin
-        own = np.arange(n_classes) == np.asarray(y)[:, None]
-        z = np.where((z > 0) & ~own, z, 0)
-        slope = np.where(z > 0, p * np.where(z > 0, z, 1) ** (p - 1), 0)
-        slope = np.where(own, -slope.sum(1, keepdims=True), slope)
-        factor = np.ones(len(x)) if weight is None else np.asarray(weight).astype(np.float64)[y]
-        factor = factor / n_classes
-        self.losses, self.grad = factor * (z**p).sum(1), factor[:, None] * slope
-        size = np.where(own, 0, abs(x) + abs(x[rows, y])[:, None] + abs(margin))
-        self.scale = abs(factor) * (size * p * np.maximum(size, 1e-300) ** (p - 1)).sum(1)
-        steep = p * max(p - 1, 0) * np.maximum(size, 1e-300) ** max(p - 2, 0) * size
-        steep = steep + np.where(own, 0, p * np.maximum(size, 1e-300) ** (p - 1))
-        steep = np.where(own, steep.sum(1, keepdims=True), steep)
-        self.grad_scale = abs(factor)[:, None] * steep
-
-
-@pytest.fixture
-def reference():
-    """The class :class:`Reference`."""
-    return Reference
+def in_float64(x, y, p=1, margin=1.0, weight=None):
+    """The conformance suite's reference for rows (N, C) and its scales, as arrays."""
+    rows = np.asarray(x).astype(np.float64)
+    weights = None if weight is None else np.asarray(weight).astype(np.float64).tolist()
+    found = reference(rows.tolist(), y.tolist(), p=p, margin=margin, weight=weights)
+    return SimpleNamespace(
+        losses=np.array(found.losses),
+        scale=np.array(found.loss_scales),
+        grad=np.array(found.grad).reshape(rows.shape),
+        grad_scale=np.array(found.grad_scales).reshape(rows.shape),
+    )
