@@ -123,8 +123,10 @@ def _sample(
     size = [sum(abs(v) for v in (score, x[y], margin) if math.isfinite(v)) for score in x]
     slope = [p * _power(v, p - 1) if v > 0 and j != y else 0.0 for j, v in enumerate(z)]
     bend = [p * (p - 1) * _power(v, p - 2) if v > 0 and p > 1 else 0.0 for v in z]
-    grad = [factor * s for s in slope]
-    scales = [abs(factor) * b * s + abs(g) for b, s, g in zip(bend, size, grad, strict=True)]
+    grad = [factor * s if s else 0.0 for s in slope]  # an infinite weight times 0 would be NaN
+    scales = [
+        abs(factor) * b * s + abs(g) if g else 0.0 for b, s, g in zip(bend, size, grad, strict=True)
+    ]
     scales[y] = 0.0
     grad[y], scales[y] = -_sum(grad), _sum(scales)
     rises = [(1.0 if p == 1 and z[j] >= 0 else slope[j]) * size[j] for j in others]

@@ -50,9 +50,6 @@ class Library:
         ``on_host(array)``: the same values as an array that may be read inside a trace too.
     device_key : callable
         ``device_key(array)``: what must be equal for arrays to be used together; None fits any.
-    check_targets_lazily : callable or None
-        For a lazy library: the problem with arrays of the library only, whose
-        targets raise when they are computed, if ``check_target`` says so.
     unsupported_layout : callable
         What an array that isn't dense is, in words; None for one that is.
     kinds : mapping
@@ -94,7 +91,6 @@ class Library:
     relu: Callable[[Array], Array]
     kinds: Mapping[Any, str]
     runs: bool = False
-    check_targets_lazily: Callable[[Problem], Problem] | None = None
     unsupported_layout: Callable[[Array], str | None] = lambda _: None
     device: Callable[[Array], Any] = device_of
     compute: Callable[..., tuple[Array, ...]] | None = None
@@ -183,17 +179,11 @@ def _dask() -> Library:
     import array_api_compat.dask.array as xp
     from dask import compute
 
-    from mml_arrayapi.backends.dask.alignment import check_targets_lazily, unsupported_layout
+    from mml_arrayapi.backends.dask import alignment, graph
 
-    wide = xp.int64, xp.float64
     row = plain("dask", xp, lambda _: LAZY)
-    row = replace(
-        row,
-        check_targets_lazily=check_targets_lazily,
-        unsupported_layout=unsupported_layout,
-        compute=compute,
-    )
-    return replace(row, widest=lambda _: wide, relu=lambda x: xp.maximum(x, 0))
+    layout = alignment.unsupported_layout
+    return replace(row, unsupported_layout=layout, compute=compute, **graph.ROW)
 
 
 def _jax() -> Library:

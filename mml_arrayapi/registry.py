@@ -73,7 +73,6 @@ class _Registry:
     loaded: dict[str, Kernel] = field(default_factory=dict)  # by entry's name; a broken one refuses
     broken: dict[str, str] = field(default_factory=dict)  # entry's name: why it could not be loaded
     orders: dict[str, tuple[Kernel, ...]] = field(default_factory=dict)  # by library
-    ready: tuple[str, ...] = ()  # the libraries in orders; a trace may see it change, but no dict
     # No dict: torch.compile can't check that the keys of one still are the same types.
     direct: tuple[tuple[type, tuple[Callable[..., Array | None], ...]], ...] = ()
 
@@ -239,9 +238,9 @@ def direct_kernels(input: Array) -> tuple[Callable[..., Array | None], ...]:
     if overrides.open_names or overrides.environment is not None:
         return ()
     of_input = type(input)
-    if of_input.__module__ == "torch" and "torch" not in _registry.ready:
-        # In a compiled first call nothing is loaded yet. Without this it would go through all the
-        # checks, and whatever they look up would be compared again before every later call.
+    if of_input.__module__ == "torch":
+        # torch.compile traces a first call again where something else breaks the graph, and must
+        # then go the same way: so this doesn't depend on what is loaded already.
         library_of("input", input)
     for kind, functions in _registry.direct:
         if kind is of_input:
@@ -517,8 +516,7 @@ def _reorder(*new: str) -> None:
                 break  # what comes after it must wait for its refusal
             for kind, function in kernel.direct.items():
                 direct[kind] = (*direct.get(kind, ()), function)
-    _registry.orders, _registry.ready = orders, tuple(orders)
-    _registry.direct = tuple(direct.items())
+    _registry.orders, _registry.direct = orders, tuple(direct.items())
 
 
 def _order(library: str) -> tuple[Kernel, ...]:

@@ -246,7 +246,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
 
 
 def check_targets(problem: Problem) -> Problem:
-    """Do what ``check_target`` says, before or (lazy libraries) within the computation.
+    """Do what ``check_target`` says; for a lazy library the computation does it.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ def check_targets(problem: Problem) -> Problem:
     Returns
     -------
     Problem
-        The same, or for a lazy library one whose targets raise when they are computed.
+        The same.
 
     Raises
     ------
@@ -264,9 +264,7 @@ def check_targets(problem: Problem) -> Problem:
         With the first offending position.
     """
     library = library_of("input", problem.input)
-    if library.check_targets_lazily is not None:
-        return library.check_targets_lazily(problem)
-    if problem.check_target == "raise":
+    if problem.check_target == "raise" and library.value_access(problem.target) != LAZY:
         target, n_classes = library.on_host(problem.target), problem.input.shape[problem.axis]
         raise_invalid_target(target, n_classes, problem.ignore_index)
     return problem

@@ -175,6 +175,20 @@ def test_a_weight_beyond_the_dtype_is_an_infinity(lib, p):
 
 
 @pytest.mark.usefixtures("threads_may_warn")
+def test_the_first_target_out_of_range_names_no_class(lib):
+    scores = np.asarray([[0.5, 1.0, 2.0]] * 3)
+    loss, grad = generic(lib, scores, [3, -1, 2], check_target="nan", reduction="none")
+    assert np.isnan(loss).tolist() == [True, True, False]
+    assert rows(grad) == [True, True, False]
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_single_class_costs_nothing_but_keeps_its_nan(lib, p):
+    loss, grad = generic(lib, [[NAN], [2.0]], [0, 0], p=p, reduction="none")
+    np.testing.assert_array_equal(loss, [NAN, 0])
+    np.testing.assert_array_equal(grad, [[NAN], [0]])
+
+
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize(
     ("row", "weight"),

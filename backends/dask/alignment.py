@@ -1,14 +1,12 @@
 """Dask: arguments brought into matching chunks, and checks that run when a chunk is there.
 
-Whatever computes the loss of Dask arrays takes its arguments through here. The scores are never
-rechunked. The targets follow the scores' chunks; the weights come whole to every task (taking them
-by the targets made 10,000 tasks of 1,000 chunks).
+The scores are never rechunked. The targets follow the scores' chunks; the weights come whole to
+every task (taking them by the targets made 10,000 tasks of 1,000 chunks).
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import dask.array as da
@@ -20,41 +18,6 @@ from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import InvalidTargetError, Options, raise_invalid_target
 
 Array = Any
-
-
-def check_targets_lazily(problem: Problem) -> Problem:
-    """Prepare the arguments for the generic implementation.
-
-    Parameters
-    ----------
-    problem : Problem
-        The checked call; ``input`` is a Dask array.
-
-    Returns
-    -------
-    Problem
-        With Dask arrays only, in matching chunks. Targets out of range raise when computed, if
-        ``check_target`` says so. Nothing is computed.
-    """
-    target = match_rows(problem, problem.target)
-    if problem.check_target == "raise" or unknown(problem.input) or unknown(target):
-        rows = batch_axes(problem)
-        target = da.blockwise(
-            partial(_checked, options=options_of(problem)),
-            rows,
-            target,
-            rows,
-            problem.input,
-            range(problem.input.ndim),
-            slices(target),
-            rows,
-            token="multi_margin_loss-targets",
-            align_arrays=False,
-            dtype=target.dtype,
-            meta=target._meta,
-        )
-    weight = None if problem.weight is None else in_one_chunk(problem.weight)
-    return problem._replace(target=target, weight=weight)
 
 
 def options_of(problem: Problem) -> Options:
@@ -86,12 +49,18 @@ def batch_axes(problem: Problem) -> tuple[int, ...]:
     return tuple(i for i in range(problem.input.ndim) if i != problem.axis)
 
 
+CHUNKS_OF = ("numpy", "cupy")  # libraries whose arrays can be filled tile by tile
+
+
 def unsupported_layout(array: da.Array) -> str | None:
-    """Tell what a Dask array is whose chunks are not dense; None for one whose chunks are."""
+    """Tell what a Dask array is whose chunks are not taken; None for one whose chunks are."""
     meta = array._meta
     if isinstance(meta, np.ma.MaskedArray):
         return "a Dask array of masked chunks"
-    form = library_of("input", meta).unsupported_layout(meta)
+    library = library_of("input", meta)
+    if library.name not in CHUNKS_OF:
+        return f"a Dask array whose chunks are of {library.name}, not {' or '.join(CHUNKS_OF)}"
+    form = library.unsupported_layout(meta)
     return None if form is None else f"a Dask array whose chunks are {form}"
 
 
@@ -246,12 +215,3 @@ def refuse_masked(name: str, block: Array) -> None:
             f"{name} must have plain chunks, but a chunk is a masked array; fill it first, or mark "
             "the samples to leave out with ignore_index"
         )
-
-
-def _checked(target: Any, scores: Any, place: tuple[slice, ...], *, options: Options) -> Any:
-    blocks = scores if isinstance(scores, list) else [scores]
-    for name, block in (("target", target), *(("input", block) for block in blocks)):
-        refuse_masked(name, block)
-    check_length(without(blocks[0].shape, options.axis), target)
-    check_targets(target, place, sum(block.shape[options.axis] for block in blocks), options)
-    return target

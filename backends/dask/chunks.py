@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import reduce
-from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,7 +155,7 @@ def _chosen(
     options = call.options._replace(reduction="none", check_target="nan")
     problem = check_arrays(block, target, weight, options)
     block = _in_order(block)
-    if not isinstance(block, np.ndarray) or block.flags.aligned:
+    if not _is_numpy(block) or block.flags.aligned:
         problem = problem._replace(input=block)
         return problem, choose(problem, call.backend)
     # The kernel is chosen for an aligned block; it gets this one if it takes it, else a copy.
@@ -174,7 +172,7 @@ def _in_order(block: Array) -> Array:
     Pickling, and Dask's serialization, keep the order of contiguous arrays and make others
     C-contiguous. Left as they are: rows that follow one another at any distance.
     """
-    if not isinstance(block, np.ndarray) or block.flags.f_contiguous or _in_c_order(block):
+    if not _is_numpy(block) or block.flags.f_contiguous or _in_c_order(block):
         return block
     return block.copy(order="C")
 
@@ -228,7 +226,7 @@ def part_of_rows(
 ) -> Part:
     """Return what the classes of this block, but the target's, add to each row."""
     xp, target = _namespace(block, target)
-    own, at = reduce(add, found), place[call.axis].start
+    own, at = _added(found), place[call.axis].start
     native, options = _native(block, target, call)
     if native is not None:
         sums, of_slopes = np.empty(target.shape), np.empty(target.shape)
@@ -243,8 +241,8 @@ def _redo_infinite(
     sums: np.ndarray, block: np.ndarray, at: int, target: np.ndarray, own: np.ndarray, call: Call
 ) -> None:
     """Add up in another way what was too large to be divided afterwards."""
-    rows = np.isinf(sums)
-    if rows.any():
+    if not sums.max(initial=0) < math.inf:
+        rows = np.isinf(sums)
         few = np.moveaxis(block, call.axis, -1)[rows]
         call = call._replace(options=call.options._replace(axis=1))
         sums[rows] = _part_of_rows(np, few, at, target[rows], own[rows], call, False).sums
@@ -278,7 +276,7 @@ def _part_of_rows(
 
 def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) -> Rows:
     """Add up the parts of the rows."""
-    sums = reduce(add, (part.sums for part in parts))
+    sums = _added([part.sums for part in parts])
     xp, target = _namespace(sums, target)
     lost = ignored(target, call.options.ignore_index)
     losses = sums if weight is None else sums * _weights(xp, target, weight[0], call)
@@ -288,7 +286,7 @@ def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) 
         losses = xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32)
     slopes = None
     if parts[0].slopes is not None:
-        slopes = reduce(add, (part.slopes for part in parts))
+        slopes = _added([part.slopes for part in parts])
         slopes = xp.where(xp.isnan(losses), math.nan, slopes)
     everyone = frozenset[Ran]().union(*(part.ran for part in parts))
     return Rows(losses, _count(lost), everyone, slopes)
@@ -308,7 +306,7 @@ def grad_of_part(
 ) -> Array:
     """Return the gradient by the scores of this block."""
     xp, target = _namespace(block, target)
-    own, at = reduce(add, found), place[call.axis].start
+    own, at = _added(found), place[call.axis].start
     scale = _scale(block, target, upstream, share) * _weights(xp, target, weight, call)
     of_rows = own, rows.slopes, scale / call.n_classes
     native, options = _native(block, target, call)
@@ -348,7 +346,7 @@ NATIVE = "numpy-cpu"
 def _native(block: Array, target: Array, call: Call) -> tuple[Any, tuple[Any, ...]]:
     """Return the CPU kernels where they are chosen for a block and one class more, else None."""
     options = tuple(call.options._replace(check_target="nan"))
-    if not isinstance(block, np.ndarray) or not block.size:
+    if not _is_numpy(block) or not block.size:
         return None, options
     shape = tuple(n + (i == call.axis) for i, n in enumerate(block.shape))
     if _chosen(np.empty(shape, block.dtype), target, None, call)[1].name != NATIVE:
@@ -395,6 +393,18 @@ def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
 
 
 # What all have in common.
+
+
+def _is_numpy(block: Array) -> bool:
+    return library_of("input", block).name == "numpy"
+
+
+def _added(arrays: list[Array]) -> Array:
+    """Add up arrays, in a new one."""
+    total = arrays[0] + 0
+    for array in arrays[1:]:
+        total += array
+    return total
 
 
 def _namespace(block: Array, target: Array) -> tuple[Any, Array]:

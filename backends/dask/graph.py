@@ -36,7 +36,6 @@ from mml_arrayapi.libraries import library_of
 
 Array = Any
 
-CHUNKS_OF = ("numpy", "cupy")  # libraries whose arrays can be filled tile by tile
 PER_TASK = 16  # sums are small, and take microseconds to merge
 NAME = "multi_margin_loss"  # what the tasks are called, on dashboards too
 
@@ -229,13 +228,6 @@ class _Graph:
         return da.utils.meta_from_array(self.x._meta, ndim=ndim, dtype=self.x.dtype)
 
 
-def _refuses(problem: Problem) -> str | None:
-    library = library_of("input", problem.input._meta).name
-    if library in CHUNKS_OF:
-        return None
-    return f"chunks are of {library}, and only chunks of {' and '.join(CHUNKS_OF)} are taken"
-
-
 def _on_chunks(problem: Problem, name: str, library: str) -> Kernel | None:
     """Return this kernel, made to take the named one on every chunk; None if that can't be."""
     if library_of("input", problem.input._meta).name != library:
@@ -248,9 +240,17 @@ def _on_chunks(problem: Problem, name: str, library: str) -> Kernel | None:
 KERNEL = Kernel(
     name="dask-blocks",
     library="dask",
-    refuses=_refuses,
+    refuses=lambda _: None,
     loss=loss,
     loss_and_grad=loss_and_grad,
     supports=frozenset({"ignore_index"}),
     on_chunks=_on_chunks,
 )
+
+# The generic implementation for Dask arrays: the same graph, with the formula on every chunk. In
+# operations of dask.array it would make a dozen layers, of which the query planner lacks several,
+# and would need to know the sizes of the chunks.
+ROW: dict[str, Any] = {
+    "loss": partial(loss, backend="generic"),
+    "loss_and_grad": partial(loss_and_grad, backend="generic"),
+}

@@ -16,6 +16,7 @@ emulator = pytest.importorskip(
     "tests.backends.cuda.emulator", reason="the emulator needs ml_dtypes"
 )
 
+ROOT = Path(__file__).parents[3]
 POWERS = {1: (1.0,), 2: (2.0,), 0: (1.5, 3.0)}
 
 # What is changed, the text, its replacement, the kernels that show it. Each text stands in the
@@ -202,8 +203,9 @@ def test_equals_float64_reference_under_sanitizers(builds, variant):
     assert int(done.stdout.split()[0]) > 120
 
 
-TILES = [(32, 1, n) for n in (1, 2, 8, 10, 16, 24, 31)]
-TILES += [(17, 1, 10), (16, 2, 8), (17, 1, 31), (64, 1, 10), (64, 2, 16), (64, 0, 5), (64, 1, 24)]
+# One number of classes read by 1, 2 and 4 elements for each size; those of 16 bytes are permuted.
+TILES = [(32, 1, n) for n in (1, 10, 16, 31)]
+TILES += [(17, 1, 10), (16, 2, 8), (64, 1, 10), (64, 0, 5), (64, 2, 24)]
 
 
 @pytest.mark.parametrize(
@@ -323,8 +325,9 @@ def _sanitized(library: Path, variant: tuple[int, int]) -> subprocess.CompletedP
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
     return subprocess.run(
-        [sys.executable, emulator.__file__, str(library), str(scalar), "0", "1",
+        [sys.executable, "-m", emulator.__name__, str(library), str(scalar), "0", "1",
          *map(str, POWERS[power][:1])],
+        cwd=ROOT,
         env={**os.environ, "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"},
         capture_output=True,
         text=True,

@@ -158,8 +158,8 @@ def test_arrays_that_say_they_are_masked_are_refused_at_once(which):
 
 @pytest.mark.parametrize("backend", [None, "generic"])
 @pytest.mark.parametrize("cut", [(7, C), (7, 5), (N, 5)], ids=["rows", "both", "classes"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("index", [3, -100, 300])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("index", [3, -100])
 def test_ignore_index(backend, cut, reduction, index):
     scores = RNG.standard_normal((N, C)).astype(np.float32)
     target = RNG.integers(0, C, N).astype(np.int16)
@@ -176,18 +176,15 @@ def test_ignore_index(backend, cut, reduction, index):
     gradient[keep] = mml.multi_margin_loss_and_grad(
         scores[keep], target[keep], weight=weight, reduction="sum"
     )[1]
-    lazy, how = da.from_array(scores, chunks=cut), {"weight": weight, "ignore_index": index}
-    for labels in (target, da.from_array(target, chunks=9)):
-        with np.errstate(all="raise"):
-            loss, grad = dask.compute(
-                *mml.multi_margin_loss_and_grad(
-                    lazy, labels, reduction=reduction, backend=backend, **how
-                )
-            )
-            alone = mml.multi_margin_loss(lazy, labels, reduction=reduction, backend=backend, **how)
-            np.testing.assert_allclose(alone.compute(), loss, rtol=1e-6)
-        np.testing.assert_allclose(loss, wanted[reduction], rtol=1e-5)
-        np.testing.assert_allclose(grad, gradient * scale, rtol=1e-5, atol=1e-8)
+    lazy = da.from_array(scores, chunks=cut)
+    labels = target if reduction == "mean" else da.from_array(target, chunks=9)
+    how = {"weight": weight, "ignore_index": index, "reduction": reduction, "backend": backend}
+    with np.errstate(all="raise"):
+        pair = mml.multi_margin_loss_and_grad(lazy, labels, **how)
+        loss, grad, alone = dask.compute(*pair, mml.multi_margin_loss(lazy, labels, **how))
+    np.testing.assert_allclose(alone, loss, rtol=1e-6)
+    np.testing.assert_allclose(loss, wanted[reduction], rtol=1e-5)
+    np.testing.assert_allclose(grad, gradient * scale, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])

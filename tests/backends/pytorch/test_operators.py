@@ -156,6 +156,28 @@ def test_compiled_with_a_kernel_asked_for(batch, kernels_ran, backend):
     assert kernels_ran == ([] if backend == "generic" else ["loss"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"p": True}, TypeError, "p must be a real number, but is True"),
+        ({"margin": float("inf")}, ValueError, "margin must be a finite real number"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of"),
+        ({"weight": torch.ones(4)}, ValueError, "weight must have one element per class"),
+        (
+            {"target": torch.zeros(5, dtype=torch.int64)},
+            ValueError,
+            "target must have input's shape",
+        ),
+        ({"check_target": "raise"}, ValueError, "check_target='raise' needs the values"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_named_in_a_compiled_call(batch, changes, error, message):
+    arguments = {"input": batch[0], "target": batch[1], **changes}
+    with pytest.raises(error, match=message):
+        torch.compile(multi_margin_loss, backend="eager")(**arguments)
+
+
 @P
 def test_compiled_transforms(batch, kernels_ran, p):
     scores, target, _ = batch
