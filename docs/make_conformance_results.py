@@ -112,12 +112,13 @@ def supported(results):
     for configuration, (dtypes, options) in CONFIGURATIONS.items():
         found = results.get(configuration, [])
         if not found:
-            absent.append(f"- {configuration}: not run, since it is not installed")
+            absent.append(f"- {configuration}: not part of this run")
             continue
         with state_of(configuration) as name:
             contexts = [Context(name, dtype=dtype, **options) for dtype in dtypes]
             told, version = capabilities(contexts), contexts[0].version()
-        runs.append(Run(configuration, version, None, None, list(dtypes), 0, told, found))
+        state = configuration.partition(" ")[2] or None
+        runs.append(Run(name, version, state, None, list(dtypes), 0, told, found))
     return "\n".join([as_markdown(header(), runs), *absent])
 
 
