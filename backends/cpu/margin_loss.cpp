@@ -618,13 +618,14 @@ template <class E, class P, bool UNIT> struct Kernel {
         if (c.losses.data) store_rounded<E>(c.losses.at(i), s.terms / double(n) * weight * s.unit);
         if (c.sums.data) {
             write(c.sums.at(i), s.terms * s.unit);
-            write(c.slopes.at(i), s.terms != s.terms ? s.terms : s.slopes * power.factor * s.unit);
+            if (c.slopes.data) write(c.slopes.at(i), s.terms != s.terms ? s.terms : s.slopes * power.factor * s.unit);
         }
         return loss;
     }
     NOINLINE void ignore(int64_t i) const {
         if (c.losses.data) store_rounded<E>(c.losses.at(i), 0);
-        if (c.sums.data) write(c.sums.at(i), 0.0), write(c.slopes.at(i), 0.0);
+        if (c.sums.data) write(c.sums.at(i), 0.0);
+        if (c.sums.data && c.slopes.data) write(c.slopes.at(i), 0.0);
         if (c.grad.data) fill(out(i), 0);
         if (c.bits) std::memset(c.bits + i * bytes, 0, size_t(bytes));
     }
@@ -725,8 +726,10 @@ template <class E, class P, bool UNIT> struct Kernel {
     void parts(int64_t start, const Group<T> &g, Result &result) const {
         each_row(start, g, result, [&](int t, int64_t i) {
             AddSlopes add(*this);
-            double sum = row_terms(g, t, add);
-            account(i, checked(g, t, sum, add.slopes.total()), 1, result);
+            Nothing nothing;
+            bool both = c.slopes.data;
+            double sum = both ? row_terms(g, t, add) : row_terms(g, t, nothing);
+            account(i, checked(g, t, sum, both ? add.slopes.total() : 0), 1, result);
         });
     }
 
@@ -886,12 +889,25 @@ Block grad_block(const Call &c) {
 Block bits_block(const Call &c) {
     return with_kernel<One>(c, [](auto *k) -> Block { return std::remove_pointer_t<decltype(k)>::bits_block; });
 }
-void own_scores(const Call &c) {
-    int32_t y;
-    for (int64_t i = 0; i < c.rows; i++) {
-        look_up_targets(c, i, 1, &y);
-        store_float(c.own.at(i), c.own.type, y < 0 ? 0 : load_float(c.x.at(i) + y * c.x.step, c.x.type));
-    }
+Block own_block(const Call &c) {
+    return with_float(c.x.type, [](auto e) -> Block {
+        using E = decltype(e);
+        return [](const Call &c, int64_t start, int64_t stop, Result &) {
+            int32_t y[GROUP];
+            const char *score[GROUP];
+            for (; start < stop; start += GROUP) {
+                const int64_t count = start + GROUP < stop ? GROUP : stop - start;
+                look_up_targets(c, start, count, y);
+                each(c.x, start, count, [&](int64_t t, const char *p) {
+                    score[t] = p + (y[t] < 0 ? 0 : y[t]) * c.x.step;
+                    __builtin_prefetch(score[t]);
+                });
+                each(c.own, start, count, [&](int64_t t, char *p) {
+                    write(p, y[t] < 0 ? One::Computing<E>(0) : One::Computing<E>(widen<E>(score[t])));
+                });
+            }
+        };
+    });
 }
 
 }  // namespace mml

@@ -52,7 +52,7 @@ struct Call {
     int64_t first = 0;
     Walk own;     // computing type; NaN where the row has no value
     Walk sums;    // float64, written: each row's sum of terms
-    Walk slopes;  // float64: each row's sum of slopes; written with sums, read with grad
+    Walk slopes;  // float64: each row's sum of slopes; written with sums if asked for, read with grad
 };
 
 // What a block of rows adds up to.
@@ -70,6 +70,6 @@ void store_float(char *, Type, double);              // rounded once, to nearest
 int64_t count_not_ignored(const Call &);             // looks at the targets only
 int64_t row_bytes(Type, int64_t classes);            // bits of one row, in whole bytes
 Block loss_block(const Call &), grad_block(const Call &), bits_block(const Call &);
-void own_scores(const Call &);                       // writes Call::own, 0 where elsewhere
+Block own_block(const Call &);                       // writes Call::own, 0 where elsewhere
 
 }  // namespace mml

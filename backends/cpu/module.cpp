@@ -669,19 +669,20 @@ bool read_rows(const Job &job, PyObject *given, Array &array, Walk &out, Type ty
 }
 Type computing(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 
-// own_scores(input, target, options, first, own)
+// own_scores(input, target, options, first, own, threads=None)
 PyObject *own_scores(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (wrong_count(n, 5, 5)) return nullptr;
+    if (wrong_count(n, 5, 6)) return nullptr;
     Job job;
     Array own;
+    Result result;
     if (!read_part(job, args)) Py_RETURN_NONE;
     if (!read_rows(job, args[4], own, job.call.own, computing(job.input.type), true)) Py_RETURN_NONE;
-    own_scores(job.call);
+    if (!run(job.call, own_block(job.call), argument(args, n, 5), result)) return nullptr;
     Py_INCREF(args[4]);
     return args[4];
 }
 
-// part_sums(input, target, options, first, own, sums, slopes, threads=None)
+// part_sums(input, target, options, first, own, sums, slopes or None, threads=None)
 PyObject *part_sums(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 7, 8)) return nullptr;
     Job job;
@@ -690,7 +691,8 @@ PyObject *part_sums(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (!read_part(job, args)) Py_RETURN_NONE;
     if (!read_rows(job, args[4], own, call.own, computing(job.input.type), false)) Py_RETURN_NONE;
     if (!read_rows(job, args[5], sums, call.sums, Type::f64, true)) Py_RETURN_NONE;
-    if (!read_rows(job, args[6], slopes, call.slopes, Type::f64, true)) Py_RETURN_NONE;
+    bool wanted = args[6] != Py_None;
+    if (wanted && !read_rows(job, args[6], slopes, call.slopes, Type::f64, true)) Py_RETURN_NONE;
     Result result;
     if (!run(call, loss_block(call), argument(args, n, 7), result)) return nullptr;
     Py_INCREF(args[5]);

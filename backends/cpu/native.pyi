@@ -88,7 +88,13 @@ def row_bytes(input: Array, options: Options, /) -> int:
     """Return how many bytes of ``bits`` a row takes."""
 
 def own_scores(
-    input: Array, target: Array, options: Options, first: int, own: Array, /
+    input: Array,
+    target: Array,
+    options: Options,
+    first: int,
+    own: Array,
+    threads: Threads = None,
+    /,
 ) -> Array | None:
     """Write each row's target score where it is among input's classes, else 0; return ``own``.
 
@@ -104,7 +110,7 @@ def part_sums(
     first: int,
     own: Array,
     sums: Array,
-    slopes: Array,
+    slopes: Array | None,
     threads: Threads = None,
     /,
 ) -> Array | None:

@@ -229,11 +229,11 @@ def part_of_rows(
     own, at = _added(found), place[call.axis].start
     native, options = _native(block, target, call)
     if native is not None:
-        sums, of_slopes = np.empty(target.shape), np.empty(target.shape)
+        sums, of_slopes = np.empty(target.shape), np.empty(target.shape) if slopes else None
         if native.part_sums(block, target, options, at, own, sums, of_slopes) is not None:
             sums /= call.n_classes
             _redo_infinite(sums, block, at, target, own, call)
-            return Part(sums, of_slopes if slopes else None, ran(NATIVE))
+            return Part(sums, of_slopes, ran(NATIVE))
     return _part_of_rows(xp, block, at, target, own, call, slopes)
 
 
