@@ -321,9 +321,10 @@ def _library_without_row(argument: str, array: Array) -> Library:
         ) from None
     if name in LIBRARIES:
         return LIBRARIES[name]()
-    if name not in _by_namespace:
-        _by_namespace[name] = plain(name, xp, _stranger_value_access)
-    return _by_namespace[name]
+    library = _by_namespace.get(name)
+    if library is None or library.namespace is not xp:  # namespaces need not be hashable
+        library = _by_namespace[name] = plain(name, xp, _stranger_value_access)
+    return library
 
 
 def _stranger_value_access(array: Array) -> str:

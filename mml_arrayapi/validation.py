@@ -349,8 +349,8 @@ def check_sample_weight(sample_weight: Array) -> None:
         )
     if library.value_access(sample_weight) == TRACED:
         raise ValueError(
-            "sample_weight must have values, but is being traced (jit, vmap, compile, meta or fake "
-            "tensors) and has none yet"
+            "sample_weight must have values that can be read, but is being traced (jit, vmap, "
+            "compile) or holds none itself (meta and fake tensors, tensors that hold others)"
         )
 
 

@@ -246,7 +246,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork")  # Python's, and JAX's where it has been imported
 def test_data_loaders_that_fork():
     multi_margin_loss(torch.zeros(1100, 1000), torch.zeros(1100, dtype=torch.int64))  # on threads
     loader = torch.utils.data.DataLoader(
