@@ -103,9 +103,8 @@ def reduce(problem: Problem, losses: Array) -> Array:
         losses = losses[_along(problem.axis, 0)]
     else:
         library = library_of("input", problem.input)
-        count = _count(problem, math.nan) if problem.reduction == "mean" else 1
-        small = losses.dtype == xp.float64 != dtype
-        losses = divided_sum(library, losses, None, count, small=small)
+        n = _count(problem, math.nan) if problem.reduction == "mean" else 1
+        losses = divided_sum(library, losses, None, n, small=losses.dtype == xp.float64 != dtype)
     return cast(xp, losses, dtype)
 
 
