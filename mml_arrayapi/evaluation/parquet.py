@@ -191,6 +191,7 @@ def _matrix(lists: Any, where: str) -> Array:
 def _vectors(column: Any, where: str) -> Array:
     """Make rows of Spark's vectors, dense (type 1) or sparse (type 0)."""
     import numpy as np
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     column = column if hasattr(column, "field") else column.chunk(0)
@@ -202,10 +203,12 @@ def _vectors(column: Any, where: str) -> Array:
         raise InputError(f"{where} has vectors of different sizes; each must hold one per class")
     made = np.zeros((len(column), int(sizes[0]) if len(sizes) else 0))
     if dense.any():
-        made[dense] = pc.list_flatten(values.filter(dense)).to_numpy().reshape(-1, made.shape[1])
+        flat = pc.list_flatten(values.filter(pa.array(dense))).to_numpy()
+        made[dense] = flat.reshape(-1, made.shape[1])
     rows = np.repeat(np.flatnonzero(~dense), lengths[~dense].astype(np.int64))
-    places = pc.list_flatten(indices.filter(~dense)).to_numpy()
-    made[rows, places] = pc.list_flatten(values.filter(~dense)).to_numpy()
+    sparse = pa.array(~dense)
+    places = pc.list_flatten(indices.filter(sparse)).to_numpy()
+    made[rows, places] = pc.list_flatten(values.filter(sparse)).to_numpy()
     return made
 
 
