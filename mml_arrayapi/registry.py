@@ -212,13 +212,14 @@ def check_name(name: str | None, source: str = "backend") -> None:
     ValueError
         No kernel is named so.
     """
-    if name is None or name == "generic":
+    if name is None:
         return
-    if not isinstance(name, str):
+    if not isinstance(name, str):  # first: an array compared with a string is an array
         raise TypeError(
             f"{source} must be None or a kernel's name, but is {in_words(name)}; {_list()}"
         )
-    _library_of_kernel(name, source)
+    if name != "generic":
+        _library_of_kernel(name, source)
 
 
 def direct_kernels(input: Array) -> tuple[Callable[..., Array | None], ...]:

@@ -406,7 +406,7 @@ def test_unknown_names(empty, monkeypatch):
 
 
 @pytest.mark.usefixtures("empty")
-@pytest.mark.parametrize("name", [0, [], False, b"generic", ("generic",)], ids=repr)
+@pytest.mark.parametrize("name", [0, [], False, b"generic", ("generic",), np.arange(2)], ids=repr)
 @pytest.mark.parametrize("function", [multi_margin_loss, multi_margin_loss_and_grad, explain])
 def test_names_that_are_no_strings(function, name):
     kind = type(name).__name__

@@ -101,7 +101,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
 
     def direct(input: Any, target: Any, weight: Any, options: Options) -> Tensor | None:
         if is_dynamo_compiling():
-            return _in_graph(input, target, weight, *options) if engine.device == "cpu" else None
+            return _in_graph(input, target, weight, options) if engine.device == "cpu" else None
         if (
             not ordinary()
             or not getattr(input, on_device)
@@ -158,15 +158,13 @@ _gradient = torch.ops.mml_arrayapi.multi_margin_loss_backward.default
 _loss_and_grad = torch.ops.mml_arrayapi.multi_margin_loss_and_grad.default
 
 
-def _in_graph(
-    input: Any, target: Any, weight: Any, p: Any, margin: Any, reduction: Any,
-    ignore_index: Any, axis: Any, check_target: Any,
-) -> Tensor | None:  # fmt: skip
+def _in_graph(input: Any, target: Any, weight: Any, options: Options) -> Tensor | None:
     """Put the operator into torch.compile's graph; None for a call that is not plainly right.
 
     Each name that is looked up while tracing is checked again before every compiled call: those of
     all the checks took 28 of 105 microseconds.
     """
+    p, margin, reduction, ignore_index, axis, check_target = options
     if (
         not input.is_cpu
         or not input.is_floating_point()
