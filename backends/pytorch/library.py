@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import array_api_compat.torch as xp
-import torch
 
 from mml_arrayapi import overrides, registry
 from mml_arrayapi.backends.pytorch import generic, state
@@ -27,4 +26,4 @@ LIBRARY = replace(
 registry.load("torch")
 # It can't read a ContextVar either. The result may be taken as a constant: the caller reads
 # overrides.open_names first, which compiled code is checked against.
-torch.compiler.assume_constant_result(overrides.in_context)
+state.assume_constant_result(overrides.in_context)

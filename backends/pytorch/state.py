@@ -46,6 +46,15 @@ class SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
+def assume_constant_result(function: Callable[..., object]) -> None:
+    """Do what ``torch.compiler.assume_constant_result`` does, which imports the compiler first.
+
+    That takes 1.5 seconds, and makes default arguments of the process group that stands then, which
+    is not destroyed any more.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def ordinary() -> bool:
     """Tell whether operations simply run: no compiler, transform or mode looks on."""
     return not (

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,6 +288,30 @@ def private_names(tree):
             yield from (
                 part for name in names if name.startswith("torch") for part in name.split(".")
             )
+
+
+def test_constant_results_are_marked_as_pytorch_marks_them():
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    state.assume_constant_result(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) == {"_dynamo_marked_constant": True}
+
+
+def test_an_eager_call_does_not_import_the_compiler():
+    code = """
+import sys, torch
+from mml_arrayapi.pytorch import MultiMarginLoss
+scores = torch.eye(3).requires_grad_()
+MultiMarginLoss()(scores, torch.arange(3)).backward()
+print([name for name in ("torch._dynamo", "torch.distributed.nn") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_private_names_stand_in_one_file():
