@@ -32,7 +32,7 @@ constexpr int WIDTH = 16;
 constexpr int LANE_TERMS = 16;
 constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
-constexpr int64_t AHEAD = 6144;     // bytes from what is read to what is fetched
+constexpr int64_t AHEAD = 6144;     // bytes from what is read to what is fetched, about
 constexpr int64_t STAGE = 1 << 17;  // bytes of rows that are copied together
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
@@ -205,6 +205,13 @@ template <class T> struct Lanes {
     static INLINE I from_bits(int byte) { return ((I{} + byte) & bit()) != 0; }
 };
 
+INLINE double added(Vec<double, 2> x) { return x[0] + x[1]; }
+#ifdef __AVX2__
+INLINE double added(Vec<double, 4> x) {
+    __m256d all = bits_as<__m256d>(x);
+    return added(bits_as<Vec<double, 2>>(_mm256_castpd256_pd128(all)) + bits_as<Vec<double, 2>>(_mm256_extractf128_pd(all, 1)));
+}
+#endif
 // A sum in float64, to which vectors are added.
 template <class T> class Sum {
     using L = Lanes<T>;
@@ -223,22 +230,14 @@ template <class T> class Sum {
         high += convert<Vec<double, H>>(halves[1]);
 #endif
     }
-    INLINE double total() const {
-        double result = 0;
-        for (int k = 0; k < H; k++) result += low[k] + high[k];
-        return result;
-    }
+    INLINE double total() const { return added(low + high); }
 };
 template <> class Sum<double> {
     Lanes<double>::F sum{};
 
   public:
     INLINE void add(Lanes<double>::F x) { sum += x; }
-    INLINE double total() const {
-        double result = 0;
-        for (int k = 0; k < Lanes<double>::W; k++) result += sum[k];
-        return result;
-    }
+    INLINE double total() const { return added(sum); }
 };
 
 // ---- Exponents. A term is h ** p, a slope is h ** (p - 1); factor times that is the derivative.
@@ -414,6 +413,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     const bool staged;
     const int64_t pitch;           // bytes from copy to copy
     const int64_t in_step, out_step;
+    const int64_t ahead;           // bytes from what is read to what is fetched
     char *copies = nullptr;        // of the gradient's rows, from row ``base`` on
     int64_t base = 0;
 
@@ -424,7 +424,7 @@ template <class E, class P, bool UNIT> struct Kernel {
                (L::iota() < (I{} + typename L::Index(n - last)))),
           last_classes(L::iota() + typename L::Index(last)),
           staged(UNIT && !in_place(c)), pitch(pitch_of(n)), in_step(staged ? SIZE : c.x.step),
-          out_step(staged ? SIZE : c.grad.step) {}
+          out_step(staged ? SIZE : c.grad.step), ahead(ahead_of(c.x)) {}
 
     static bool in_place(const Call &c) {
         return c.x.step == SIZE && (!c.grad.data || c.grad.step == SIZE) && c.classes >= W;
@@ -432,6 +432,11 @@ template <class E, class P, bool UNIT> struct Kernel {
     static bool can_stage(const Call &c) { return pitch_of(c.classes) <= STAGE; }
     // Whole lines and one more, so that neighbours in a column are not apart by a power of two.
     static int64_t pitch_of(int64_t n) { return n < 4 * W ? (n > W ? n : W) * SIZE : (n * SIZE / 64 + 2) * 64; }
+    // Rows may lie apart, or follow one another backwards: whole rows, then.
+    static int64_t ahead_of(const Scores &x) {
+        const int64_t stride = x.ndim == 1 ? x.stride[0] : 0, size = std::abs(stride);
+        return size && size < AHEAD ? AHEAD / size * stride : AHEAD;
+    }
     INLINE char *out(int64_t i) const { return staged ? copies + (i - base) * pitch : c.grad.at(i); }
 
     // The scores of the W classes from j on; beyond the row's end the last one comes again.
@@ -460,6 +465,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     INLINE F terms(const char *row, int64_t y, T own_, F weight, Each &each, Sum<T> &sum) const {
         F own = L::all(own_), s{};
         int64_t j = 0;
+        if (n < STEP) fetch(row, n * SIZE);
         while (j + STEP <= n) {
             F a{}, b{}, d{}, e{};
             const int64_t stop = n < j + RUN ? n : j + RUN;
@@ -476,8 +482,8 @@ template <class E, class P, bool UNIT> struct Kernel {
             each.flush();
             if (j + STEP <= n) sum.add(s * weight), s = F{};
         }
-        for (; j + W <= n; j += W) {
-            F h = hinge(row, j, 0, place(y, j), own);
+        for (I at = place(y, j); j + W <= n; j += W, at -= W) {
+            F h = hinge(row, j, 0, at, own);
             s += power.term(h), each.whole(j, h, ALONE);
         }
         F h = hinge(row, last, 0, place(y, last), own);
@@ -616,10 +622,6 @@ template <class E, class P, bool UNIT> struct Kernel {
         else result.sum += s.terms * (c.shrink * s.unit) * weight;
         result.count++;
         if (c.losses.data) store_rounded<E>(c.losses.at(i), s.terms / double(n) * weight * s.unit);
-        if (c.sums.data) {
-            write(c.sums.at(i), s.terms * s.unit);
-            if (c.slopes.data) write(c.slopes.at(i), s.terms != s.terms ? s.terms : s.slopes * power.factor * s.unit);
-        }
         return loss;
     }
     NOINLINE void ignore(int64_t i) const {
@@ -631,9 +633,9 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     // Looking up targets here and there hides from the processor that rows are read in turn: what
     // comes next is fetched by hand.
-    static INLINE void fetch(const char *p, int64_t bytes) {
+    INLINE void fetch(const char *p, int64_t bytes) const {
         if constexpr (UNIT)
-            for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + AHEAD + k);
+            for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + ahead + k);
     }
 
     // Adds up the rows of a group. Returns how many are ignored.
@@ -722,14 +724,21 @@ template <class E, class P, bool UNIT> struct Kernel {
             finish(write.to, g.y[t], loss, s, scale);
         });
     }
-    // Sums of terms and slopes for a part of the classes.
+    // Sums of terms, and of slopes, for a part of the classes.
     void parts(int64_t start, const Group<T> &g, Result &result) const {
         each_row(start, g, result, [&](int t, int64_t i) {
-            AddSlopes add(*this);
             Nothing nothing;
-            bool both = c.slopes.data;
-            double sum = both ? row_terms(g, t, add) : row_terms(g, t, nothing);
-            account(i, checked(g, t, sum, both ? add.slopes.total() : 0), 1, result);
+            Sums s = checked(g, t, row_terms(g, t, nothing), 0);
+            write(c.sums.at(i), s.terms * s.unit);
+        });
+    }
+    void parts_and_slopes(int64_t start, const Group<T> &g, Result &result) const {
+        each_row(start, g, result, [&](int t, int64_t i) {
+            AddSlopes add(*this);
+            double terms = row_terms(g, t, add);
+            Sums s = checked(g, t, terms, add.slopes.total());
+            write(c.sums.at(i), s.terms * s.unit);
+            write(c.slopes.at(i), s.terms != s.terms ? s.terms : s.slopes * power.factor * s.unit);
         });
     }
 
@@ -792,7 +801,8 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     static void part_block(const Call &c, int64_t start, int64_t stop, Result &result) {
         in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
-            k.parts(first, g, result);
+            if (c.slopes.data) k.parts_and_slopes(first, g, result);
+            else k.parts(first, g, result);
         });
     }
     static void grad_block(const Call &c, int64_t start, int64_t stop, Result &result) {
@@ -814,10 +824,22 @@ template <class E, class P, bool UNIT> struct Kernel {
         const uint8_t *bits = c.bits + i * bytes;
         char *to = out(i);
         // The target's own bit is set only where the row's loss is NaN.
-        int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
-        if (y < 0 || (bits[byte] >> bit & 1)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
+        if (y < 0 || bit_of(bits, y)) return fill(to, y == IGNORED ? 0 : NOT_A_NUMBER);
         double scale = scale_of(i, weight);
-        finish(to, y, 0, {0, double(from_bits(bits, to, Same(scale))), 1}, scale);
+        int64_t count = n >= W && n < 2 * W ? short_from_bits(bits, to, Same(scale)) : from_bits(bits, to, Same(scale));
+        finish(to, y, 0, {0, double(count), 1}, scale);
+    }
+    // Every class of a row of fewer than two vectors has its bit in this number.
+    INLINE unsigned short_bits(const uint8_t *bits) const { return bits[0] | unsigned(bits[bytes - 1]) << last; }
+    INLINE bool bit_of(const uint8_t *bits, int64_t y) const {
+        if (n < 2 * W) return short_bits(bits) >> y & 1;
+        int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
+        return bits[byte] >> bit & 1;
+    }
+    INLINE int64_t short_from_bits(const uint8_t *bits, char *to, Same scale) const {
+        put(to, 0, scale.where(L::from_bits(bits[0])));
+        put(to, last, scale.where(L::from_bits(bits[bytes - 1])));
+        return __builtin_popcount(short_bits(bits));
     }
     INLINE int64_t from_bits(const uint8_t *bits, char *to, Same scale) const {
         int64_t count = 0;
@@ -898,8 +920,9 @@ Block own_block(const Call &c) {
             for (; start < stop; start += GROUP) {
                 const int64_t count = start + GROUP < stop ? GROUP : stop - start;
                 look_up_targets(c, start, count, y);
+                // A target elsewhere costs nothing: its row may stay where it is.
                 each(c.x, start, count, [&](int64_t t, const char *p) {
-                    score[t] = p + (y[t] < 0 ? 0 : y[t]) * c.x.step;
+                    score[t] = y[t] < 0 ? reinterpret_cast<const char *>(y) : p + y[t] * c.x.step;
                     __builtin_prefetch(score[t]);
                 });
                 each(c.own, start, count, [&](int64_t t, char *p) {
