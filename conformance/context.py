@@ -243,12 +243,12 @@ class Context:
         """Return the error that a call raises; fail if it raises none, or another."""
         try:
             result = function(*args, **keywords)
-        except kind as error:
+        except Exception as error:
             refusal = self.refusal(error)
             if refusal:
                 raise NotRun(refusal) from None
-            return error
-        except Exception as error:
+            if isinstance(error, kind):
+                return error
             if isinstance(error, AttributeError) and self.lacking(error):
                 raise
             found = f"raised {type(error).__name__} ({error}), expected {kind.__name__}"
@@ -268,10 +268,10 @@ class Context:
 
     def refusal(self, error: Exception) -> str | None:
         """Return the reason, if an error says that the kernel asked for can't run this."""
-        text = str(error)
-        if self.backend is not None and text.startswith("backend: kernel"):
-            return text.partition(";")[0].removeprefix("backend: ")
-        return None
+        asked, _, text = str(error).partition(": ")
+        if self.backend is None or asked not in ("backend", "use_backend"):
+            return None
+        return text.partition(";")[0] if text.startswith("kernel ") else None
 
     def lacking(self, error: AttributeError) -> str | None:
         """Name what an error says that the library lacks, if it is the library's lack."""

@@ -59,9 +59,8 @@ class Problem(NamedTuple):
     check_target: str
     ignore_index: int | None = None
 
-    @property
-    def options(self) -> Options:
-        """What the fused kernels get beside the arrays."""
+    def options(self) -> Options:  # no property: torch.compile follows those from 2.10 on only
+        """Return what the fused kernels get beside the arrays."""
         return self.p, self.margin, self.reduction, self.ignore_index, self.axis, self.check_target
 
 

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import warnings
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 import mml_arrayapi
@@ -111,7 +113,7 @@ def shell_commands():
 
 @pytest.mark.parametrize("line", list(shell_commands()))
 def test_commands_exist_with_their_options(line):
-    """Their words are understood. What they do has tests of its own."""
+    """Their words are understood."""
     commands = [shlex.split(part, comments=True) for part in line.split("&&")]
     for command in filter(None, commands):
         words = [word for word in command if "=" not in word or word.startswith("-")]
@@ -138,6 +140,50 @@ KNOWN = {
     "ruff",
     "torchrun",
 }
+
+OURS = ("mml-arrayapi", "pytest --pyargs")
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in shell_commands() if line.values[0].startswith(OURS)]
+)
+def test_our_commands_run(line, someones_folder):
+    """As they are printed. Those that install, build or lint are what .ci/run and nox do."""
+    libraries_or_skip("import array_api_strict\nimport matplotlib")
+    words = shlex.split(line)
+    module = "mml_arrayapi" if words[0] == "mml-arrayapi" else words[0]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words[1:]],
+        cwd=someones_folder,
+        env={**os.environ, "PYTHONPATH": str(someones_folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def someones_folder(tmp_path_factory):
+    """With what the pages speak of: an array library, a package with a kernel, and files."""
+    folder = tmp_path_factory.mktemp("someone")
+    (folder / "my_library.py").write_text(
+        "import sys, array_api_strict\nsys.modules[__name__] = array_api_strict\n"
+    )
+    example = next(code for code in blocks(ROOT / "CONTRIBUTING.md", "python") if ">>>" in code)
+    source = "".join(e.source for e in doctest.DocTestParser().get_examples(example)[:5])
+    kernel = 'KERNEL = mml.Kernel("my-kernel", "numpy", refuses, loss, loss_and_grad)\n'
+    (folder / "my_package.py").write_text(source + kernel)
+    about = folder / "my_package-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(
+        "[mml_arrayapi.backends]\nnumpy.mine = my_package:KERNEL\n"
+    )
+    scores = np.random.default_rng(0).standard_normal((100, 5))
+    np.save(folder / "logits.npy", scores)
+    np.save(folder / "labels.npy", scores.argmax(1))
+    return folder
 
 
 def test_every_public_function_has_an_example():

@@ -34,7 +34,7 @@ def refuses(problem: Problem) -> str | None:
 def loss(problem: Problem) -> Any:
     """Compute the loss."""
     arrays = problem.input, problem.target, problem.weight
-    return _given(problem, cpu.native.loss(*arrays, problem.options))
+    return _given(problem, cpu.native.loss(*arrays, problem.options()))
 
 
 def loss_and_grad(problem: Problem, grad_output: Any) -> tuple[Any, np.ndarray]:
@@ -43,7 +43,7 @@ def loss_and_grad(problem: Problem, grad_output: Any) -> tuple[Any, np.ndarray]:
     grad = np.empty_like(problem.input, subok=False)
     if grad_output is not None and type(grad_output) not in PLAIN:
         grad_output = np.asarray(grad_output)  # a scalar of NumPy's
-    loss = cpu.native.loss_and_grad(*arrays, problem.options, grad, grad_output)
+    loss = cpu.native.loss_and_grad(*arrays, problem.options(), grad, grad_output)
     return _given(problem, loss), grad
 
 

@@ -122,7 +122,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         return None if made is None else made[0]
 
     def loss(problem: Problem) -> Tensor:
-        arguments, options = (problem.input, problem.target, problem.weight), problem.options
+        arguments, options = (problem.input, problem.target, problem.weight), problem.options()
         result = direct(*arguments, options)
         if result is not None:
             return result
@@ -131,7 +131,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
 
     def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor, Tensor]:
         arguments = problem.input, problem.target, problem.weight, grad_output
-        return _loss_and_grad(*arguments, *problem.options)
+        return _loss_and_grad(*arguments, *problem.options())
 
     _implement(engine)
     on_types = dict.fromkeys(state.PLAIN, direct)
