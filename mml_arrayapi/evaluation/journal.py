@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ except ImportError:  # pragma: no cover
     flock = None  # type: ignore[assignment]  # Windows has no such locks
 
 NAME = "journal.jsonl"
+TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} ([{].*)?", re.DOTALL)  # the beginning of a line
 
 
 class Journal:
     """An append-only file: a line that says what is evaluated, then one line per finished batch.
 
     Each line begins with the checksum of the rest. A torn last line, as a killed run leaves it, is
-    dropped; any other damage is an error. One run at a time may have it open. On a remote file
-    system, where nothing can be appended, each line is a file of its own; there runs may write at
-    once, since all write the same.
+    dropped; any other damage is an error, and the file stays as it is. One run at a time may have
+    it open. On a remote file system, where nothing can be appended, each line is a file of its own;
+    there runs may write at once, since all write the same.
 
     Parameters
     ----------
@@ -34,6 +36,8 @@ class Journal:
         A folder, or the URL of one.
     about : dict
         What is evaluated, as plain JSON. A journal about something else is refused.
+    n_batches : int
+        How many batches there are.
 
     Attributes
     ----------
@@ -41,7 +45,7 @@ class Journal:
         The batches that the journal holds already, by number.
     """
 
-    def __init__(self, folder: str, about: dict[str, Any]) -> None:
+    def __init__(self, folder: str, about: dict[str, Any], n_batches: int) -> None:
         self._lines = _Remote(folder) if "://" in folder else _Local(folder)
         self.finished: dict[int, MetricState] = {}
         try:
@@ -50,11 +54,20 @@ class Journal:
                 self._append(0, about)
             else:
                 _compare(self._lines.path, records[0], json.loads(json.dumps(about)))
-            for record in records[1:]:
-                self.finished[record["batch"]] = MetricState.from_state(record["state"])
+            self.finished.update(self._batches(records[1:], n_batches))
         except BaseException:
             self.close()
             raise
+
+    def _batches(self, records: list[Any], n: int) -> Iterator[tuple[int, MetricState]]:
+        for number, record in enumerate(records, start=2):
+            try:
+                batch, state = range(n)[record["batch"]], MetricState.from_state(record["state"])
+            except (ArithmeticError, LookupError, TypeError, ValueError):
+                raise _damaged(self._lines.path, f"record {number}") from None
+            if batch != record["batch"]:
+                raise _damaged(self._lines.path, f"record {number}")
+            yield batch, state
 
     def add(self, batch: int, state: MetricState) -> None:
         """Write down a finished batch; it is on disk when this returns."""
@@ -96,7 +109,7 @@ class _Local:
         length = 0
         for number, line in enumerate(lines, start=1):
             record = _record(line)
-            if record is None and number < len(lines):
+            if record is None and (number < len(lines) or not TORN.fullmatch(line)):
                 raise _damaged(self.path, f"line {number}")
             if record is not None:
                 length += len(line)
@@ -152,7 +165,7 @@ def _damaged(path: str, what: str) -> InputError:
 
 
 def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-    if "version" not in old:
+    if not isinstance(old, dict) or "version" not in old:
         raise _damaged(path, "the first line")
     for key, value in new.items():
         if old.get(key) == value:

@@ -152,7 +152,9 @@ def evaluate(
         stack.callback(inputs.forget)
         finished: dict[int, MetricState] = {}
         if checkpoint is not None:
-            journal = Journal(os.fspath(checkpoint), _about(data, loss, kernel, rules))
+            journal = Journal(
+                os.fspath(checkpoint), _about(data, loss, kernel, rules), len(data.batches)
+            )
             stack.callback(journal.close)
             finished = journal.finished
         for number, state in finished.items():

@@ -1,10 +1,12 @@
 """The journal: resuming, damage, locks."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -55,7 +57,9 @@ def test_resuming_gives_the_same_bits(files, wanted):
     assert mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck") == wanted
 
 
-@pytest.mark.parametrize("torn", [b"", b"{", b"00000000 {}", b"\xff\xfe garbage"])
+@pytest.mark.parametrize(
+    "torn", [b"", b"{", b"00000000 {}", b"00000000 {} more", b"\xff\xfe garbage"]
+)
 def test_a_torn_last_line_is_dropped(files, wanted, torn):
     with pytest.raises(Killed):
         mml.evaluate("x.npy", "y.npy", chunk_size=60, checkpoint="ck", progress=stop_after(3))
@@ -71,6 +75,44 @@ def test_a_damaged_journal_is_refused(files, capsys, fails, command):
     damage(files / "ck" / NAME, 700, b"#")
     line = fails("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60)
     assert re.search(rf"ck/{NAME}: line \d is damaged; remove the file", line)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"batch":99,"state":STATE}',
+        '{"batch":-1,"state":STATE}',
+        '{"batch":"0","state":STATE}',
+        '{"batch":[0],"state":STATE}',
+        '{"state":STATE}',
+        '{"batch":0}',
+        '{"batch":0,"state":{}}',
+        '{"batch":0,"state":null}',
+        "[1,2]",
+        "3",
+    ],
+)
+def test_a_journal_whose_records_make_no_sense_is_refused(files, record, fails, command, capsys):
+    """Their checksums are right: somebody has written them."""
+    assert command("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60) == 0
+    capsys.readouterr()
+    first, second, *_ = (files / "ck" / NAME).read_bytes().splitlines(keepends=True)
+    state = json.dumps(json.loads(second[9:])["state"])
+    text = record.replace("STATE", state).encode()
+    whole = first + b"%08x %s\n" % (crc32(text), text)
+    (files / "ck" / NAME).write_bytes(whole)
+    line = fails("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60)
+    assert f"ck/{NAME}: record 2 is damaged; remove the file, and evaluate from the start" in line
+    assert (files / "ck" / NAME).read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", [b"my notes", b"my notes\n", b"one\ntwo", b"{}\n", b"12345678-"])
+def test_a_file_that_is_no_journal_stays_as_it_is(files, text, fails):
+    (files / "ck").mkdir()
+    (files / "ck" / NAME).write_bytes(text)
+    line = fails("x.npy", "y.npy", "--checkpoint", "ck")
+    assert f"ck/{NAME}: line 1 is damaged; remove the file, and evaluate from the start" in line
+    assert (files / "ck" / NAME).read_bytes() == text
 
 
 @pytest.mark.parametrize(
@@ -172,9 +214,7 @@ def test_a_journal_in_use_is_refused(files, wanted):
 def test_a_journal_of_an_older_version_is_refused(files, fails):
     (files / "ck").mkdir()
     (files / "ck" / NAME).write_text("")
-    import zlib
-
     text = b'{"p":1}'
-    (files / "ck" / NAME).write_bytes(b"%08x %s\n" % (zlib.crc32(text), text))
+    (files / "ck" / NAME).write_bytes(b"%08x %s\n" % (crc32(text), text))
     line = fails("x.npy", "y.npy", "--checkpoint", "ck")
     assert "journal.jsonl: the first line is damaged; remove the file, and evaluate" in line
