@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -132,19 +132,26 @@ def find(given: str) -> list[File]:
     """
     if not given:
         raise InputError("'': the path is empty; give that of a file")
-    name, item = given, ""
-    ends = [found.start() for found in re.finditer("#", given)]
-    if ends and not os.path.exists(given):  # names of files and of columns may have a # too
-        end = next((i for i in ends if os.path.exists(given[:i])), ends[-1])
-        name, item = given[:end], given[end + 1 :]
     try:
-        return _expand(_file(name, item, given))
+        for path, item in _splits(given):
+            found, why = _expand(_file(path, item, given))
+            if found:
+                return found
     except InputError:
         raise
     except Exception as error:  # of a file system: no network, no permission ...
         raise InputError(
             f"{given}: cannot be found ({one_line(error)}); check the path, and your access to it"
         ) from error
+    raise InputError(f"{given}: {why}; check the path")
+
+
+def _splits(given: str) -> Iterator[tuple[str, str]]:
+    """Yield the ways to read a name with a #, which names of files and of columns may have too."""
+    if "#" not in given or not re.match("https?:", given):  # where it never belongs to the file
+        yield given, ""
+    for sign in re.finditer("#", given):
+        yield given[: sign.start()], given[sign.end() :]
 
 
 def _file(path: str, item: str, name: str) -> File:
@@ -170,13 +177,14 @@ def _has_ranges(fs: Any, url: str) -> bool:
         return not fs.exists(url)
 
 
-def _expand(file: File) -> list[File]:
+def _expand(file: File) -> tuple[list[File], str]:
+    """Return what a name stands for, and where that is nothing, why."""
     fs, path = file.filesystem, file.path
     if _is_store(file):
-        return [replace(file, store=True)]
+        return [replace(file, store=True)], ""
     if file.exists():
         if not (os.path.isdir(path) if fs is None else fs.isdir(path)):
-            return [file]
+            return [file], ""
         found = _glob(fs, f"{glob.escape(path)}/**/*.parquet")
         # What begins with _ or . is a writer's own (Spark, Hive, Delta).
         names = {name: name[len(path) :] for name in found}
@@ -185,11 +193,9 @@ def _expand(file: File) -> list[File]:
     else:
         found, root = _glob(fs, path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
-    if not found:
-        raise InputError(f"{file.name}: {why}; check the path")
     found.sort(key=natural)
     made = [File(fs, one, file.item, _shown(file, one), root=root) for one in found]
-    return [replace(one, store=_is_store(one)) for one in made]
+    return [replace(one, store=_is_store(one)) for one in made], why
 
 
 def _is_store(file: File) -> bool:

@@ -1,6 +1,7 @@
 """What once gave a wrong number with exit code 0 is read right, or refused in one line."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -615,3 +616,25 @@ def test_safetensors_by_hand(arrays, files, fails, wanted):
             assert message in fails("s.safetensors", "y.npy")
         else:
             assert mml.evaluate("s.safetensors", "y.npy") == wanted
+
+
+def test_names_with_a_number_sign(arrays, files, fails):
+    """A # may be part of a file's name, local or remote, and of a pattern."""
+    import fsspec
+
+    half = len(arrays[0]) // 2
+    for name, array in {
+        "run#1.npy": arrays[0],
+        "part#1-0.npy": arrays[0][:half],
+        "part#1-1.npy": arrays[0][half:],
+    }.items():
+        np.save(name, array)
+        fsspec.filesystem("memory").pipe_file(f"/sign/{name}", Path(name).read_bytes())
+    np.savez("box#1.npz", x=arrays[0])
+    wanted = mml.evaluate("x.npy", "y.npy")
+    for folder in ("", f"file://{files}/", "memory://sign/"):
+        assert mml.evaluate(f"{folder}run#1.npy", "y.npy") == wanted
+        assert mml.evaluate(f"{folder}part#1-*.npy", "y.npy") == wanted
+        assert f"{folder}run#2.npy: there is no such file" in fails(f"{folder}run#2.npy", "y.npy")
+    assert mml.evaluate("box#1.npz#x", "y.npy") == wanted
+    assert "box#1.npz: has no array 'z'" in fails("box#1.npz#z", "y.npy")
