@@ -10,7 +10,8 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi.evaluation.errors import InputError, require
-from mml_arrayapi.validation import check_ignore_index, check_parameters
+from mml_arrayapi.libraries import to_numpy
+from mml_arrayapi.validation import check_ignore_index, check_parameters, check_weight
 
 if TYPE_CHECKING:
     from mml_arrayapi.evaluation.figures import Evaluation
@@ -213,7 +214,11 @@ def _check(
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', but is 'none'")
     ignore_index = check_ignore_index(ignore_index)
-    return Loss(p, margin, None if weight is None else np.asarray(weight), backend, ignore_index)
+    if weight is not None:
+        weight = np.asarray(weight) if isinstance(weight, (list, tuple)) else weight
+        check_weight(weight)
+        weight = to_numpy(weight)[0]
+    return Loss(p, margin, weight, backend, ignore_index)
 
 
 def _kernel(data: Dataset, loss: Loss) -> str:

@@ -125,6 +125,25 @@ def test_subclasses_of_arrays_are_refused(arrays, make):
         mml.evaluate([make(scores)], target)
 
 
+def masked_later(block):
+    return np.ma.masked_array(block, mask=True)
+
+
+def test_masked_weights_are_refused(files):
+    da = pytest.importorskip("dask.array")
+    plain = np.ones(6)
+    for weight in (
+        np.ma.masked_equal(plain, 0),
+        da.from_array(np.ma.masked_equal(plain, 1)),
+        da.from_array(plain, chunks=3).map_blocks(masked_later, meta=np.empty(0)),
+    ):
+        with pytest.raises(TypeError, match="must be a dense array, but is a (masked|Dask) array"):
+            mml.evaluate("x.npy", "y.npy", weight=weight)
+    wanted = mml.evaluate("x.npy", "y.npy", weight=plain)
+    assert mml.evaluate("x.npy", "y.npy", weight=list(plain)) == wanted
+    assert mml.evaluate("x.npy", "y.npy", weight=da.from_array(plain, chunks=3)) == wanted
+
+
 def test_masked_chunks_of_dask_are_refused(arrays):
     da = pytest.importorskip("dask.array")
     scores, target = (da.from_array(a, chunks=100) for a in arrays)
