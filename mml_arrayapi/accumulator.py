@@ -85,7 +85,7 @@ class LossAccumulator:
     ) -> None:
         self.p, self.margin = check_parameters("mean", p, margin)
         self.ignore_index = check_ignore_index(ignore_index)
-        self._weight = None if weight is None else _weight_to_numpy(weight)
+        self._weight = None if weight is None else weight_to_numpy(weight)
         self._lock = threading.Lock()
         self.reset()
 
@@ -325,9 +325,27 @@ def _product(losses: Any, factors: Any) -> Any:
         return losses * factors
 
 
-def _weight_to_numpy(weight: Array) -> np.ndarray:
+def weight_to_numpy(weight: Array) -> np.ndarray:
+    """Check a class weight, and return it in float64.
+
+    Parameters
+    ----------
+    weight : array, shape (C,)
+        As the caller gave it.
+
+    Returns
+    -------
+    ndarray
+
+    Raises
+    ------
+    TypeError, ValueError
+        With what was given, and what is accepted.
+    """
     import numpy as np
 
     check_weight(weight)
-    xp = library_of("weight", weight).namespace
-    return to_numpy(at_least_float32(xp, weight))[0].astype(np.float64)
+    library = library_of("weight", weight)
+    if library.compute is not None:
+        return weight_to_numpy(*library.compute(weight))  # chunks may turn out to be masked
+    return to_numpy(at_least_float32(library.namespace, weight))[0].astype(np.float64)

@@ -340,6 +340,8 @@ def test_masks_are_refused_at_every_entrance():
         stream.update(x, y, da.from_array(weights, chunks=3, asarray=False))
     # Nothing says so before it is computed.
     late = da.ones(6, chunks=3).map_blocks(masked_later, meta=np.empty(0))
+    with pytest.raises(TypeError, match="weight must be a dense array, but is a masked array"):
+        LossAccumulator(weight=late)
     with pytest.raises(TypeError, match="sample_weight must be a dense array, but is a masked"):
         stream.update(x, y, late)
     assert stream.count == 0

@@ -10,8 +10,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi.evaluation.errors import InputError, require
-from mml_arrayapi.libraries import to_numpy
-from mml_arrayapi.validation import check_ignore_index, check_parameters, check_weight
+from mml_arrayapi.validation import check_ignore_index, check_parameters
 
 if TYPE_CHECKING:
     from mml_arrayapi.evaluation.figures import Evaluation
@@ -208,6 +207,7 @@ def _check(
 ) -> Loss:
     import numpy as np
 
+    from mml_arrayapi.accumulator import weight_to_numpy
     from mml_arrayapi.evaluation.metrics import Loss
 
     p, margin = check_parameters(reduction, p, margin)
@@ -216,8 +216,7 @@ def _check(
     ignore_index = check_ignore_index(ignore_index)
     if weight is not None:
         weight = np.asarray(weight) if isinstance(weight, (list, tuple)) else weight
-        check_weight(weight)
-        weight = to_numpy(weight)[0]
+        weight = weight_to_numpy(weight)
     return Loss(p, margin, weight, backend, ignore_index)
 
 

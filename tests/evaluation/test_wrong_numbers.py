@@ -137,7 +137,7 @@ def test_masked_weights_are_refused(files):
         da.from_array(np.ma.masked_equal(plain, 1)),
         da.from_array(plain, chunks=3).map_blocks(masked_later, meta=np.empty(0)),
     ):
-        with pytest.raises(TypeError, match="must be a dense array, but is a (masked|Dask) array"):
+        with pytest.raises(TypeError, match=r"must be a dense array, but is a (masked|Dask) array"):
             mml.evaluate("x.npy", "y.npy", weight=weight)
     wanted = mml.evaluate("x.npy", "y.npy", weight=plain)
     assert mml.evaluate("x.npy", "y.npy", weight=list(plain)) == wanted
