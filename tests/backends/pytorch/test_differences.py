@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 theirs = torch.nn.functional.multi_margin_loss
 VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
+DECOMPOSES = VERSION >= (2, 11)  # torch.compile calls the eager function before
 
 
 def both(function):
@@ -32,8 +33,8 @@ def test_kink():
     x, target = torch.tensor([[1.0, 2.0]]), torch.tensor([1])
     eager, compiled = both(theirs)
     assert gradient(eager, x, target)[0, 0] == 0
-    # 2.13 has the full slope when compiled, 2.14.1 none.
-    assert gradient(compiled, x, target)[0, 0] == (0 if VERSION >= (2, 14) else 0.5)
+    slope = 0.5 if DECOMPOSES and VERSION < (2, 14) else 0
+    assert gradient(compiled, x, target)[0, 0] == slope
     for function in both(multi_margin_loss):
         assert gradient(function, x, target)[0, 0] == 0
 
@@ -50,7 +51,7 @@ def test_nan_score():
     x, target = torch.tensor([[0.0, math.nan, 0.0]]), torch.tensor([0])
     eager, compiled = both(theirs)
     assert math.isfinite(eager(x, target))
-    assert math.isnan(compiled(x, target))
+    assert math.isnan(compiled(x, target)) == DECOMPOSES
     for function in both(multi_margin_loss):
         assert math.isnan(function(x, target))
         assert gradient(function, x, target).isnan().all()
@@ -60,7 +61,7 @@ def test_zero_dimensional_target_without_reduction():
     x, target = torch.zeros(3), torch.tensor(0)
     eager, compiled = both(theirs)
     assert eager(x, target, reduction="none").shape == ()
-    assert compiled(x, target, reduction="none").shape == (1,)
+    assert compiled(x, target, reduction="none").shape == ((1,) if DECOMPOSES else ())
     for function in both(multi_margin_loss):
         assert function(x, target, reduction="none").shape == ()
 

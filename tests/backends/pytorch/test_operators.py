@@ -315,9 +315,10 @@ def test_export_with_any_batch_size_then_train(batch, kernels_ran, p, strict):
         def __init__(self):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(5))
+            self.register_buffer("weight", weight)
 
         def forward(self, x, y):
-            return multi_margin_loss(x * self.scale, y, p=p, weight=weight)
+            return multi_margin_loss(x * self.scale, y, p=p, weight=self.weight)
 
     n = torch.export.Dim("n", max=100_000)
     program = torch.export.export(
