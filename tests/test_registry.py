@@ -662,6 +662,7 @@ import numpy, mml_arrayapi
 print(mml_arrayapi.explain(numpy.zeros((2, 3)), numpy.asarray([0, 1])).kernel)
 """
     assert run_python(code, MML_ARRAYAPI_BACKEND="generic") == "generic"
+    assert run_python(code, MML_ARRAYAPI_BACKEND="") == run_python(code)  # as if it were not set
 
 
 @pytest.fixture(scope="module")

@@ -665,10 +665,32 @@ template <class E, class P, bool UNIT> struct Kernel {
         }
         return ignored;
     }
-    // Rows whose own sums nobody asks for: a lane adds up several. False where the sum is not finite;
-    // the usual way finds the rows, and what they come to.
+    // Writes the losses of the rows of a group. False where one is not finite, or its row ignored.
+    template <bool SHORT, class Make> INLINE bool write_rows(int64_t start, const Group<T> &g, Make make) const {
+        double sums[GROUP];
+        bool ordinary = true;
+        for (int64_t t = 0; t < g.count; t++) {
+            if (SHORT) fetch(g.row[t], 64);
+            auto each = make(start + t, t);
+            Sum<T> sum;
+            sum.add(SHORT ? short_terms(g.row[t], g.y[t], g.own[t], each)
+                          : terms(g.row[t], g.y[t], g.own[t], L::all(1), each, sum));
+            each.end();
+            sums[t] = sum.total();
+        }
+        for (int64_t t = 0; t < g.count; t++) {
+            sums[t] = sums[t] / double(n) * g.weight[t];
+            ordinary &= (sums[t] - sums[t] == 0) & (g.y[t] >= 0);
+        }
+        if (!ordinary) return false;
+        each(c.losses, start, g.count, [&](int64_t t, char *p) { store_rounded<E>(p, sums[t]); });
+        return true;
+    }
+    // Rows of which nothing needs a closer look. Where their own losses are not asked for, a lane adds
+    // up several. False where one does need it: the usual way finds it, and what it comes to.
     template <class Make> INLINE bool together(int64_t start, const Group<T> &g, Result &result, Make make) const {
-        if (n == 1 || c.losses.data || c.part) return false;
+        if (n == 1 || c.part) return false;
+        if (c.losses.data) return n < 2 * W ? write_rows<true>(start, g, make) : write_rows<false>(start, g, make);
         Sum<T> sum;
         int64_t ignored = n < 2 * W ? add_rows<true>(start, g, sum, make) : add_rows<false>(start, g, sum, make);
         double total = sum.total() * c.shrink;
