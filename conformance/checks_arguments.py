@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import combinations
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from mml_arrayapi import InvalidTargetError
@@ -24,11 +24,10 @@ class Foreign:
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
         kinds = {"integral": "int", "real floating": "float"}
-        return SimpleNamespace(
-            __name__="another_library",
-            isdtype=lambda dtype, kind: dtype.startswith(kinds.get(kind, "?")),
-            finfo=lambda _: SimpleNamespace(bits=32),
-        )
+        xp: Any = ModuleType("another_library")
+        xp.isdtype = lambda dtype, kind: dtype.startswith(kinds.get(kind, "?"))
+        xp.finfo = lambda _: SimpleNamespace(bits=32)
+        return xp
 
 
 @dataclass(frozen=True, slots=True)
