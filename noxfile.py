@@ -45,8 +45,9 @@ def workflows(session):
 
 @nox.session(python=PYTHONS[0])
 def types(session):
-    """Check types, against a wheel."""
-    session.install(*PINNED, "mypy", "pytest", "numpy", "setuptools")
+    """Check types, those of the libraries included that the command and the reports use."""
+    with_types = "argcomplete", "jinja2", "matplotlib", "numpy", "pytest", "rich", "setuptools"
+    session.install(*PINNED, "mypy", *with_types)
     session.run(".ci/types", "python", external=True)
 
 
