@@ -13,6 +13,7 @@ jnp = jax.numpy
 checkify = pytest.importorskip("jax.experimental.checkify")
 pytest.importorskip("jax.export")
 jax_backend = pytest.importorskip("mml_arrayapi.backends.jax")
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # the latter before 0.8
 P = [1, 2, 1.5, 3]
 
 
@@ -81,8 +82,6 @@ def test_targets_out_of_range(batch):
 
 
 def test_with_64_bit_types(batch):
-    # The second is that of JAX before 0.8.
-    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     with enable_x64(True):
         scores = jnp.asarray(np.asarray(batch[0]), dtype=jnp.float64)
         target = jnp.asarray(np.asarray(batch[1]), dtype=jnp.int64)
@@ -278,7 +277,7 @@ def test_export_with_symbolic_sizes(rng, x64, options):
     def gradient(x, y):
         return jax.grad(lambda x: multi_margin_loss(x, y, **options).sum())(x)
 
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         n, c = jax.export.symbolic_shape("n, c")
         shapes = jax.ShapeDtypeStruct((n, c), "float32"), jax.ShapeDtypeStruct((n,), "int32")
         for function in (partial(multi_margin_loss, **options), gradient):
@@ -316,7 +315,11 @@ for spec in (S("rows"), S(None, "rows")):
     close(grad, expected_grad)
 rows = S("rows")
 a, b = (jax.device_put(v, NamedSharding(mesh, rows)) for v in (x, t))
-mapped = partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+try:
+    from jax import shard_map
+except ImportError:
+    from jax.experimental.shard_map import shard_map
+mapped = partial(shard_map, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
 close(mapped(partial(multi_margin_loss, reduction="none"))(a, b), expected)
 close(mapped(jax.grad(sum_of))(a, b), expected_grad)
 print("good")
