@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, NamedTuple
@@ -234,6 +235,7 @@ def _client(stack: ExitStack, work: Work, scheduler: Any, workers: int | None) -
 
 def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
     try:
+        _start_a_process()
         return distributed.LocalCluster(
             n_workers=workers or _affordable(work.largest, PER_PROCESS),
             threads_per_worker=1,
@@ -247,6 +249,15 @@ def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
             f"the worker processes do not start ({one_line(error)}); a program that uses them must "
             'call evaluate() below `if __name__ == "__main__":`, since each of them imports it'
         ) from error
+
+
+def _start_a_process() -> None:
+    """Start one as a cluster does. Dask before 2026.8 starts those that end at once for ever."""
+    process = get_context("spawn").Process(target=int)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"one ended with exit code {process.exitcode}")
 
 
 def _wait_for(client: Any, scheduler: Any, workers: int | None, timeout: float) -> str:
