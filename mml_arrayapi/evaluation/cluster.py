@@ -244,7 +244,7 @@ def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
             dashboard_address="127.0.0.1:0",  # any free port
             silence_logs=logging.CRITICAL + 1,
         )
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:  # the former where there may be no children
         raise WorkerError(
             f"the worker processes do not start ({one_line(error)}); a program that uses them must "
             'call evaluate() below `if __name__ == "__main__":`, since each of them imports it'

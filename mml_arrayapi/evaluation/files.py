@@ -148,7 +148,7 @@ def find(given: str) -> list[File]:
 
 def _splits(given: str) -> Iterator[tuple[str, str]]:
     """Yield the ways to read a name with a #, which names of files and of columns may have too."""
-    if "#" not in given or not re.match("https?:", given):  # where it never belongs to the file
+    if "#" not in given or not re.search("https?://", given):  # where it is never the file's
         yield given, ""
     for sign in re.finditer("#", given):
         yield given[: sign.start()], given[sign.end() :]

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
 import mml_arrayapi as mml
 from mml_arrayapi.evaluation import cluster as module
+from mml_arrayapi.evaluation.errors import WorkerError
 from mml_arrayapi.evaluation.journal import NAME
 
 distributed = pytest.importorskip("distributed")
@@ -111,6 +113,13 @@ def test_a_program_without_a_guard(files):
     assert made.returncode == 1
     assert "WorkerError: the worker processes do not start (" in made.stderr.splitlines()[-1]
     assert 'call evaluate() below `if __name__ == "__main__":`' in made.stderr.splitlines()[-1]
+
+
+def test_a_process_that_may_have_no_children(files):
+    """Such as the workers of multiprocessing's pools."""
+    words = "the worker processes do not start .daemonic processes are not allowed to have children"
+    with get_context("spawn").Pool(1) as pool, pytest.raises(WorkerError, match=words):
+        pool.apply(mml.evaluate, ("x.npy", "y.npy"), {"scheduler": "processes"})
 
 
 def test_memory_limits_the_workers(monkeypatch):
