@@ -20,6 +20,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 
+def pytest_configure(config):
+    # xdist would begin with the files of many tests; those of few are the ones that compile for a
+    # minute, and were left for the end, with one worker idle.
+    config.option.loadscopereorder = False
+
+
 @dataclass(frozen=True)
 class Lib:
     """One array library, with what the tests need of it."""

@@ -13,9 +13,8 @@ jnp = jax.numpy
 checkify = pytest.importorskip("jax.experimental.checkify")
 pytest.importorskip("jax.export")
 jax_backend = pytest.importorskip("mml_arrayapi.backends.jax")
-enable_x64 = (
-    getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
-)  # the latter before 0.8
+# The second is that of JAX before 0.8.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 P = [1, 2, 1.5, 3]
 
 
