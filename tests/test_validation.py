@@ -498,3 +498,20 @@ def test_ignored_targets_are_not_out_of_range(lib):
     assert float(multi_margin_loss(x, t, ignore_index=-100)) == pytest.approx(2 / 3)
     with pytest.raises(InvalidTargetError, match=r"target\[1\] is -100"):
         lib.numpy(multi_margin_loss(x, t, ignore_index=-1))
+
+
+@pytest.mark.parametrize("name", ["torch", "jax.numpy", "array_api_strict"])
+def test_arrays_of_numpy_beside_another_library_say_how_they_are_converted(name):
+    xp = pytest.importorskip(name)
+    scores, target, ones = xp.zeros((2, 3)), xp.asarray([0, 1]), np.ones(3)
+    library = name.partition(".")[0]
+    with pytest.raises(TypeError) as caught:
+        multi_margin_loss(scores, np.asarray([0, 1]))
+    assert str(caught.value) == (
+        "target must come from the same library as input, but target is of numpy and input is of "
+        f"{library}; convert it by {name}.asarray(target)"
+    )
+    with pytest.raises(TypeError, match=rf"; convert it by {name}\.asarray\(weight\)$"):
+        multi_margin_loss(scores, target, weight=ones)
+    with pytest.raises(TypeError, match=f"target is of {library} and input is of numpy$"):
+        multi_margin_loss(np.zeros((2, 3)), target)
