@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from mml_arrayapi import (
 )
 from mml_arrayapi.backends import LazyKernel
 from mml_arrayapi.kernel import Unusable
+from tests.tree import run_python
 
 X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
 PLUGIN = Path(__file__).parent / "plugin"
@@ -614,21 +614,6 @@ def test_kernels_registered_by_many_threads_while_a_plugin_loads(plugins, module
         thread.join()
     assert set(names()) == {"slow", "generic", *(f"k{i}" for i in range(8))}
     assert kinds[0] in names()
-
-
-def run_python(code, *, path=(), **environment):
-    """Run code in a fresh interpreter, with further directories on its path."""
-    extra = [str(p) for p in path] + [os.environ.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(p for p in extra if p)}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
 
 
 LIBRARIES = "('numpy', 'torch', 'jax', 'dask', 'cupy', 'numba', 'array_api_strict', 'distributed', 'rich', 'sklearn')"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
-from tests.test_registry import run_python
+from tests.tree import run_python
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy

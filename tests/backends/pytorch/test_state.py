@@ -3,13 +3,12 @@
 import ast
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import mml_arrayapi
+from tests.tree import run_python
 
 torch = pytest.importorskip("torch")
 # Not importorskip(): a name that PyTorch has removed must fail, not skip.
@@ -310,8 +309,7 @@ scores = torch.eye(3).requires_grad_()
 MultiMarginLoss()(scores, torch.arange(3)).backward()
 print([name for name in ("torch._dynamo", "torch.distributed.nn") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert run_python(code) == "[]"
 
 
 def test_private_names_stand_in_one_file():
