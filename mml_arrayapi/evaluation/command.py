@@ -131,14 +131,18 @@ def _weight(text: str | None) -> Any:
     """Read the weights from a file, or from the argument itself."""
     import numpy as np
 
-    from mml_arrayapi.evaluation.inputs import read_array
+    from mml_arrayapi.evaluation.inputs import read_class_weights
 
     if text is None:
         return None
     try:
         return np.asarray([float(part) for part in text.split(",")])
     except ValueError:
-        return np.asarray(read_array(text), dtype=float)
+        if not text.strip("0123456789+-.,eE "):  # "1,2," is no file
+            raise InputError(
+                f"--weight {text!r}: must be numbers with commas between them, or a file"
+            ) from None
+        return np.asarray(read_class_weights(text), dtype=float)
 
 
 def _fail(message: str, code: int) -> int:

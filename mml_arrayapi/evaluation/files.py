@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
+from uuid import uuid4
 
 from mml_arrayapi.evaluation.errors import InputError, one_line, require
 
@@ -69,8 +70,8 @@ class File:
 
     def size(self) -> int:
         """Return the number of bytes."""
-        fs = self.filesystem
-        return int(os.path.getsize(self.path) if fs is None else fs.size(self.path))
+        with self.open() as opened:  # a web server need not tell it
+            return int(opened.seek(0, os.SEEK_END))
 
     def version(self, below: str = "") -> str:
         """Return what changes when the file does, or any file of the store (or below a part of it).
@@ -80,11 +81,11 @@ class File:
         """
         path = f"{self.path}/{below}" if below else self.path
         if self.filesystem is not None:
-            return _remote_version(self.filesystem, path)
+            return _remote_version(self.filesystem, path, self.store)
         if not os.path.isdir(path):
             return _local_version(path)
         told = hashlib.sha256()
-        for folder, folders, names in os.walk(path):
+        for folder, folders, names in os.walk(path, followlinks=True):
             folders.sort()
             for name in sorted(names):
                 file = os.path.join(folder, name)
@@ -98,17 +99,15 @@ def _local_version(path: str) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def _remote_version(fs: Any, path: str) -> str:
+def _remote_version(fs: Any, path: str, store: bool) -> str:
     fs.invalidate_cache()
-    information = fs.info(path)
-    if information["type"] == "directory":
-        below = fs.find(path, detail=True)
-        # Plain web servers list nothing: there the store's own description has to do.
-        told = [below[name] for name in sorted(below)] or [
-            fs.info(f"{path}/{m}") for m in ZARR_MARKERS if fs.exists(f"{path}/{m}")
-        ]
+    if not store:
+        told = [fs.info(path)]
+    elif "http" in fs.protocol:  # whose lists, if any, tell names only
+        told = [fs.info(f"{path}/{m}") for m in ZARR_MARKERS if fs.exists(f"{path}/{m}")]
     else:
-        told = [information]
+        below = fs.find(path, detail=True)
+        told = [below[name] for name in sorted(below)]
     kept = [sorted((k, str(v)) for k, v in one.items() if k not in VOLATILE) for one in told]
     return hashlib.sha256(repr(kept).encode()).hexdigest()
 
@@ -136,7 +135,8 @@ def find(given: str) -> list[File]:
         for path, item in _splits(given):
             found, why = _expand(_file(path, item, given))
             if found:
-                return found
+                fs = _seekable(found[0])
+                return [replace(one, filesystem=fs) for one in found]
     except InputError:
         raise
     except Exception as error:  # of a file system: no network, no permission ...
@@ -164,17 +164,20 @@ def _file(path: str, item: str, name: str) -> File:
         raise InputError(f"{name}: {one_line(error)}") from error
     if getattr(fs, "protocol", "") in ("file", ("file", "local")):
         return File(None, inner, item, name)
-    if "http" in fs.protocol and not _has_ranges(fs, inner):
-        fs = core.filesystem("simplecache", fs=fs)  # a copy on this machine
     return File(fs, inner, item, name)
 
 
-def _has_ranges(fs: Any, url: str) -> bool:
-    """Whether a web server gives out parts of files."""
-    try:
-        return len(fs.cat_file(url, start=0, end=1)) == 1
-    except (OSError, ValueError):
-        return not fs.exists(url)
+def _seekable(file: File) -> Any:
+    """Return a file system that gives out parts of files, which not every web server does."""
+    fs = file.filesystem
+    if fs is None or file.store or "http" not in fs.protocol:
+        return fs
+    if len(fs.cat_file(file.path, start=0, end=1)) == 1:
+        return fs
+    # Copies on this machine. No other evaluation, in workers neither, may take them for its own.
+    return require("fsspec", file.name).filesystem(
+        "simplecache", fs=fs, evaluation=uuid4().hex, skip_instance_cache=True
+    )
 
 
 def _expand(file: File) -> tuple[list[File], str]:
@@ -191,11 +194,27 @@ def _expand(file: File) -> tuple[list[File], str]:
         found = [name for name, below in names.items() if not re.search(r"/[._]", below)]
         why, root = "the folder is no Zarr store and holds no .parquet files", path
     else:
+        _refuse_silence(file)
         found, root = _glob(fs, path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
     found.sort(key=natural)
+    for one in found:
+        if fs is None and not os.path.exists(one):
+            return [], f"{one} is a link to what does not exist"
     made = [File(fs, one, file.item, _shown(file, one), root=root) for one in found]
     return [replace(one, store=_is_store(one)) for one in made], why
+
+
+def _refuse_silence(file: File) -> None:
+    """Tell a web server that doesn't answer from one that has no such file."""
+    if file.filesystem is None or "http" not in file.filesystem.protocol:
+        return
+    try:
+        file.filesystem.exists(file.path, strict=True)
+    except OSError as error:
+        raise InputError(
+            f"{file.name}: the server does not answer ({one_line(error)}); check the address"
+        ) from error
 
 
 def _is_store(file: File) -> bool:

@@ -1,10 +1,10 @@
 """The table of formats: how each becomes an array of which rows are read.
 
-An opener takes a :class:`File`, what it is read for (``"scores"``, ``"targets"`` or ``"sample
-weights"``) and the :class:`Rules`, and returns an object with ``shape``, ``dtype``, ``chunks`` (the
-sizes of what is stored together, as Dask or as Zarr writes them, or None) and ``__getitem__`` for a
-tuple of slices. Other packages add formats by entry points in the group ``mml_arrayapi.formats``;
-the name of each is the suffix without its dot.
+An opener takes a :class:`File`, what it is read for (``"scores"``, ``"targets"``, ``"sample
+weights"`` or ``"class weights"``) and the :class:`Rules`, and returns an object with ``shape``,
+``dtype``, ``chunks`` (the sizes of what is stored together, as Dask or as Zarr writes them, or
+None) and ``__getitem__`` for a tuple of slices. Other packages add formats by entry points in the
+group ``mml_arrayapi.formats``; the name of each is the suffix without its dot.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import struct
 import zipfile
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import PurePosixPath
@@ -28,6 +28,7 @@ Array = Any
 
 ENTRY_POINTS = "mml_arrayapi.formats"
 SCORES, TARGETS, WEIGHTS = "scores", "targets", "sample weights"
+CLASS_WEIGHTS = "class weights"
 
 
 class Rules(NamedTuple):
@@ -174,9 +175,15 @@ def _npy_header(opened: Any) -> tuple[tuple[int, ...], bool, Any]:
     if version not in readers:
         raise ValueError(f"version {version} of the format is for arrays of records")
     shape, fortran, dtype = readers[version](opened)
+    _check_sizes(shape)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, not numbers")
     return shape, fortran, dtype
+
+
+def _check_sizes(sizes: Sequence[Any]) -> None:
+    if not all(type(n) is int and n >= 0 for n in sizes):
+        raise ValueError(f"its header has {list(sizes)} where sizes must be")
 
 
 def _open_npy(file: File, role: str, rules: Rules) -> Array:  # noqa: ARG001
@@ -242,15 +249,20 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
             raise ValueError("its header is longer than the file")
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
-    start = 8 + length
-    _check_end(file, start + max((t["data_offsets"][1] for t in header.values()), default=0), "it")
+    start, end = 8 + length, 0
+    for places in sorted(told["data_offsets"] for told in header.values()):
+        _check_sizes(places)
+        if places != [end, max(end, places[-1])]:
+            raise ValueError(f"the bytes {places} of an array do not follow those before, to {end}")
+        end = places[1]
+    _check_end(file, start + end, "it")
     told = header[choose_item(file, role, list(header))]
     if told["dtype"] not in _SAFETENSORS:
         raise InputError(f"{file.name}: has dtype {told['dtype']}, which is not read; convert it")
-    made = RawArray(
-        file, start + told["data_offsets"][0], told["shape"], _SAFETENSORS[told["dtype"]]
-    )
-    if made.end != start + told["data_offsets"][1]:
+    _check_sizes(told["shape"])
+    first, end = told["data_offsets"]
+    made = RawArray(file, start + first, told["shape"], _SAFETENSORS[told["dtype"]])
+    if made.end != start + end:
         raise ValueError("its shape does not fit the bytes that it has")
     return made
 
@@ -259,7 +271,10 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
 
 
 class _Attributed:
-    """An array with attributes of the CF conventions, as netCDF and xarray write them: decoded."""
+    """An array with attributes of the CF conventions, as netCDF and xarray write them: decoded.
+
+    What is packed becomes float64, so that scores differ wherever the stored numbers do.
+    """
 
     def __init__(self, file: File, role: str, source: Array, rules: Rules, fill: Any) -> None:
         import numpy as np
@@ -267,47 +282,86 @@ class _Attributed:
         self._name, self._source, self.shape = file.name, source, tuple(source.shape)
         self.chunks, self._role = source.chunks, role
         stored = np.dtype(source.dtype)
-        attributes = {key: source.attrs[key] for key in _CF if key in source.attrs}
-        self._scale = float(np.squeeze(attributes.get("scale_factor", 1)))
-        self._offset = float(np.squeeze(attributes.get("add_offset", 0)))
-        packed = self._scale != 1 or self._offset != 0
-        if "_Unsigned" in attributes or (packed and role == TARGETS):
+        real = stored.kind in "iuf"  # no other type is accepted, which is told later
+        attributes = {key: source.attrs[key] for key in _CF if real and key in source.attrs}
+        self._scale = _coefficient(file, "scale_factor", attributes.get("scale_factor", 1))
+        self._offset = _coefficient(file, "add_offset", attributes.get("add_offset", 0))
+        self._packed = self._scale != 1 or self._offset != 0
+        if "_Unsigned" in attributes or (self._packed and role == TARGETS):
             told = ", ".join(f"{key} {value}" for key, value in attributes.items())
             raise InputError(f"{file.name}: has the attributes {told}; decode it first")
-        fills = [attributes[key] for key in _CF[2:4] if key in attributes]
-        if packed and not fills and fill is not None:  # Zarr's version 2 keeps it apart
-            fills = [fill]
-        values = [v for given in fills for v in np.ravel(_fill_value(given)).tolist() if v == v]
-        self._missing = [v for v in values if role != TARGETS or v != rules.ignore_index]
-        small = stored.itemsize <= 2 or (stored.kind == "f" and stored.itemsize == 4)
-        exact = np.float32 if small and (stored.kind == "f" or not self._offset) else np.float64
-        self.dtype = np.dtype(exact) if packed else stored
+        fills = {key: value for key, value in attributes.items() if key in _CF[:2]}
+        # In Zarr's version 2 xarray has no other place for _FillValue, but Zarr writes 0 unasked.
+        if real and fill is not None and (self._packed or "_ARRAY_DIMENSIONS" in source.attrs):
+            fills["fill_value"] = fill
+        values = [_fill_values(file, key, given, stored) for key, given in fills.items()]
+        missing = np.concatenate([np.empty(0, stored), *values])
+        if role == TARGETS:
+            missing = missing[missing != rules.ignore_index]
+        self._in_doubt = fills.pop("fill_value", 1) == 0 and 0 in missing
+        self._missing = missing
+        self.dtype = np.dtype(np.float64) if self._packed else stored
 
     def __getitem__(self, where: tuple[slice, ...]) -> Array:
         import numpy as np
 
         part = np.asarray(self._source[where])
-        missing = np.isin(part, self._missing) if self._missing else None
-        if missing is not None and self._role == TARGETS and missing.any():
+        missing = np.isin(part, self._missing) if self._missing.size else np.False_
+        if missing.any():
+            self._refuse_missing(part, missing)
+        if self._packed:
+            part = part.astype(self.dtype) * self._scale + self._offset
+        return np.where(missing, self.dtype.type("nan"), part) if missing.any() else part
+
+    def _refuse_missing(self, part: Array, missing: Array) -> None:
+        zeros = int((part == 0).sum())
+        if self._in_doubt and zeros:
             raise InputError(
-                f"{self._name}: {int(missing.sum())} labels are missing (their value is that of "
-                f"_FillValue or missing_value, {part[missing].flat[0]}); fill them in, or leave "
-                "them out by --ignore-index"
+                f"{self._name}: {zeros} {self._role} are 0, which is also the fill_value of this "
+                "array of Zarr's version 2, so that xarray takes them for missing; if they are "
+                "not, set fill_value to null in its .zarray"
             )
-        if self.dtype != part.dtype:
-            part = part.astype(self.dtype) * self.dtype.type(self._scale)
-            part += self.dtype.type(self._offset)
-        if missing is not None and missing.any():
-            part = np.where(missing, self.dtype.type("nan"), part)
-        return part
+        if self._role != SCORES:
+            raise InputError(
+                f"{self._name}: {int(missing.sum())} {self._role} are missing (their value is that "
+                f"of _FillValue or missing_value, {part[missing].flat[0]}); fill them in (labels "
+                "may be left out by --ignore-index)"
+            )
 
 
-_CF = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned")
+_CF = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned")
 
 
-def _fill_value(given: Any) -> Any:
-    """Return a fill value; in stores of version 3 xarray writes floats in base 64."""
-    return struct.unpack("<d", b64decode(given))[0] if isinstance(given, str) else given
+def _coefficient(file: File, key: str, given: Any) -> float:
+    import numpy as np
+
+    with suppress(TypeError, ValueError):
+        value = float(np.squeeze(given))
+        if math.isfinite(value) and (value or key != "scale_factor"):
+            return value
+    raise InputError(
+        f"{file.name}: has {key} {given}; it must be one finite number, and scale_factor not 0"
+    )
+
+
+def _fill_values(file: File, key: str, given: Any, dtype: Any) -> Array:
+    """Return the values of an attribute in the type in which they are stored in the array."""
+    import numpy as np
+
+    values = given
+    with suppress(TypeError, ValueError, OverflowError, struct.error):
+        if isinstance(given, str):  # xarray's floats in Zarr's version 3, or Zarr's own
+            spelled = given in ("NaN", "Infinity", "-Infinity")
+            values = given if spelled else struct.unpack("<d", b64decode(given, validate=True))
+        values = np.ravel(np.asarray(values, float if isinstance(given, str) else None))
+        with np.errstate(all="ignore"):
+            cast = values.astype(dtype)
+        rounding = 0 if dtype.kind in "iu" else 1e-3
+        if np.allclose(cast.astype(float), values.astype(float), rounding, 0, equal_nan=True):
+            return cast[cast == cast]
+    raise InputError(
+        f"{file.name}: has {key} {given}, which is no value of its dtype {dtype}; correct it"
+    )
 
 
 def _open_zarr(file: File, role: str, rules: Rules) -> Array:
@@ -340,9 +394,6 @@ def _zarr_array(file: File, opened: Array, role: str, rules: Rules) -> Array:
     fill = opened.fill_value if opened.metadata.zarr_format == 2 else None
     source = opened
     if rules.refuse_unwritten(role) and np.dtype(opened.dtype).kind in "iuf":
-        if opened.store.supports_listing and opened.nchunks_initialized < opened.nchunks:
-            count = opened.nchunks - opened.nchunks_initialized
-            raise _unwritten(file.name, role, f"{count:,} of its {opened.nchunks:,} chunks")
         source = _WrittenZarr(file.name, role, opened)
     return _Attributed(file, role, source, rules, fill)
 
@@ -417,16 +468,24 @@ def _open_hdf5(file: File, role: str, rules: Rules) -> Array:
         item = file.item.strip("/")
         if not hasattr(item and opened.get(item), "dtype"):  # links are not visited
             item = choose_item(replace(file, item=item), role, found)
+        if opened[item].file.filename != opened.filename:
+            raise _elsewhere(file)
         _check_written(file, opened[item], role, rules)
         return _Attributed(file, role, _Hdf5Dataset(file, item, opened[item]), rules, None)
 
 
+def _elsewhere(file: File) -> InputError:
+    return InputError(
+        f"{file.name}: its values are in other files, and would be read as the fill value where "
+        "these are missing; give these, or copy it into a file of its own"
+    )
+
+
 def _check_written(file: File, source: Array, role: str, rules: Rules) -> None:
-    if source.is_virtual and rules.unwritten != "fill":
-        raise InputError(
-            f"{file.name}: is virtual: rows of files that are missing would be read as its fill "
-            "value; give these files, or accept it by --unwritten-chunks fill"
-        )
+    if source.shape is None:
+        raise InputError(f"{file.name}: has no shape (it is empty); name another array")
+    if source.is_virtual or source.external:
+        raise _elsewhere(file)
     if not rules.refuse_unwritten(role) or not source.size:
         return
     chunks = [math.ceil(n / c) for n, c in zip(source.shape, source.chunks or (), strict=False)]

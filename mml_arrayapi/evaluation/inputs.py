@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from mml_arrayapi.evaluation.errors import InputError, one_line
 from mml_arrayapi.evaluation.files import File, correspond, find, numbered
 from mml_arrayapi.evaluation.formats import (
+    CLASS_WEIGHTS,
     SCORES,
     TARGETS,
     WEIGHTS,
@@ -338,9 +339,9 @@ def open_dataset(
     for role, shards in [*found.items()][1:]:
         for shard in shards:
             if shard.shape[1:] != batch or not shard.shape:
-                wanted = ", ".join(map(str, ("N", *batch)))
+                wanted = str(("N", *batch)).replace("'", "")
                 raise InputError(
-                    f"{shard.name}: {role} must have shape ({wanted}) beside scores of shape "
+                    f"{shard.name}: {role} must have shape {wanted} beside scores of shape "
                     f"{first.shape} with the classes at axis {data.axis}, but have shape "
                     f"{shard.shape}"
                 )
@@ -372,8 +373,8 @@ def _optimised(found: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
     }
 
 
-def read_array(path: str) -> Array:
-    """Read a whole file of floats of any format.
+def read_class_weights(path: str) -> Array:
+    """Read the weights of the classes from a file of any format.
 
     Parameters
     ----------
@@ -383,10 +384,18 @@ def read_array(path: str) -> Array:
     Raises
     ------
     InputError
-        It cannot be read.
+        It cannot be read, or is not one file with one axis.
     """
-    (shard, *_) = _shards(path, WEIGHTS, Rules())
-    return shard.read(0, 0, shard.shape[0] if shard.shape else 1)
+    shard, *others = _shards(path, CLASS_WEIGHTS, Rules())
+    if others:
+        raise InputError(
+            f"{path}: stands for {1 + len(others)} files, but the class weights must be in one"
+        )
+    if len(shard.shape) != 1:
+        raise InputError(
+            f"{path}: class weights must have shape (C,), but have shape {shard.shape}"
+        )
+    return shard.read(0, 0, shard.shape[0])
 
 
 def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
@@ -519,9 +528,31 @@ def _slice(shard: Shard, axis: int, start: int, stop: int) -> ShardSlice:
     """Rows of a shard; of an array only these rows travel to the worker."""
     if shard.version:
         return ShardSlice(shard, start, stop)
-    part = shard.source[(*(slice(None),) * axis, slice(start, stop))]
+    where = (*(slice(None),) * axis, slice(start, stop))
+    lazy = hasattr(shard.source, "dask")
+    part = shard.source[where] if lazy else _Rows(shard.source, where)
     shape = (*shard.shape[:axis], stop - start, *shard.shape[axis + 1 :])
     return ShardSlice(replace(shard, source=part, shape=shape), 0, stop - start)
+
+
+class _Rows:
+    """Rows of an array: read when they are asked for, or before they go to another process."""
+
+    def __init__(self, array: Array, where: tuple[slice, ...]) -> None:
+        self._array, self._where = array, where
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Array:
+        if isinstance(self._array, Exception):
+            raise self._array
+        return self._array[self._where][where]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import numpy as np
+
+        try:
+            return np.asarray, (np.asarray(self[()]),)
+        except Exception as error:  # noqa: BLE001  (Dask would raise one of its own instead)
+            return _Rows, (error, self._where)
 
 
 def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
@@ -581,8 +612,8 @@ def _shard(shard: Shard, array: Array) -> Shard:
             f"{shard.name}: targets must be integers, but are {dtype}; "
             "convert them, as with array.astype('int64')"
         )
-    if shard.role == WEIGHTS and not (floats or dtype.kind in "iu"):
-        raise InputError(f"{shard.name}: {WEIGHTS} must be real numbers, but are {dtype}")
+    if not (floats or dtype.kind in "iu"):
+        raise InputError(f"{shard.name}: {shard.role} must be real numbers, but are {dtype}")
     shape = tuple(n if n is None else int(n) for n in array.shape)
     chunks = getattr(array, "chunks", None) or None
     columns = tuple(getattr(array, "columns", ()))

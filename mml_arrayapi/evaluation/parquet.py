@@ -57,6 +57,7 @@ class ParquetColumns:
             self.columns = _named(file.item, names, plain)
         else:
             self.columns = _guess(role, self._schema, plain)
+        self._refuse_doubles()
         self._kinds = [_Kind(self._schema.field(name)) for name in self.columns]
         kind, rows = self._kinds[0], self._starts[-1]
         if any(one.nested for one in self._kinds) and len(self.columns) > 1:
@@ -75,6 +76,19 @@ class ParquetColumns:
         self.shape = (rows, *width)
         self.dtype = np.result_type(*(one.dtype for one in self._kinds))
         self.chunks = (tuple(groups) or (0,), *((n,) for n in width))
+
+    def _refuse_doubles(self) -> None:
+        """Refuse a column that is named twice, or is a partition's as well."""
+        stored = self._fragment.physical_schema.names
+        partitions = self._ds.get_partition_keys(self._fragment.partition_expression)
+        for name in self.columns:
+            if self.columns.count(name) > 1:
+                raise InputError(f"{self._name}: column {name!r} is named twice")
+            if name in partitions and name in stored:
+                raise InputError(
+                    f"{self._name}: has a column {name!r}, and is in a folder of the partition "
+                    f"{name}={partitions[name]}; drop one of the two, or give the file itself"
+                )
 
     def __getitem__(self, where: tuple[slice, ...]) -> Array:
         import numpy as np
@@ -164,6 +178,8 @@ class _Kind:
                 raise InputError(f"{where} has values that are none of its categories")
             return codes.to_numpy().astype(np.int64)
         if self.tensor:
+            for chunk in column.chunks:
+                _refuse_nulls(chunk.storage.flatten(), where)
             parts = [chunk.to_numpy_ndarray() for chunk in column.chunks]
             return np.concatenate(parts) if parts else np.empty((0, *self.width), self.dtype)
         if self.udt:
@@ -183,33 +199,53 @@ def _matrix(lists: Any, where: str) -> Array:
             "hold one score per class"
         )
     values = pc.list_flatten(lists)
+    _refuse_nulls(values, where)
+    return values.to_numpy().reshape(len(lists), *lengths)
+
+
+def _refuse_nulls(values: Any, where: str) -> None:
     if values.null_count:
         raise InputError(f"{where}: lists hold empty values; fill or drop them")
-    return values.to_numpy().reshape(len(lists), *lengths)
 
 
 def _vectors(column: Any, where: str) -> Array:
     """Make rows of Spark's vectors, dense (type 1) or sparse (type 0)."""
     import numpy as np
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     column = column if hasattr(column, "field") else column.chunk(0)
-    kind, size, indices, values = (column.field(name) for name in UDT)
-    dense = kind.to_numpy(zero_copy_only=False) == 1
-    lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
-    sizes = np.where(dense, lengths, pc.fill_null(size, 0).to_numpy(zero_copy_only=False))
-    if len(set(sizes.tolist())) > 1:
+    kind = pc.fill_null(column.field("type"), -1).to_numpy()
+    if not np.isin(kind, (0, 1)).all():
+        raise InputError(f"{where} has vectors whose type is neither 0 nor 1")
+    dense, sparse = column.filter(kind == 1), column.filter(kind == 0)
+    values, lengths = _flat(dense.field("values"), where)
+    scores, counts = _flat(sparse.field("values"), where)
+    places, numbers = _flat(sparse.field("indices"), where)
+    sizes = pc.fill_null(sparse.field("size"), -1).to_numpy()
+    n_classes, *others = {*lengths.tolist(), *sizes.tolist()} or {0}
+    if others or n_classes < 0:
         raise InputError(f"{where} has vectors of different sizes; each must hold one per class")
-    made = np.zeros((len(column), int(sizes[0]) if len(sizes) else 0))
-    if dense.any():
-        flat = pc.list_flatten(values.filter(pa.array(dense))).to_numpy()
-        made[dense] = flat.reshape(-1, made.shape[1])
-    rows = np.repeat(np.flatnonzero(~dense), lengths[~dense].astype(np.int64))
-    sparse = pa.array(~dense)
-    places = pc.list_flatten(indices.filter(sparse)).to_numpy()
-    made[rows, places] = pc.list_flatten(values.filter(sparse)).to_numpy()
+    rows = np.repeat(np.flatnonzero(kind == 0), counts)
+    fit = (counts == numbers).all() and ((places >= 0) & (places < n_classes)).all()
+    if not fit or (np.diff(rows * n_classes + places) <= 0).any():
+        raise InputError(
+            f"{where} has sparse vectors whose indices are not one for each value, ascending from "
+            f"0 to {n_classes - 1} at most"
+        )
+    made = np.zeros((len(column), n_classes))
+    made[kind == 1] = values.reshape(-1, n_classes)
+    made[rows, places] = scores
     return made
+
+
+def _flat(lists: Any, where: str) -> tuple[Array, Array]:
+    """Return the values of all lists, and each one's length."""
+    import pyarrow.compute as pc
+
+    _refuse_nulls(lists, where)
+    values = pc.list_flatten(lists)
+    _refuse_nulls(values, where)
+    return values.to_numpy(), pc.list_value_length(lists).to_numpy()
 
 
 def _categories(field: Any) -> list[str]:

@@ -275,7 +275,7 @@ def bad_inputs():
         (("none.npy", "y.npy"), "none.npy: scores must have at least one class, but have shape"),
         (
             ("x.npy", "yy.npy"),
-            "yy.npy: targets must have shape (N) beside scores of shape (700, 6)",
+            "yy.npy: targets must have shape (N,) beside scores of shape (700, 6)",
         ),
         (
             ("x.npy", "few.npy"),

@@ -4,24 +4,15 @@ import gc
 import io
 import json
 import os
-import threading
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from tests.evaluation.writers import parquet
 
 N, C = 700, 6
-
-
-def parquet(path, rows=150, **columns):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), path, row_group_size=rows)
 
 
 # Parquet as others write it.
@@ -278,42 +269,10 @@ def test_producers_of_dask_arrays_run_once(arrays, wanted, size):
 # Places.
 
 
-@pytest.fixture
-def served(files):
-    """The files of the working directory over HTTP."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(files)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    close_sessions(pytest.importorskip("fsspec.implementations.http").HTTPFileSystem)
-
-
 def close_sessions(kind):
     """Have fsspec's sessions collected here, where the warning that they are open is expected."""
     kind.clear_instance_cache()
     gc.collect()
-
-
-# Arrow leaves it to the collector to close copies of files.
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_http(arrays, files, wanted, served):
-    pytest.importorskip("aiohttp")
-    np.savez("both.npz", logits=arrays[0], labels=arrays[1])
-    parquet("p.parquet", logits=list(arrays[0]), label=arrays[1])
-    assert mml.evaluate(f"{served}/x.npy", f"{served}/y.npy", chunk_size=300) == wanted
-    assert mml.evaluate(f"{served}/both.npz#logits", f"{served}/both.npz#labels") == wanted
-    assert mml.evaluate(f"{served}/p.parquet", f"{served}/p.parquet?version=1") == wanted
-    with pytest.raises(mml.InputError, match=r"none.npy: there is no such file; check the path"):
-        mml.evaluate(f"{served}/none.npy", "y.npy")
 
 
 def write_everything(fs, folder, arrays):

@@ -1,5 +1,6 @@
 """What once gave a wrong number with exit code 0 is read right, or refused in one line."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from tests.evaluation.writers import parquet, zarr_file
 
 N, C = 700, 6
 
@@ -225,66 +227,6 @@ def test_a_zarr_store_that_is_rewritten(arrays, files, when):
 # Zarr stores and HDF5 files.
 
 
-def zarr_file(path, array, **options):
-    zarr = pytest.importorskip("zarr")
-    attributes = options.pop("attributes", {})
-    options = {"chunks": (100, *array.shape[1:]), "fill_value": 0, **options}
-    store = zarr.create_array(store=path, shape=array.shape, dtype=array.dtype, **options)
-    store[...] = array
-    store.attrs.update(attributes)
-    return store
-
-
-def hdf5_file(path, array, **options):
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(path, "w") as file:
-        made = file.create_dataset("data", data=array, chunks=(100, *array.shape[1:]))
-        made.attrs.update(options.pop("attributes", {}))
-
-
-STORES = pytest.mark.parametrize(
-    ("path", "write"), [("s.zarr", zarr_file), ("s.h5", hdf5_file)], ids=["zarr", "hdf5"]
-)
-
-
-@STORES
-def test_packed_scores_are_unpacked(arrays, files, path, write):
-    packed = np.round(arrays[0] * 1000).astype(np.int16)
-    packed[5, 2] = -32768
-    write(path, packed, attributes={"scale_factor": 0.001, "_FillValue": -32768})
-    plain = packed.astype(np.float32) * np.float32(0.001)
-    plain[5, 2] = np.nan
-    figures = mml.evaluate(path, "y.npy")
-    assert figures == mml.evaluate(plain, arrays[1])
-    assert figures.nan_samples == ((path, 5),)
-
-
-@STORES
-def test_fill_values_of_floats_are_missing(arrays, files, path, write):
-    scores = arrays[0].copy()
-    scores[7, 0] = 1e20
-    write(path, scores, attributes={"_FillValue": np.float32(1e20).item()})
-    assert mml.evaluate(path, "y.npy").nan_samples == ((path, 7),)
-    write(
-        "n" + path,
-        arrays[0],
-        attributes={"_FillValue": "AAAAAAAA+H8=" if write is zarr_file else np.nan},
-    )
-    assert mml.evaluate("n" + path, "y.npy") == mml.evaluate(*arrays)
-
-
-@STORES
-def test_missing_labels_are_an_error(arrays, files, fails, path, write):
-    write(path, arrays[1], attributes={"_FillValue": 3})
-    count = int((arrays[1] == 3).sum())
-    assert f"{path}: {count} labels are missing (their value is that of _FillValue" in fails(
-        "x.npy", path
-    )
-    assert mml.evaluate("x.npy", path, ignore_index=3).ignored == count
-    write("p" + path, arrays[1], attributes={"add_offset": 1})
-    assert "has the attributes add_offset 1; decode it first" in fails("x.npy", "p" + path)
-
-
 @pytest.mark.parametrize("layout", ["plain", "sharded", "version 2", "hdf5"])
 @pytest.mark.parametrize("what", ["labels", "scores"])
 def test_chunks_that_were_never_written(arrays, files, fails, layout, what):
@@ -324,13 +266,6 @@ def test_all_chunks_are_there(arrays, files, wanted):
 
 
 # Parquet.
-
-
-def parquet(path, rows=150, **columns):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), path, row_group_size=rows, write_page_checksum=True)
 
 
 def by_class(scores, names):
@@ -454,6 +389,50 @@ def test_the_same_scores_twice(arrays, files, fails):
     assert mml.evaluate(half * 2, ["y.npy", "y.npy"]).samples == 2 * N  # labels may serve twice
 
 
+def test_class_weights_in_files(files, fails, wanted):
+    np.save("w-0.npy", np.arange(C, dtype="f4"))
+    np.save("w-1.npy", np.arange(C))
+    np.save("none.npy", np.float64(1))
+    np.save("two.npy", np.ones((C, 2)))
+    np.save("text.npy", np.asarray(["a"] * C))
+    np.savez("both.npz", a=np.ones(C), b=np.ones(C))
+    os.mkdir("folder")
+    for i in range(2):
+        parquet(f"folder/{i}.parquet", w=np.ones(C))
+    for given, message in (
+        ("w-*.npy", "w-*.npy: stands for 2 files, but the class weights must be in one"),
+        ("folder", "folder: stands for 2 files, but the class weights must be in one"),
+        ("none.npy", "none.npy: class weights must have shape (C,), but have shape ()"),
+        ("two.npy", "two.npy: class weights must have shape (C,), but have shape (6, 2)"),
+        ("text.npy", "text.npy: class weights must be real numbers, but are <U1"),
+        ("both.npz", "both.npz: holds 2 arrays; name the one with the class weights"),
+        ("1,2,3,4,", "--weight '1,2,3,4,': must be numbers with commas between them, or a file"),
+        ("1,,3", "--weight '1,,3': must be numbers with commas between them, or a file"),
+        ("gone.npy", "gone.npy: there is no such file"),
+    ):
+        assert message in fails("x.npy", "y.npy", "--weight", given)
+    weighted = mml.evaluate("x.npy", "y.npy", weight=np.arange(C, dtype=float))
+    assert weighted != wanted
+
+
+@pytest.mark.parametrize("name", ["link.npy", "link*.npy"])
+def test_a_link_to_nothing(files, fails, name):
+    os.symlink("gone.npy", "link.npy")
+    assert "link.npy is a link to what does not exist; check the path" in fails(name, "y.npy")
+
+
+def test_a_zarr_store_with_links_that_is_rewritten(arrays, files):
+    store = zarr_file("x.zarr", arrays[0])
+    os.rename("x.zarr/c", "chunks")
+    os.symlink("../chunks", "x.zarr/c")
+
+    def change():
+        store[600:700] = 1
+
+    with pytest.raises(mml.InputError, match=r"x\.zarr: the file has changed"):
+        mml.evaluate("x.zarr", "y.npy", chunk_size=50, workers=1, progress=rewrite_at(3, change))
+
+
 def test_an_empty_path_is_not_this_folder(arrays, files, fails):
     parquet("p.parquet", logits=list(arrays[0]), label=arrays[1])
     assert "'': the path is empty; give that of a file" in fails("", "y.npy")
@@ -522,29 +501,59 @@ def test_labels_of_zarr_that_are_no_numbers(arrays, files, fails, dtype):
     assert "y.zarr: targets must be integers, but are" in fails("x.npy", "y.zarr")
 
 
-def test_links_layouts_and_virtual_datasets_of_hdf5(arrays, files, fails, wanted):
+def test_links_and_layouts_of_hdf5(arrays, files, fails, wanted):
     h5py = pytest.importorskip("h5py")
     scores, target = arrays
     with h5py.File("s.h5", "w") as file:
         file["x"] = scores.astype(">f4")
         file["link"], file["nothing"] = h5py.SoftLink("/x"), h5py.SoftLink("/none")
-        layout = h5py.VirtualLayout((N, C), "f4")
-        layout[:] = h5py.VirtualSource("gone.h5", "x", shape=(N, C))
-        file.create_virtual_dataset("virtual", layout)
         compact = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         compact.set_layout(h5py.h5d.COMPACT)
         space = h5py.h5s.create_simple((N,))
         made = h5py.h5d.create(file.id, b"y", h5py.h5t.NATIVE_INT64, space, compact)
         made.write(h5py.h5s.ALL, h5py.h5s.ALL, target)
-        external = [("x.bin", 0, h5py.h5f.UNLIMITED)]
-        file.create_dataset("external", scores.shape, "f4", external=external)[...] = scores
-    for name in ("x", "link", "external"):
+        file["empty"] = h5py.Empty("f4")
+    for name in ("x", "link"):
         assert mml.evaluate(f"s.h5#{name}", "s.h5#y", chunk_size=300) == wanted
     assert "s.h5: has no array 'nothing'" in fails("s.h5#nothing", "y.npy")
-    assert "s.h5#virtual: is virtual: rows of files that are missing" in fails(
-        "s.h5#virtual", "y.npy"
-    )
-    assert mml.evaluate("s.h5#virtual", "y.npy", unwritten_chunks="fill").loss == np.float32(5 / 6)
+    assert "s.h5#empty: has no shape (it is empty)" in fails("s.h5#empty", "y.npy")
+    with (
+        h5py.File("s.h5") as file,
+        pytest.raises(mml.InputError, match="scores: has no shape"),
+    ):
+        mml.evaluate(file["empty"], target)
+
+
+@pytest.mark.parametrize("kind", ["virtual", "external", "link", "link to a folder", "gone"])
+@pytest.mark.parametrize("option", [[], ["--unwritten-chunks", "fill"]], ids=["plain", "fill"])
+def test_values_in_other_files_of_hdf5(arrays, files, fails, kind, option):
+    """Whether those change or become shorter is not seen."""
+    h5py = pytest.importorskip("h5py")
+    scores, target = arrays
+    with h5py.File("other.h5", "w") as file:
+        file["folder/x"] = scores
+    with h5py.File("s.h5", "w") as file:
+        layout = h5py.VirtualLayout((N, C), "f4")
+        layout[:] = h5py.VirtualSource("other.h5", "folder/x", shape=(N, C))
+        file.create_virtual_dataset("virtual", layout)
+        external = [("x.bin", 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("external", scores.shape, "f4", external=external)[...] = scores
+        file["link"] = h5py.ExternalLink("other.h5", "folder/x")
+        file["folder"] = h5py.ExternalLink("other.h5", "folder")
+        file["soft"] = h5py.SoftLink("/folder/x")
+        file["gone"] = h5py.ExternalLink("gone.h5", "x")
+    item = "soft" if kind == "link to a folder" else kind
+    line = fails(f"s.h5#{item}", "y.npy", *option)
+    if kind == "gone":
+        assert "s.h5: has no array 'gone'" in line
+        return
+    assert f"s.h5#{item}: its values are in other files, and would be read as the fill" in line
+    if kind in ("virtual", "external"):
+        with (
+            h5py.File("s.h5") as file,
+            pytest.raises(mml.InputError, match="scores: its values are in other files"),
+        ):
+            mml.evaluate(file[kind], target)
 
 
 def test_an_integer_among_the_columns_of_scores(arrays, files, fails):
@@ -589,6 +598,82 @@ def test_columns_that_are_no_scores(arrays, files, fails, kind):
     assert "p.parquet" in fails("p.parquet#x", "y.npy")
 
 
+@pytest.mark.parametrize("row", [0, 699], ids=["first row", "last row"])
+def test_tensors_with_empty_values(arrays, files, fails, row):
+    pa = pytest.importorskip("pyarrow")
+    numbers = arrays[0].reshape(-1).tolist()
+    numbers[row * C + 2] = None
+    kind = pa.fixed_shape_tensor(pa.float32(), (C,))
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(numbers, pa.float32()), C)
+    parquet("p.parquet", x=pa.ExtensionArray.from_storage(kind, storage))
+    assert "column 'x': lists hold empty values; fill or drop them" in fails("p.parquet#x", "y.npy")
+
+
+SPARSE = {"type": 0, "size": C, "indices": [0, 2], "values": [1.0, 2.0]}
+DENSE = {"type": 1, "size": None, "indices": None, "values": [0.5] * C}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, ""),
+        ({"indices": [], "values": []}, ""),
+        ({"indices": [-1, 2]}, "indices are not one for each value, ascending from 0 to 5 at most"),
+        ({"indices": [0, C]}, "indices are not one for each value"),
+        ({"indices": [2, 2]}, "indices are not one for each value"),
+        ({"indices": [2, 0]}, "indices are not one for each value"),
+        ({"indices": [2]}, "indices are not one for each value"),
+        ({"indices": None}, "lists hold empty values"),
+        ({"indices": [0, None]}, "lists hold empty values"),
+        ({"values": None}, "lists hold empty values"),
+        ({"values": [1.0, None]}, "lists hold empty values"),
+        ({"size": None}, "has vectors of different sizes"),
+        ({"size": C + 1}, "has vectors of different sizes"),
+        ({"type": None}, "has vectors whose type is neither 0 nor 1"),
+        ({"type": 2}, "has vectors whose type is neither 0 nor 1"),
+        ({**DENSE, "values": None}, "lists hold empty values"),
+        ({**DENSE, "values": [None] * C}, "lists hold empty values"),
+        ({**DENSE, "values": [0.5]}, "has vectors of different sizes"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_vectors_of_spark(files, fails, row, message):
+    pa = pytest.importorskip("pyarrow")
+    fields = [("type", pa.int8()), ("size", pa.int32())]
+    fields += [("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float64()))]
+    kind = pa.struct(fields)
+    np.save("y.npy", np.arange(4))
+    parquet("p.parquet", x=pa.array([SPARSE | row, DENSE, SPARSE, DENSE], kind))
+    if message:
+        assert "column 'x'" in (line := fails("p.parquet#x", "y.npy"))
+        assert message in line
+        return
+    plain = np.asarray([[1, 0, 2, 0, 0, 0], [0.5] * C] * 2)
+    if row:
+        plain[0] = 0
+    assert mml.evaluate("p.parquet#x", "y.npy") == mml.evaluate(plain, np.arange(4))
+    parquet("p.parquet", x=pa.array([SPARSE | row | {"size": None}], kind))
+    assert "has vectors of different sizes" in fails("p.parquet#x", "y.npy")
+
+
+@pytest.mark.parametrize("item", ["c*,c1", "c1,c1", "c1,c*"])
+def test_a_column_twice(arrays, files, fails, item):
+    parquet("p.parquet", **by_class(arrays[0], [f"c{i}" for i in range(C)]))
+    assert f"p.parquet#{item}: column 'c1' is named twice" in fails(f"p.parquet#{item}", "y.npy")
+
+
+@pytest.mark.parametrize("targets", ["hive", "hive#label", "hive/*/*.parquet#label"])
+def test_a_partition_that_is_a_column_too(arrays, files, fails, wanted, targets):
+    scores, target = arrays
+    os.makedirs("hive/label=3")
+    parquet("hive/label=3/0.parquet", logits=list(scores), label=target.astype("i4"))
+    line = fails("hive", targets)
+    assert "0.parquet" in line
+    assert "has a column 'label', and is in a folder of the partition label=3; drop one" in line
+    assert mml.evaluate("hive", "hive/label=3/0.parquet") == wanted
+    assert mml.evaluate("hive#logits", "y.npy") == wanted
+
+
 def test_what_spark_leaves_beside_its_parts(arrays, files, wanted):
     os.mkdir("folder")
     for i in (10, 2):
@@ -623,18 +708,49 @@ def test_options_of_the_wrong_type(files):
             mml.evaluate("x.npy", "y.npy", **options)
 
 
-def test_safetensors_by_hand(arrays, files, fails, wanted):
-    import json
+@pytest.mark.parametrize(
+    ("shape", "places", "message"),
+    [
+        ([N, C], [0, 16800], ""),
+        ([N, C], [-8, 16792], "its header has [-8, 16792] where sizes must be"),
+        ([N, C], [8, 16808], "the bytes [8, 16808] of an array do not follow those before, to 0"),
+        ([N, C], [16800, 0], "the bytes [16800, 0] of an array do not follow those before"),
+        ([N, C], [0.0, 16800.0], "its header has [0.0, 16800.0] where sizes must be"),
+        ([N, C], [0, 16800, 16800], "the bytes [0, 16800, 16800] of an array"),
+        ([-N, -C], [0, 16800], "its header has [-700, -6] where sizes must be"),
+        ([N, C - 1], [0, 16800], "its shape does not fit the bytes that it has"),
+    ],
+    ids=str,
+)
+def test_safetensors_by_hand(arrays, files, fails, wanted, shape, places, message):
+    safetensors("s.safetensors", arrays[0], x={"shape": shape, "data_offsets": places})
+    if message:
+        assert f"s.safetensors: cannot be read ({message}" in fails("s.safetensors", "y.npy")
+    else:
+        assert mml.evaluate("s.safetensors", "y.npy") == wanted
 
-    for at, message in ((0, ""), (-8, "s.safetensors: 8 bytes follow it"), (8, "cannot be read")):
-        places = [at, at + arrays[0].nbytes]
-        told = json.dumps({"x": {"dtype": "F32", "shape": [N, C], "data_offsets": places}})
-        with open("s.safetensors", "wb") as file:
-            file.write(len(told).to_bytes(8, "little") + told.encode() + arrays[0].tobytes())
-        if message:
-            assert message in fails("s.safetensors", "y.npy")
-        else:
-            assert mml.evaluate("s.safetensors", "y.npy") == wanted
+
+def safetensors(path, array, **told):
+    header = json.dumps({name: {"dtype": "F32", **one} for name, one in told.items()})
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode() + array.tobytes())
+
+
+@pytest.mark.parametrize("second", [[0, 16800], [8400, 16800], [16000, 16800]], ids=str)
+def test_safetensors_that_overlap(arrays, files, fails, second):
+    first = {"shape": [N, C], "data_offsets": [0, 16800]}
+    other = {"shape": [(second[1] - second[0]) // 4], "data_offsets": second}
+    safetensors("s.safetensors", arrays[0], x=first, other=other)
+    assert f"the bytes {second} of an array do not follow those before, to 16800" in fails(
+        "s.safetensors#x", "y.npy"
+    )
+
+
+def test_npy_with_a_negative_shape(arrays, files, fails):
+    text = "{'descr': '<f4', 'fortran_order': False, 'shape': (-700, -6), }".ljust(117) + "\n"
+    header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+    Path("n.npy").write_bytes(header + arrays[0].tobytes())
+    assert "n.npy: cannot be read (its header has [-700, -6] where" in fails("n.npy", "y.npy")
 
 
 def test_names_with_a_number_sign(arrays, files, fails):

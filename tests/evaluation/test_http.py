@@ -1,0 +1,177 @@
+"""Files on web servers: with and without byte ranges, with and without lists of folders."""
+
+import gc
+import io
+import os
+import re
+import socket
+import tempfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+import mml_arrayapi as mml
+from tests.evaluation.writers import parquet, zarr_file
+
+C = 6
+
+pytestmark = [
+    # Arrow leaves it to the collector to close copies of files, fsspec its sessions.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class Server(SimpleHTTPRequestHandler):
+    """As python -m http.server: with lists, without ranges."""
+
+    def log_message(self, *_):
+        pass
+
+
+class Ranges(Server):
+    """As nginx: with ranges, without lists."""
+
+    def list_directory(self, path):
+        self.send_error(404)
+
+    def send_head(self):
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        path = self.translate_path(self.path)
+        if not asked or not os.path.isfile(path):
+            return super().send_head()
+        size = os.path.getsize(path)
+        first, last = asked.groups()
+        start = int(first) if first else size - int(last)
+        stop = min(int(last) + 1, size) if first and last else size
+        if start >= size:
+            return self.send_error(416)
+        self.send_response(206)
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("Last-Modified", self.date_time_string(os.path.getmtime(path)))
+        self.end_headers()
+        with open(path, "rb") as file:
+            return io.BytesIO(file.read()[start:stop])
+
+
+@pytest.fixture
+def serve(files):
+    """Serve the working directory; return its URL."""
+    pytest.importorskip("aiohttp")
+    started = []
+
+    def start(handler):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(files)))
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        started.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server, thread in started:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    kind = pytest.importorskip("fsspec.implementations.http").HTTPFileSystem
+    kind.clear_instance_cache()
+    gc.collect()
+
+
+SERVERS = pytest.mark.parametrize("handler", [Server, Ranges], ids=["lists", "ranges"])
+
+
+@SERVERS
+def test_files(arrays, files, wanted, serve, handler):
+    url = serve(handler)
+    np.savez("both.npz", logits=arrays[0], labels=arrays[1])
+    parquet("p.parquet", logits=list(arrays[0]), label=arrays[1])
+    assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy", chunk_size=300) == wanted
+    assert mml.evaluate(f"{url}/both.npz#logits", f"{url}/both.npz#labels") == wanted
+    assert mml.evaluate(f"{url}/p.parquet", f"{url}/p.parquet?version=1") == wanted
+
+
+@SERVERS
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_stores(arrays, files, wanted, serve, handler, version):
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group("s.zarr", mode="w", zarr_format=version)
+    zarr_file("s.zarr/x", arrays[0], zarr_format=version)
+    zarr_file("s.zarr/y", arrays[1], zarr_format=version)
+    url = serve(handler)
+    assert mml.evaluate(f"{url}/s.zarr#x", f"{url}/s.zarr#y", chunk_size=100) == wanted
+    assert mml.evaluate(f"{url}/s.zarr/x", f"{url}/s.zarr/y/") == wanted
+    os.remove("s.zarr/y/0" if version == 2 else "s.zarr/y/c/0")
+    with pytest.raises(mml.InputError, match=r"s.zarr/y: 100 values were never written"):
+        mml.evaluate(f"{url}/s.zarr/x", f"{url}/s.zarr/y")
+
+
+@SERVERS
+def test_shards_of_zarr(arrays, files, wanted, serve, handler):
+    zarr_file("x.zarr", arrays[0], shards=(200, C))
+    url = serve(handler)
+    if handler is Ranges:
+        assert mml.evaluate(f"{url}/x.zarr", "y.npy") == wanted
+        return
+    with pytest.raises(mml.InputError, match=r"x.zarr: rows 0 to \d+ cannot be read"):
+        mml.evaluate(f"{url}/x.zarr", "y.npy")
+
+
+def test_a_store_that_is_rewritten(arrays, files, serve):
+    zarr_file("x.zarr", arrays[0])
+    os.utime("x.zarr/zarr.json", (0, 0))  # servers tell whole seconds
+    url = serve(Server)
+
+    def rewrite(*_):
+        zarr_file("x.zarr", arrays[0].astype("f8"), overwrite=True)
+
+    with pytest.raises(mml.InputError, match=r"x.zarr: the file has changed since"):
+        mml.evaluate(f"{url}/x.zarr", "y.npy", progress=rewrite)
+
+
+def test_patterns_and_folders(arrays, files, wanted, serve):
+    url = serve(Server)
+    os.mkdir("table")
+    for i in range(12):
+        part = np.array_split(arrays[0], 12)[i]
+        np.save(f"part-{i}.npy", part)
+        parquet(f"table/{i}.parquet", logits=list(part))
+    assert mml.evaluate(f"{url}/part-*.npy", f"{url}/y.npy", chunk_size=300) == wanted
+    assert mml.evaluate(f"{url}/table/*.parquet", f"{url}/y.npy") == wanted
+
+
+def test_copies_are_of_one_evaluation(arrays, files, wanted, serve, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
+    os.mkdir("copies")
+    url = serve(Server)
+    assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy") == wanted
+    np.save("y.npy", (arrays[1] + 1) % C)
+    changed = mml.evaluate(*arrays[:1], "y.npy")
+    assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy") == changed
+    gc.collect()
+    assert os.listdir("copies") == []
+
+
+@SERVERS
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.npy", "none.npy: there is no such file; check the path"),
+        ("none.zarr", "none.zarr: there is no such file; check the path"),
+        ("none-*.npy", "none-*.npy: no file matches it; check the path"),
+    ],
+)
+def test_nothing_there(files, fails, serve, handler, name, message):
+    assert message in fails(f"{serve(handler)}/{name}", "y.npy")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "s.zarr", "x-*.npy", "folder"])
+def test_no_answer(files, fails, serve, name):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{one.getsockname()[1]}"
+    line = fails(f"http://{place}/{name}", "y.npy")
+    assert f"{place}/{name}: the server does not answer (Cannot connect to host {place}" in line
