@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import TIMEOUT_MAX, Event, Thread, current_thread, main_thread
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -80,11 +81,12 @@ def run(
         threads = workers or _affordable(work.largest, 0)
         yield from (_on_dask_threads if work.lazy else _on_threads)(work, threads)
         return
+    timeout = min(timeout, TIMEOUT_MAX / 2)  # locks take no infinity
     with ExitStack() as stack:
         client = _client(stack, work, scheduler, workers)
-        yield from _on_cluster(
-            client, work, timeout, _wait_for(client, scheduler, workers, timeout)
-        )
+        name = _wait_for(client, scheduler, workers, timeout)
+        with _interrupts() as finished, stack.pop_all():
+            yield from _on_cluster(client, work, timeout, name, finished)
 
 
 def _affordable(largest: int, base: int) -> int:
@@ -217,13 +219,15 @@ def _client(stack: ExitStack, work: Work, scheduler: Any, workers: int | None) -
             raise TypeError("scheduler must be a Client that is not asynchronous")
         return scheduler
     if scheduler == "processes":
-        scheduler = stack.enter_context(_local_cluster(distributed, work, workers))
+        scheduler = _local_cluster(stack, distributed, work, workers)
     elif not isinstance(scheduler, (str, distributed.deploy.Cluster)):
         raise TypeError(
             "scheduler must be 'threads', 'processes', an address, or a Client or Cluster of Dask, "
             f"but is of type {type(scheduler).__name__}"
         )
     try:
+        if isinstance(scheduler, str):  # a Client that is given no address stays half-open
+            distributed.comm.resolve_address(scheduler)
         client = distributed.Client(scheduler, timeout=CONNECT, set_as_default=False)
     except (OSError, ValueError) as error:
         raise InputError(
@@ -233,17 +237,19 @@ def _client(stack: ExitStack, work: Work, scheduler: Any, workers: int | None) -
     return stack.enter_context(client)
 
 
-def _local_cluster(distributed: Any, work: Work, workers: int | None) -> Any:
+def _local_cluster(stack: ExitStack, distributed: Any, work: Work, workers: int | None) -> Any:
     try:
-        _start_a_process()
-        return distributed.LocalCluster(
-            n_workers=workers or _affordable(work.largest, PER_PROCESS),
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # any free port
-            silence_logs=logging.CRITICAL + 1,
-        )
+        _start_a_process()  # the first one unblocks Ctrl-C (multiprocessing's resource tracker)
+        with _interrupts(), _uninterrupted_workers():
+            cluster = distributed.LocalCluster(
+                n_workers=workers or _affordable(work.largest, PER_PROCESS),
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",  # any free port
+                silence_logs=logging.CRITICAL + 1,
+            )
+            return stack.enter_context(cluster)
     except (AssertionError, RuntimeError) as error:  # the former where there may be no children
         raise WorkerError(
             f"the worker processes do not start ({one_line(error)}); a program that uses them must "
@@ -274,8 +280,57 @@ def _wait_for(client: Any, scheduler: Any, workers: int | None, timeout: float) 
     return name
 
 
-def _on_cluster(client: Any, work: Work, timeout: float, name: str) -> Iterator[tuple[int, Any]]:
-    finished: SimpleQueue[Any] = SimpleQueue()
+class _Finished(SimpleQueue[Any]):
+    """What is finished, by number; and whether Ctrl-C came."""
+
+    interrupted = False
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Finished]:
+    """Let Ctrl-C end the queue, and be raised at the end; a second one is raised at once.
+
+    Raised where it comes, it would be lost whenever that is a callback of Dask.
+    """
+    finished = _Finished()
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        finished.interrupted = True
+        finished.put((None, None))
+
+    ours = before is signal.default_int_handler and current_thread() is main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield finished
+    except Exception:
+        if not finished.interrupted:
+            raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+    if finished.interrupted:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _uninterrupted_workers() -> Iterator[None]:
+    """Block Ctrl-C for processes and threads that are started here: the cluster ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _on_cluster(
+    client: Any, work: Work, timeout: float, name: str, finished: _Finished
+) -> Iterator[tuple[int, Any]]:
     left = dict(work.batches)
     running: dict[int, Any] = {}
 
@@ -285,6 +340,8 @@ def _on_cluster(client: Any, work: Work, timeout: float, name: str) -> Iterator[
 
     def submit(numbers: Any, **where: Any) -> None:
         for number in numbers:
+            if finished.interrupted:
+                return
             batch = left[number]
             options = {"key": _key(batch), "pure": False, "retries": RETRIES, **where}
             watch(number, client.submit(work.count, batch, *work.options, **options))
@@ -297,7 +354,7 @@ def _on_cluster(client: Any, work: Work, timeout: float, name: str) -> Iterator[
             watch(number, future)
     else:
         submit(left)
-    while left:
+    while left and not finished.interrupted:
         try:
             number, future = finished.get(timeout=timeout)
         except Empty:

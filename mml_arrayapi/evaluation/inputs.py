@@ -366,11 +366,22 @@ def _optimised(found: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
 
     # Fusion of single tasks would repeat a chunk's producer for each of its consumers.
     with dask.config.set({"optimization.fuse.active": False}):
-        made = iter(dask.optimize(*(shard.source for shard in lazy)))
+        made = map(_planned, dask.optimize(*(shard.source for shard in lazy)))
     return {
         role: [replace(s, source=next(made)) if hasattr(s.source, "dask") else s for s in shards]
         for role, shards in found.items()
     }
+
+
+def _planned(array: Array) -> Array:
+    """Return a Dask array as one of tasks: those of the query planner would plan every batch."""
+    from dask.array.core import Array as ArrayOfTasks
+    from dask.core import flatten
+
+    if isinstance(array, ArrayOfTasks):
+        return array
+    name = next(flatten(array.__dask_keys__()))[0]
+    return ArrayOfTasks(array.__dask_graph__(), name, array.chunks, meta=array._meta)
 
 
 def read_class_weights(path: str) -> Array:

@@ -215,19 +215,31 @@ def test_a_scheduler_that_goes_away_and_the_run_after(folder, wanted, tmp_path):
     assert run(folder, "threads", checkpoint=tmp_path) == wanted
 
 
-def test_no_scheduler_at_that_address(folder, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "tries"),
+    [("tcp://127.0.0.1:1", 1), ("thread", 0), ("", 0), ("tcp://127.0.0.1", 0), ("no://a:1", 0)],
+)
+def test_no_scheduler_at_that_address(folder, capsys, monkeypatch, address, tries):
     from argparse import ArgumentParser
 
+    tried = []
+    start = distributed.Client._start
+
+    async def counted(*arguments, **keywords):
+        tried.append(1)
+        await start(*arguments, **keywords)
+
+    monkeypatch.setattr(distributed.Client, "_start", counted)
     monkeypatch.setattr(cluster_module, "CONNECT", 0.3)
     parser = ArgumentParser()
     add_parser(parser.add_subparsers())
-    for address in ("tcp://127.0.0.1:1", "thread"):
-        files = [str(folder / name) for name in ("x.npy", "y.npy")]
-        arguments = parser.parse_args(["evaluate", *files, "--scheduler", address])
-        assert arguments.run(arguments) == 2
-        error = capsys.readouterr().err
-        assert f"error: scheduler {address}: no Dask scheduler answers there; accepted are" in error
-        assert error.count("\n") == 1
+    files = [str(folder / name) for name in ("x.npy", "y.npy")]
+    arguments = parser.parse_args(["evaluate", *files, "--scheduler", address])
+    assert arguments.run(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"error: scheduler {address}: no Dask scheduler answers there; accepted are" in error
+    assert error.count("\n") == 1
+    assert len(tried) == tries
 
 
 def test_a_scheduler_without_workers(folder):

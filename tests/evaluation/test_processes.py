@@ -57,24 +57,64 @@ def running(files):
         orphan.kill()
 
 
-@pytest.mark.parametrize("end", ["a worker, then kill -9", "Ctrl-C"])
-def test_no_orphans_and_the_same_bits_after_resuming(files, wanted, running, end):
+def test_no_orphans_and_the_same_bits_after_resuming(files, wanted, running):
     process, children = running
-    if end == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        max(children, key=lambda child: child.create_time()).kill()
-        await_batches(process, files, 12)
-        children += psutil.Process(process.pid).children(recursive=True)
-        process.kill()
+    max(children, key=lambda child: child.create_time()).kill()
+    await_batches(process, files, 12)
+    children += psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait(timeout=60)
-    assert process.returncode == (-2 if end == "Ctrl-C" else -9)
+    assert process.returncode == -9
     _, left = psutil.wait_procs(children, timeout=30)
     assert left == []
     steps = []
     options = {"chunk_size": 10, "checkpoint": "ck", "progress": lambda *_: steps.append(1)}
     assert mml.evaluate("x.npy", "y.npy", **options) == wanted
     assert steps
+
+
+@pytest.mark.parametrize("batches", [0, 4, 70], ids=["starting", "counting", "closing"])
+def test_ctrl_c_ends_the_command(files, batches):
+    arguments = "evaluate x.npy y.npy --chunk-size 10 --checkpoint ck --scheduler processes"
+    command = [sys.executable, "-m", "mml_arrayapi", *arguments.split(), "--workers", "2"]
+    process = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    children = []
+    while len(children) < 3:  # two workers, and what multiprocessing starts for itself
+        children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.02)
+    if batches:
+        await_batches(process, files, batches)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "interrupted\n")
+    assert process.returncode == 130
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert left == []
+
+
+class Callback:
+    def __del__(self):  # Python ignores what is raised here
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
+
+def test_ctrl_c_within_a_callback_is_not_lost(files):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    done = []
+
+    def progress(*_):
+        done.append(1)
+        Callback()
+
+    options = {"n_workers": 1, "processes": False, "dashboard_address": None}
+    try:
+        with distributed.LocalCluster(**options) as cluster, pytest.raises(KeyboardInterrupt):
+            mml.evaluate("x.npy", "y.npy", scheduler=cluster, chunk_size=10, progress=progress)
+        assert len(done) == 1
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def noted(block):
@@ -91,7 +131,8 @@ def test_clients_and_clusters(arrays, files, wanted):
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         for scheduler in (client, cluster, cluster.scheduler_address):
-            assert mml.evaluate("x.npy", "y.npy", scheduler=scheduler, chunk_size=100) == wanted
+            options = {"chunk_size": 100, "timeout": float("inf")}
+            assert mml.evaluate("x.npy", "y.npy", scheduler=scheduler, **options) == wanted
         lazy = [da.from_array(a, chunks=100) for a in arrays]
         assert mml.evaluate(*lazy, scheduler=client) == wanted
         made = lazy[0].map_blocks(noted, dtype=np.float32, meta=np.empty((0, 0), np.float32))

@@ -18,7 +18,7 @@ EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()
 def test_the_same_tests_pass_with_query_planning():
     """A process has arrays of one kind: the choice is made when dask.array is imported."""
     here = Path(__file__).parent
-    files = [here / f"test_{name}.py" for name in ("dask", "chunks", "graph")]
+    files = [here / f"test_{name}.py" for name in ("dask", "chunks", "graph", "evaluation")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     made = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
