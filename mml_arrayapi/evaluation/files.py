@@ -101,13 +101,12 @@ def _local_version(path: str) -> str:
 
 def _remote_version(fs: Any, path: str, store: bool) -> str:
     fs.invalidate_cache()
-    if not store:
-        told = [fs.info(path)]
-    elif "http" in fs.protocol:  # whose lists, if any, tell names only
-        told = [fs.info(f"{path}/{m}") for m in ZARR_MARKERS if fs.exists(f"{path}/{m}")]
-    else:
-        below = fs.find(path, detail=True)
-        told = [below[name] for name in sorted(below)]
+    # Lists of web servers, if any, tell names only: there the store's own description has to do.
+    below = fs.find(path, detail=True) if store and "http" not in fs.protocol else {}
+    told = [below[name] for name in sorted(below)]
+    if not told:
+        markers = [f"{path}/{marker}" for marker in ZARR_MARKERS] if store else []
+        told = [fs.info(one) for one in markers if fs.exists(one)] or [fs.info(path)]
     kept = [sorted((k, str(v)) for k, v in one.items() if k not in VOLATILE) for one in told]
     return hashlib.sha256(repr(kept).encode()).hexdigest()
 
@@ -164,6 +163,7 @@ def _file(path: str, item: str, name: str) -> File:
         raise InputError(f"{name}: {one_line(error)}") from error
     if getattr(fs, "protocol", "") in ("file", ("file", "local")):
         return File(None, inner, item, name)
+    fs.invalidate_cache()  # files may have come since this process listed them
     return File(fs, inner, item, name)
 
 

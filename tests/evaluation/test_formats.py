@@ -385,6 +385,12 @@ def test_s3(arrays, files, wanted, bucket):
     read_everything("s3://bucket/run", wanted)
     resume_there("s3://bucket/run", wanted)
 
+    bucket.ls("bucket/run/table")
+    other = type(bucket)(skip_instance_cache=True)  # as of another program
+    other.put_file("p.parquet", "bucket/run/table/part-1.parquet")
+    pattern = "s3://bucket/run/table/*.parquet"
+    assert mml.evaluate(pattern, pattern).samples == 2 * N
+
     def change(done, rows):
         buffer = io.BytesIO()
         np.save(buffer, arrays[0] * 2)
