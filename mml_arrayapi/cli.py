@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import TextIOWrapper
 from typing import Any
 
 from mml_arrayapi import demo
@@ -19,7 +20,9 @@ from mml_arrayapi.conformance import command as conformance
 from mml_arrayapi.evaluation import command as evaluation
 from mml_arrayapi.registry import list_backends
 
+BAD_OUTPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say
+CLOSED = 141  # 128 + SIGPIPE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,15 +67,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0, 1 where something that was checked failed, 2 for bad input, 130 for
-        Ctrl-C.
+        The exit code: 0, 1 where something that was checked failed, 2 for bad input or output that
+        cannot be written, 130 for Ctrl-C, 141 where the reader of the output closed it.
     """
-    arguments = parser().parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # names may have characters that it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return int(arguments.run(arguments))
+        try:
+            arguments = parser().parse_args(argv)
+            return int(arguments.run(arguments))
+        finally:
+            _flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        return CLOSED
+    except _OutputError as error:
+        print(f"mml-arrayapi: error: the output cannot be written ({error})", file=sys.stderr)
+        return BAD_OUTPUT
+
+
+class _OutputError(Exception):
+    pass
+
+
+def _flush() -> None:
+    """Write what is left of the output; where that fails, drop it: Python would try at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise _OutputError(error.strerror) from error
 
 
 def _backends(_: Any) -> int:

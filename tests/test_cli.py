@@ -88,6 +88,41 @@ def test_interrupted(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+FULL = "/dev/full"
+
+
+@pytest.mark.skipif(not os.path.exists(FULL), reason="there is no device that is always full")
+@pytest.mark.parametrize("arguments", ["backends", "evaluate x.npy y.npy", "--help"])
+def test_output_that_cannot_be_written(tmp_path, arguments):
+    np.save(tmp_path / "x.npy", np.eye(3))
+    np.save(tmp_path / "y.npy", np.arange(3))
+    command = [sys.executable, "-m", "mml_arrayapi", *arguments.split()]
+    with open(FULL, "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    message = "mml-arrayapi: error: the output cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (2, message)
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 141 or arguments == "--help"  # argparse looks away
+
+
+def test_names_that_the_output_cannot_encode(tmp_path):
+    np.save(tmp_path / "caf\xe9.npy", np.eye(1))
+    np.save(tmp_path / "y.npy", np.zeros(1, int))
+    (tmp_path / "names.json").write_text('["\\ud800"]')
+    command = [sys.executable, "-m", "mml_arrayapi", "evaluate", "caf\xe9.npy", "y.npy"]
+    command += ["--class-names", "names.json", "--report", "r.html"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\xe9.npy rows 0 to 0" in done.stdout
+    assert "\\ud800" in done.stdout
+    assert "\\ud800" in (tmp_path / "r.html").read_text("utf-8")
+
+
 def test_demo(monkeypatch, tmp_path, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(demo, "STEPS", 20)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from typing import Any
 
 from mml_arrayapi.evaluation.errors import InputError, WorkerError, require
-from mml_arrayapi.evaluation.run import TIMEOUT, evaluate
+from mml_arrayapi.evaluation.run import TIMEOUT, check_path, evaluate
 from mml_arrayapi.validation import InvalidTargetError
 
 FAILED, BAD_INPUT = 1, 2
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
         "accuracy: the share of samples whose target has the highest score of all; a tie is "
         "no success. inside the margin: the share of samples with another class within the margin "
         "of the target's score, or above it. Exit codes: 0; 1 if workers fail; 2 for bad input, or "
-        "if a file cannot be written; 130 for Ctrl-C.",
+        "if a file or the output cannot be written; 130 for Ctrl-C; 141 if the output is closed.",
     )
     add = parser.add_argument
     add(
@@ -106,10 +107,14 @@ def _evaluate(arguments: Any) -> None:
     from mml_arrayapi.evaluation import inputs, report
     from mml_arrayapi.evaluation.journal import check_writable, write_whole
 
-    before = None if arguments.compare is None else report.read_figures(arguments.compare)
-    if arguments.report:  # what the report needs, before any work
+    before = None
+    if arguments.compare is not None:
+        options = {name: getattr(arguments, name) for name in report.COMPARABLE}
+        before = report.read_figures(check_path("--compare", arguments.compare), options)
+    if arguments.report is not None:  # what the report needs, before any work
         report.check_libraries()
-        check_writable(arguments.report)
+        check_writable(check_path("--report", arguments.report))
+        _refuse_overwriting(arguments)
     figures = evaluate(
         arguments.logits,
         arguments.targets,
@@ -121,10 +126,33 @@ def _evaluate(arguments: Any) -> None:
     text = json.dumps(figures.to_json(), indent=1) if arguments.json else str(figures)
     if before is not None and not arguments.json:
         text += "\n\n" + report.comparison(figures, before, arguments.compare)
-    print(text, flush=True)
-    if arguments.report:
-        command = inputs.printable(shlex.join(["mml-arrayapi", *sys.argv[1:]]))
-        write_whole(arguments.report, report.to_html(figures, command, before))
+    try:
+        print(text, flush=True)
+    finally:  # whoever reads the figures may be gone, but not the report's reader
+        if arguments.report is not None:
+            command = inputs.printable(shlex.join(["mml-arrayapi", *sys.argv[1:]]))
+            write_whole(arguments.report, report.to_html(figures, command, before))
+
+
+def _refuse_overwriting(arguments: Any) -> None:
+    """Raise if the report is to be written over what is read, or over the journal."""
+    from mml_arrayapi.evaluation.files import find
+    from mml_arrayapi.evaluation.journal import NAME
+
+    given = (arguments.logits, arguments.targets, arguments.sample_weight)
+    files = [file for one in given if one is not None for file in find(one)]
+    taken = [file.path for file in files if file.filesystem is None]
+    weight = (arguments.weight or "").partition("#")[0]
+    taken += filter(None, (arguments.weight, weight, arguments.class_names, arguments.compare))
+    if arguments.checkpoint:
+        taken.append(os.path.join(arguments.checkpoint, NAME))
+    report = os.path.realpath(arguments.report)
+    for path in map(os.path.realpath, taken):
+        if report == path or report.startswith(f"{path}{os.sep}"):  # a store is a folder
+            raise InputError(
+                f"--report {arguments.report}: would overwrite {path}, which this run uses; give "
+                "another file"
+            )
 
 
 def _weight(text: str | None) -> Any:

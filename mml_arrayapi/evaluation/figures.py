@@ -308,7 +308,7 @@ def figures_of(
         nan_by_file=tuple((printable(name), count) for name, count in nan_by_file.items()),
         worst=tuple(_worst(sample, data) for sample in state.worst),
         pairing=data.pairing(),
-        class_names=None if class_names is None else tuple(class_names),
+        class_names=None if class_names is None else tuple(map(printable, class_names)),
     )
 
 

@@ -315,14 +315,14 @@ def _count(
     if weights is not None:
         with np.errstate(invalid="ignore", over="ignore"):
             values = losses.astype(np.float64) * weights
-    finite = np.isfinite(values)
+    finite, nan = np.isfinite(values), np.isnan(values)
     right = lead > 0
     # One count of all combinations is quicker than one of each.
     both = np.bincount(groups * 4 + right * 2 + inside, minlength=4 * n).reshape(n, 4)
     made.counts = np.zeros((KINDS, n), np.int64)
     made.counts[:3] = both.sum(axis=1), both[:, 2:].sum(axis=1), both[:, 1::2].sum(axis=1)
     if not finite.all():
-        for row, odd in enumerate((np.isnan(values), values == math.inf, values == -math.inf), 3):
+        for row, odd in enumerate((nan, values == math.inf, values == -math.inf), 3):
             made.counts[row] = np.bincount(groups[odd], minlength=n)
     kept = slice(None) if finite.all() else finite
     made.sums = exact_sums(values[kept], groups[kept], n)
@@ -331,8 +331,9 @@ def _count(
         chosen = (every, right, inside)
         made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen]
     made.histogram = _bins(lead, loss.unit)
-    if made.counts[3].any():
-        made.nan = places[np.flatnonzero(np.isnan(losses))[:WORST]].tolist()
+    if nan.any():
+        made.nan = places[np.flatnonzero(nan)[:WORST]].tolist()
+        losses = np.where(nan, math.nan, losses)  # weight 0 times an infinite loss
     wrong = np.flatnonzero(lead <= 0)
     made.confusions = _frequencies(target[wrong] * scores.shape[1] + rival[wrong])
     made.worst = _worst(scores, target, losses, places)
@@ -443,6 +444,9 @@ def _look_at(
         for start in range(0, n, step):
             rows = slice(start, start + step)
             own[rows], highest[rows], rival[rows] = others(scores[rows], target[rows])
+        if n_classes == 1:  # there is no other, however low the score
+            nan = np.isnan(own)
+            return losses, np.where(nan, math.nan, math.inf), nan, rival
         # In the loss's own order of operations; a sample with a NaN counts as inside.
         inside = ~((highest - own) + dtype(loss.margin) <= 0)
         return losses, own - highest, inside, rival

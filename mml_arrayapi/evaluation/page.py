@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
@@ -67,6 +68,7 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float] = (9.0, 2.8)) ->
         "svg.fonttype": "none",
         "svg.hashsalt": "mml_arrayapi",
         "font.size": 9,
+        "text.parse_math": False,  # names of classes may have any characters
         "text.color": INK,
         "axes.edgecolor": LINE,
         "axes.labelcolor": SOFT,
@@ -75,7 +77,8 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float] = (9.0, 2.8)) ->
         "grid.color": LINE,
         "axes.axisbelow": True,
     }
-    with rc_context(settings):
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has fonts of its own
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)

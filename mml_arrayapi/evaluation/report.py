@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from datetime import datetime
+from operator import index
 from typing import Any
 
 from mml_arrayapi._version import __version__
@@ -17,6 +18,7 @@ ROWS = 200  # classes that the table shows at once
 COLUMNS = 60  # classes in the plot by class; of more, the sorted curve is drawn
 POINTS = 400  # of that curve
 SHARES = ("accuracy", "inside_margin")
+COMPARABLE = ("reduction", "p", "margin")  # options of which the figures depend
 
 
 def check_libraries() -> None:
@@ -25,18 +27,20 @@ def check_libraries() -> None:
         require(module, "--report")
 
 
-def read_figures(path: str) -> dict[str, Any]:
+def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
     """Read what ``--json`` has written.
 
     Parameters
     ----------
     path : str
         The file.
+    options : dict
+        What the figures to compare with it are made with, by name.
 
     Raises
     ------
     InputError
-        It is something else.
+        It is something else, or was made with other options.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -48,11 +52,19 @@ def read_figures(path: str) -> dict[str, Any]:
         for figures in (told, *told["classes"].values()):
             for name in ("loss", *SHARES):
                 figures[name] = float(figures[name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told["samples"] = index(told["samples"])
+        made = {name: told[name] for name in options}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: holds no figures to compare with ({type(error).__name__}: {error}); write it "
             "by `mml-arrayapi evaluate ... --json > FILE`"
         ) from error
+    for name, value in options.items():
+        if made[name] != value:
+            raise InputError(
+                f"{path}: was made with {name} {made[name]}, but this run has {value}; compare "
+                f"runs with the same {name}"
+            )
     return dict(told)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Array = Any
 
 TIMEOUT = 300.0
+WORKERS = 10_000  # more threads than this no machine starts
 
 
 def evaluate(
@@ -78,7 +79,7 @@ def evaluate(
         the same paths.
     workers : int, optional
         The number of threads or processes, as many as the CPUs and the memory allowed to this
-        process suffice for if left out; of a cluster, how many workers to wait for.
+        process suffice for if left out; of a cluster, how many workers to wait for. At most 10,000.
     chunk_size : int, optional
         The number of rows per batch; about 2 million scores and at least 64 rows if left out. What
         is stored together (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz``
@@ -87,7 +88,7 @@ def evaluate(
         A folder for a journal of the finished batches. A run that was killed is resumed there.
     timeout : float, default 300
         On a cluster, seconds without any finished batch after which the unfinished ones are given
-        to idle workers.
+        to idle workers; infinity for never.
     progress : callable or bool, optional
         Called as ``progress(done, rows)`` when a batch is finished; True shows a bar (in a terminal
         or a notebook).
@@ -127,6 +128,7 @@ def evaluate(
 
     loss = _check(p, margin, weight, reduction, backend, ignore_index)
     _check_options(axis, workers, chunk_size, timeout, progress)
+    folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
     if unwritten_chunks not in (None, "error", "fill"):
         raise ValueError(f"unwritten_chunks must be 'error' or 'fill', but is {unwritten_chunks!r}")
     rules = Rules(ignore_index, unwritten_chunks)
@@ -151,10 +153,8 @@ def evaluate(
     with ExitStack() as stack:
         stack.callback(inputs.forget)
         finished: dict[int, MetricState] = {}
-        if checkpoint is not None:
-            journal = Journal(
-                os.fspath(checkpoint), _about(data, loss, kernel, rules), len(data.batches)
-            )
+        if folder is not None:
+            journal = Journal(folder, _about(data, loss, kernel, rules), len(data.batches))
             stack.callback(journal.close)
             finished = journal.finished
         for number, state in finished.items():
@@ -167,7 +167,7 @@ def evaluate(
         options = (data.axis, loss, data.n_classes, data.samples_per_row)
         work = Work(count_batch, options, left, data.is_lazy, data.largest_batch())
         for number, state in run(work, scheduler, workers, timeout) if left else ():
-            if checkpoint is not None:
+            if folder is not None:
                 journal.add(number, state)
             add(number, state)
             if progress:
@@ -184,10 +184,32 @@ def _check_options(axis: Any, workers: Any, chunk_size: Any, timeout: Any, progr
         kind = (Real, "a number") if name == "timeout" else (Integral, "an integer")
         if isinstance(value, bool) or not isinstance(value, kind[0]):
             raise TypeError(f"{name} must be {kind[1]}, but is {value!r}")
-        if name != "axis" and not float(value) > 0:
+        if name != "axis" and not value > 0:  # type: ignore[operator]  # typeshed's Real has no order
             raise ValueError(f"{name} must be positive, but is {value}")
+    if workers is not None and workers > WORKERS:
+        raise ValueError(f"workers must be at most {WORKERS:,}, but is {workers}")
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a callable, True or False, but is {progress!r}")
+
+
+def check_path(name: str, given: Any) -> str:
+    """Return a path, or a URL, as text.
+
+    Parameters
+    ----------
+    name : str
+        The argument's name, for the message.
+    given : str or path
+        The path.
+
+    Raises
+    ------
+    InputError
+        It is none, or empty.
+    """
+    if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
+        raise InputError(f"{name} must be a path that is not empty, but is {given!r}")
+    return str(os.fspath(given))
 
 
 def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]:
@@ -244,11 +266,12 @@ def _class_names(given: Any, n_classes: int) -> Sequence[str] | None:
         return None
     names, where = given, "class_names"
     if isinstance(given, (str, os.PathLike)):
-        where = os.fspath(given)
+        where = check_path("class_names", given)
         try:
-            with open(where, encoding="utf-8") as file:
+            with open(where, encoding="utf-8-sig", newline="") as file:
                 text = file.read()
-            names = json.loads(text) if where.endswith(".json") else text.splitlines()
+            lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+            names = json.loads(text) if where.lower().endswith(".json") else lines
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{where}: the names of the classes cannot be read ({error})"

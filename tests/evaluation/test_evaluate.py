@@ -290,6 +290,29 @@ def bad_inputs():
         (("x.npy", "y.npy", "--weight", "1,2"), "weight must have one element per class, shape (6"),
         (("x.npy", "y.npy", "--weight", "w"), "w: there is no such file; check the path"),
         (("x.npy", "y.npy", "--chunk-size", 0), "chunk_size must be positive, but is 0"),
+        (
+            ("x.npy", "y.npy", "--chunk-size", 10**400, "--workers", 10**25),
+            "workers must be at most",
+        ),
+        (("x.npy", "y.npy", "--timeout", "nan"), "timeout must be positive, but is nan"),
+        (
+            ("x.npy", "y.npy", "--report", ""),
+            "--report must be a path that is not empty, but is ''",
+        ),
+        (("x.npy", "y.npy", "--compare", ""), "--compare must be a path that is not empty, but is"),
+        (
+            ("x.npy", "y.npy", "--checkpoint", ""),
+            "checkpoint must be a path that is not empty, but",
+        ),
+        (
+            ("x.npy", "y.npy", "--class-names", ""),
+            "class_names must be a path that is not empty, b",
+        ),
+        (("x.npy", "y.npy", "--sample-weight", ""), "'': the path is empty; give that of a file"),
+        (
+            ("x.npy", "", "--weight", ""),
+            "--weight '': must be numbers with commas between them, or",
+        ),
         (("x.npy", "y.npy", "--backend", "no"), "backend: no kernel is named 'no'; known kernels"),
         (("x.npy", "y.npy", "--report", "no/r.html"), "no/r.html: cannot be written (No such file"),
         (("x.npy", "y.npy", "--checkpoint", "x.npy"), "x.npy/journal.jsonl: cannot be written ("),
@@ -390,3 +413,5 @@ def test_the_functions_own_errors(arrays):
         mml.evaluate(scores, [])
     with pytest.raises(mml.InputError, match="checkpoint: only files can be resumed"):
         mml.evaluate(scores, target, checkpoint="unused")
+    with pytest.raises(mml.InputError, match="checkpoint must be a path that is not e"):
+        mml.evaluate(scores, target, checkpoint=True)

@@ -61,6 +61,24 @@ def test_weights_of_one_are_none(arrays, files, wanted):
     assert again == wanted
 
 
+def test_weight_0_times_an_infinite_loss_is_nan_wherever_it_is_told():
+    scores = np.asarray([[0, 1.0], [0, np.inf], [3, 0]])
+    figures = mml.evaluate(scores, np.zeros(3, int), sample_weight=np.asarray([1.0, 0, 1]))
+    assert math.isnan(figures.loss)
+    assert figures.nan_samples == (("scores", 1),)
+    assert "loss is NaN    1 samples, first scores row 1\n" in str(figures)
+    assert [sample.row for sample in figures.worst] == [0, 2]
+
+
+@pytest.mark.parametrize("margin", [1.0, -1.0, 1e300])
+def test_one_class_is_right_however_low_its_score(margin):
+    scores = np.asarray([[-np.inf], [np.inf], [3], [np.nan]], np.float32)
+    for part, share in ((scores[:3], 1), (scores, 0.75)):
+        figures = mml.evaluate(part, np.zeros(len(part), int), margin=margin)
+        assert (figures.accuracy, figures.inside_margin) == (share, 1 - share)
+    assert figures.nan == figures.undefined == 1
+
+
 def test_weights_that_are_none(arrays, files, fails):
     for value in (-1, np.nan, np.inf):
         weights = np.ones(N)

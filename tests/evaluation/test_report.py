@@ -116,12 +116,18 @@ def test_comparison(arrays, files, command, fails, capsys):
         page = Page(file.read())
     assert f"{before.loss:.6g} before" in page.text
     assert [row[5] for row in page.data] == [one.loss for one in before.classes]
-    for text in ("{}", "[]", "no", '{"schema": 1}'):
+    told = before.to_json()
+    odd = ({**told, "samples": "700"}, {k: told[k] for k in told if k != "samples"})
+    for text in ("{}", "[]", "no", '{"schema": 1}', "[" * 10**5, *map(json.dumps, odd)):
         with open("bad.json", "w") as file:
             file.write(text)
         assert "bad.json: holds no figures to compare with" in fails(
             "x.npy", "y.npy", "--compare", "bad.json"
         )
+    for name, value in (("reduction", "sum"), ("p", 2), ("margin", 0.5)):
+        line = fails("x.npy", "y.npy", "--compare", "old.json", f"--{name}", value)
+        assert f"old.json: was made with {name} {told[name]}, but this run has {value}" in line
+        assert f"; compare runs with the same {name}" in line
 
 
 def test_class_names(arrays, files, fails, command, capsys):
@@ -141,6 +147,21 @@ def test_class_names(arrays, files, fails, command, capsys):
         mml.evaluate(*arrays, class_names=[1, 2])
 
 
+def test_any_names_of_classes(files, command, capsys):
+    names = ("a", "\u2028b\f", "", "$^^$ \u4e2d \U0001f600", "c\x85", "e")
+    texts = {"names": "\r\n".join(names) + "\n", "names.JSON": json.dumps(names)}
+    for path, text in texts.items():
+        with open(path, "w", encoding="utf-8-sig", newline="") as file:
+            file.write(text)
+        assert mml.evaluate("x.npy", "y.npy", class_names=path).class_names == names
+        assert command("x.npy", "y.npy", "--class-names", path, "--report", "r.html") == 0
+    with open("r.html", encoding="utf-8") as file:
+        assert "$^^$ \u4e2d" in Page(file.read()).text
+    assert capsys.readouterr().err == ""
+    surrogate = mml.evaluate("x.npy", "y.npy", class_names=[*names[1:], "\udc80"])
+    assert surrogate.name(5) == "\\udc80"
+
+
 # Where the report is written.
 
 
@@ -153,6 +174,32 @@ def test_a_report_that_cannot_be_written_is_found_before_the_work(files, fails, 
     ):
         assert message in fails("x.npy", "y.npy", "--report", path)
     assert sorted(os.listdir()) == ["folder", "x.npy", "y.npy"]
+
+
+@pytest.mark.parametrize(
+    "report", ["x.npy", "y.npy", "w.npy", "c.npz", "names", "old.json", "ck/journal.jsonl", "link"]
+)
+def test_a_report_is_written_over_nothing_that_is_used(files, fails, monkeypatch, report):
+    monkeypatch.setattr(mml.evaluation.command, "evaluate", lambda *a, **k: pytest.fail("worked"))
+    with open("old.json", "w") as file:
+        json.dump(mml.evaluate("x.npy", "y.npy").to_json(), file)
+    for name in ("w.npy", "names", "c.npz"):
+        with open(name, "w") as file:
+            file.write("text")
+    os.mkdir("ck")
+    os.symlink("x.npy", "link")
+    options = ("--sample-weight", "w.npy", "--weight", "c.npz#w", "--class-names", "names")
+    options += ("--compare", "old.json", "--checkpoint", "ck")
+    line = fails("x*.npy", "y.npy", *options, "--report", report)
+    assert f"--report {report}: would overwrite " in line
+    assert ", which this run uses; give another file" in line
+
+
+def test_a_report_within_a_store_that_is_read(arrays, files, fails):
+    zarr = pytest.importorskip("zarr")
+    zarr.save("x.zarr", arrays[0])
+    line = fails("x.zarr", "y.npy", "--report", "x.zarr/zarr.json")
+    assert "--report x.zarr/zarr.json: would overwrite " in line
 
 
 def test_a_missing_library_of_the_report_is_found_before_the_work(files, fails, monkeypatch):
