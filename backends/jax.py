@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
 from mml_arrayapi import formula
 from mml_arrayapi.kernel import Kernel, Problem
@@ -25,6 +26,7 @@ from mml_arrayapi.validation import check_targets
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
 WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
 SHORT = 64  # elements of a row
+SMALL_INTEGERS = ("int2", "int4", "uint2", "uint4")
 
 
 def value_access(array: jax.Array) -> str:
@@ -36,7 +38,9 @@ def value_access(array: jax.Array) -> str:
 
 def on_host(array: jax.Array) -> np.ndarray:
     """Return the values as a NumPy array: inside ``jit`` every jnp operation is traced."""
-    return np.asarray(array)
+    values = np.asarray(array)
+    # NumPy's own functions know no integers of 2 and 4 bits.
+    return values.astype(np.int8) if values.dtype.name in SMALL_INTEGERS else values
 
 
 def device_key(array: jax.Array) -> frozenset[Any] | None:
@@ -61,13 +65,28 @@ def places(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:  # noqa: ARG
     return lax.optimization_barrier(index)
 
 
+def _at(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """Tell which elements stand at ``index`` along an axis."""
+    return lax.broadcasted_iota(index.dtype, x.shape, axis) == index
+
+
+def _sharded_by_type(x: jax.Array) -> bool:
+    """Tell whether the sharding is part of the type, in which no gather can be written plainly."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """Return the elements at ``index`` along an axis."""
+    if _sharded_by_type(x) or _sharded_by_type(index):
+        return jnp.where(_at(x, index, axis), x, 0).sum(axis, keepdims=True)
     return jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
 
 
-def look_up(table: jax.Array, index: jax.Array, axis: int) -> jax.Array:  # noqa: ARG001
+def look_up(table: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """Return the elements of a vector."""
+    if _sharded_by_type(table) or _sharded_by_type(index):
+        row = table.reshape([-1 if i == axis else 1 for i in range(index.ndim)])
+        return take(row, index, axis)
     return table.at[index].get(mode="promise_in_bounds")
 
 
@@ -76,11 +95,12 @@ def put(x: jax.Array, index: jax.Array, values: jax.Array | float, axis: int) ->
 
     One value is selected, which XLA fuses with what comes before and after. A row's own value is
     written, since broadcasting those values takes memory of the size of ``x``; but not where sizes
-    are symbolic.
+    are symbolic, or shardings part of the types.
     """
-    if not isinstance(values, float) and all(isinstance(n, int) for n in x.shape):
+    plain = all(isinstance(n, int) for n in x.shape) and not _sharded_by_type(x)
+    if plain and not isinstance(values, float):
         return jnp.put_along_axis(x, index, values, axis, inplace=False, mode="promise_in_bounds")
-    return jnp.where(lax.broadcasted_iota(index.dtype, x.shape, axis) == index, values, x)
+    return jnp.where(_at(x, index, axis), values, x)
 
 
 def relu(x: jax.Array) -> jax.Array:

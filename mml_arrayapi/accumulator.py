@@ -13,6 +13,7 @@ from mml_arrayapi.typing import Array
 from mml_arrayapi.validation import (
     check_ignore_index,
     check_parameters,
+    check_readable,
     check_sample_weight,
     check_weight,
     shape_of,
@@ -132,6 +133,8 @@ class LossAccumulator:
         """
         if sample_weight is not None:
             check_sample_weight(sample_weight)
+        check_readable("input", input)
+        check_readable("target", target)
         losses = sample_losses(
             input,
             target,
@@ -188,7 +191,7 @@ class LossAccumulator:
         """Return an accumulator of what both have seen; see :meth:`merge`."""
         if not isinstance(other, LossAccumulator):
             return NotImplemented
-        made = LossAccumulator.from_state(self.state())
+        made = type(self).from_state(self.state())
         made.merge(other)
         return made
 
@@ -268,7 +271,7 @@ class LossAccumulator:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LossAccumulator.from_state, (self.state(),)
+        return type(self).from_state, (self.state(),)
 
     def _parameters(self) -> dict[str, Any]:
         weight = None

@@ -76,20 +76,12 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     xp, axis, p, n_classes = problem.xp, problem.axis, problem.p, problem.input.shape[problem.axis]
     library = library_of("input", problem.input)
     places, hinge, weight, losses = _hinge(problem, library)
-    if p == 1:
-        slope = xp.astype(hinge > 0, hinge.dtype)
-    elif p == 2:
-        slope = hinge
-    else:  # no power of 0, whose second derivative is infinite for p < 2
-        active = hinge > 0
-        slope = xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)
-        slope = xp.where(active, slope, xp.zeros_like(losses, dtype=hinge.dtype))
     scale = xp.zeros_like(losses) + upstream * p if weight is None else weight * upstream * p
     if (ignored := _ignored(problem)) is not None:
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
     scale = xp.where(xp.isnan(losses), losses, scale)
-    grad = library.scaled(slope, cast(xp, scale / n_classes, hinge.dtype))
+    grad = library.scaled(_slope(xp, hinge, p), cast(xp, scale / n_classes, hinge.dtype))
     # All terms of a row have one sign: no part of their sum is larger than the whole.
     own = cast(xp, -divided_sum(library, grad, axis, 1, small=True), hinge.dtype)
     grad = library.put(grad, places, own, axis)
@@ -154,7 +146,7 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     several = isinstance(n_classes, int) and n_classes > 1
     own = 0.0 if several else xp.where(score == score, xp.zeros_like(score), score)
     hinge = library.relu(library.put(z, places, own, axis))
-    terms = hinge if p == 1 else hinge * hinge if p == 2 else hinge**p
+    terms = hinge if p == 1 else hinge * _slope(xp, hinge, p)
     losses = divided_sum(library, terms, axis, n_classes)
     if (weight := problem.weight) is not None:
         weight = cast(xp, library.look_up(cast(xp, weight, x.dtype), index, axis), wide)
@@ -165,6 +157,14 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     if ignored is not None:
         losses = xp.where(ignored, xp.zeros_like(losses), losses)
     return places, hinge, weight, losses
+
+
+def _slope(xp: Any, hinge: Array, p: float) -> Array:
+    """Compute ``hinge ** (p - 1)``, 0 at 0; no power of 0, whose derivatives may be infinite."""
+    if p == 2:
+        return hinge
+    active = xp.astype(hinge > 0, hinge.dtype)
+    return active if p == 1 else active * xp.where(hinge > 0, hinge, xp.ones_like(hinge)) ** (p - 1)
 
 
 def _along(axis: int, item: int | None) -> tuple[Any, ...]:

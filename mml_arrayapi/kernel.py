@@ -131,5 +131,15 @@ class Kernel:
                 raise TypeError(f"{name} must be callable, but is {getattr(self, name)!r}")
         if self.before is not None and not isinstance(self.before, str):
             raise TypeError(f"before must be None or a kernel's name, but is {self.before!r}")
-        if isinstance(self.supports, str) or not isinstance(self.supports, (frozenset, set)):
+        if not isinstance(self.supports, (frozenset, set)) or not all(
+            isinstance(feature, str) for feature in self.supports
+        ):
             raise TypeError(f"supports must be a frozenset of strings, but is {self.supports!r}")
+        if not isinstance(self.direct, Mapping) or not all(
+            isinstance(kind, type) and callable(run) for kind, run in self.direct.items()
+        ):
+            raise TypeError(
+                f"direct must be a mapping of types to callables, but is {self.direct!r}"
+            )
+        if self.on_chunks is not None and not callable(self.on_chunks):
+            raise TypeError(f"on_chunks must be None or callable, but is {self.on_chunks!r}")

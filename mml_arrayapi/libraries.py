@@ -290,7 +290,8 @@ def library_of(argument: str, array: Array) -> Library:
     TypeError
         The object is no array of a library that follows the array API standard.
     """
-    module = type(array).__module__.partition(".")[0]
+    # str(): torch.compile follows no method of the module's name of a Parameter's type.
+    module = str(type(array).__module__).partition(".")[0]
     library = _by_module.get(module)
     if library is None:
         load = LIBRARIES.get(module)

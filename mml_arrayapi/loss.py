@@ -233,6 +233,5 @@ def sample_losses(input: Array, target: Array, **options: Any) -> Any:
 
 def at_least_float32(xp: Any, input: Array) -> Any:
     """Widen 16-bit scores, so that their losses are not rounded to 16 bits one by one."""
-    if xp.isdtype(input.dtype, "real floating") and xp.finfo(input.dtype).bits == 16:
-        return xp.astype(input, xp.float32)
-    return input
+    is_16_bit = str(input.dtype).rpartition(".")[2] in ("float16", "bfloat16")
+    return xp.astype(input, xp.float32) if is_16_bit else input

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from types import FrameType
-from typing import NamedTuple
 
 ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
 # Read once: looking into os.environ takes a microsecond, as long as a small loss.
@@ -19,11 +19,13 @@ environment = os.environ.get(ENVIRONMENT) or None
 _GENERATORS_FOR_OTHERS = ("contextlib", "_pytest.fixtures")
 
 
-class _Block(NamedTuple):
-    """An open block."""
+@dataclass(eq=False)
+class _Block:
+    """A block. One that has ended may still stand in the context that a task has copied."""
 
     name: str
     generator: FrameType | None  # the frame, where the block belongs to a generator alone
+    open: bool = True
 
 
 _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("mml_arrayapi_use_backend", default=())
@@ -52,6 +54,7 @@ def block(name: str, frame: FrameType) -> Iterator[None]:
     try:
         yield
     finally:
+        mine.open = False
         _blocks.set(tuple(other for other in _blocks.get() if other is not mine))
         with _lock:
             at = open_names.index(name)
@@ -74,10 +77,10 @@ def in_context() -> str | None:
     -------
     str or None
     """
-    for name, generator in reversed(_blocks.get()):
+    for block in reversed(_blocks.get()):
         # The frame of a suspended generator has no caller.
-        if generator is None or generator.f_back is not None:
-            return name
+        if block.open and (block.generator is None or block.generator.f_back is not None):
+            return block.name
     return None
 
 

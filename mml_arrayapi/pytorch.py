@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from mml_arrayapi import loss as _loss
 from mml_arrayapi.backends.pytorch.state import reduction_name
@@ -65,6 +66,10 @@ def multi_margin_loss(
     >>> multi_margin_loss(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]), 2)
     tensor(0.1525)
     """
+    tensors = input, target, weight
+    if has_torch_function(tensors):  # a proxy of torch.fx, a subclass with an opinion
+        options = p, margin, weight, size_average, reduce, reduction
+        return handle_torch_function(multi_margin_loss, tensors, input, target, *options)
     name: Any = reduction_name(size_average, reduce, reduction)
     return _loss.multi_margin_loss(input, target, p=p, margin=margin, weight=weight, reduction=name)
 

@@ -239,7 +239,7 @@ def direct_kernels(input: Array) -> tuple[Callable[..., Array | None], ...]:
     if overrides.open_names or overrides.environment is not None:
         return ()
     of_input = type(input)
-    if of_input.__module__ == "torch":
+    if of_input.__module__ in ("torch", "torch.nn.parameter"):
         import torch  # is there, and this costs a tenth of library_of()'s 2 microseconds
 
         # torch.compile traces a first call again where something else breaks the graph, and must
@@ -327,9 +327,10 @@ def _refusal(kernel: Kernel, problem: Problem) -> str | None:
     if problem.ignore_index is not None and "ignore_index" not in kernel.supports:
         return "it does not support ignore_index"
     try:
-        return kernel.refuses(problem)
+        reason = kernel.refuses(problem)
     except Exception as error:  # noqa: BLE001 - a kernel nobody asked for must not end a call
         return f"its refuses() raised {type(error).__name__}: {error}"
+    return reason if reason is None else str(reason) or "it gives no reason"
 
 
 def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
@@ -396,9 +397,9 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
         if kernel.name == chosen.name:
             first = True
         else:
-            why = _refusal(kernel, problem) or (
-                f"{chosen.name} {'comes first' if first else 'was asked for'}"
-            )
+            why = _refusal(kernel, problem)
+            if why is None:
+                why = f"{chosen.name} {'comes first' if first else 'was asked for'}"
         considered.append((kernel.name, why))
     return Explanation(chosen.name, tuple(considered))
 

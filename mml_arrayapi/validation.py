@@ -83,7 +83,7 @@ def check_options(options: Options) -> Options:
     Returns
     -------
     Options
-        With ``p`` and ``margin`` as floats.
+        With ``p`` and ``margin`` as floats, and plain strings.
 
     Raises
     ------
@@ -95,6 +95,8 @@ def check_options(options: Options) -> Options:
     ignore_index = check_ignore_index(ignore_index)
     if not isinstance(mode, str) or mode not in CHECKS:
         raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {in_words(mode)}")
+    # Kernels take no subclasses of str, such as NumPy's and an Enum's.
+    reduction, mode = REDUCTIONS[REDUCTIONS.index(reduction)], CHECKS[CHECKS.index(mode)]
     return Options(p, margin, reduction, ignore_index, axis, mode)
 
 
@@ -244,7 +246,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
     input_library = library_of("input", problem.input)
     _check_together("grad_output", grad_output, library, problem.input, input_library)
     grad_output = _native(grad_output)
-    if problem.reduction == "none" and shape != problem.target.shape:
+    if problem.reduction == "none" and not _same_shape(shape, problem.target.shape):
         return problem.xp.reshape(grad_output, problem.target.shape)
     return grad_output
 
@@ -347,9 +349,29 @@ def check_sample_weight(sample_weight: Array) -> None:
         raise TypeError(
             f"sample_weight must have a real dtype, but has dtype {sample_weight.dtype}"
         )
-    if library.value_access(sample_weight) == TRACED:
+    check_readable("sample_weight", sample_weight)
+
+
+def check_readable(argument: str, array: Array) -> None:
+    """Check that an array's values can be read.
+
+    Parameters
+    ----------
+    argument : str
+        The argument's name.
+    array : array
+        As the caller gave it.
+
+    Raises
+    ------
+    TypeError
+        No array, or one that is not accepted.
+    ValueError
+        The values can't be read.
+    """
+    if _seen(argument, array)[1].value_access(array) == TRACED:
         raise ValueError(
-            "sample_weight must have values that can be read, but is being traced (jit, vmap, "
+            f"{argument} must have values that can be read, but is being traced (jit, grad, vmap, "
             "compile) or holds none itself (meta and fake tensors, tensors that hold others)"
         )
 
@@ -398,9 +420,9 @@ def _is_of_kind(library: Library, array: Array, kind: str) -> bool:
     xp = library.namespace
     dtype = getattr(array, "dtype", None)
     try:
-        return library.kinds.get(dtype) == kind or (
-            xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
-        )
+        if library.kinds.get(dtype) == kind or (kind == REAL and str(dtype) == "bfloat16"):
+            return True  # the latter is a dtype that ml_dtypes adds to NumPy
+        return xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
     except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
         return False
 

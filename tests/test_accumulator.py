@@ -1,5 +1,6 @@
 """LossAccumulator and the exact sums under it."""
 
+import copy
 import itertools
 import json
 import math
@@ -521,3 +522,34 @@ def test_the_producers_of_lazy_arrays_run_once():
     stream = LossAccumulator(ignore_index=4)
     stream.update(both[:, :5], both[:, 5].astype(int), both[:, 5])
     assert len(runs) == 2
+
+
+def test_arrays_that_are_traced():
+    jax = pytest.importorskip("jax")
+    scores, target = (jax.numpy.asarray(a) for a in batch(4))
+
+    def update(x, y):
+        LossAccumulator().update(x, y)
+        return x.sum()
+
+    for transform in (jax.jit, jax.vmap, jax.grad):
+        with pytest.raises(ValueError, match="input must have values that can be read"):
+            transform(update)(scores, target)
+    with pytest.raises(ValueError, match="target must have values that can be read"):
+        jax.jit(lambda y: update(scores, y))(target)
+
+
+class Named(LossAccumulator):
+    pass
+
+
+def test_subclasses_stay_themselves():
+    made = Named(p=2)
+    made.update(*batch(5))
+    for other in (
+        pickle.loads(pickle.dumps(made)),
+        copy.deepcopy(made),
+        made + LossAccumulator(p=2),
+    ):
+        assert type(other) is Named
+        assert other.compute() == made.compute()

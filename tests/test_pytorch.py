@@ -158,3 +158,19 @@ def test_errors_when_called(batch):
         mine.MultiMarginLoss()(x, target * 0 + 5)
     with pytest.raises(ValueError, match="reduction must be one of"):
         mine.multi_margin_loss(x, target, reduction="max")
+
+
+@pytest.mark.parametrize("criterion", [mine.MultiMarginLoss(p=2), mine.multi_margin_loss])
+def test_torch_fx_traces_it(batch, criterion):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.criterion = torch.nn.Linear(5, 5), criterion
+
+        def forward(self, scores, target):
+            return self.criterion(self.layer(scores), target)
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    assert any(node.target is mine.multi_margin_loss for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(*batch), model(*batch))

@@ -329,6 +329,23 @@ class TestUseBackendBelongsToItsContext:
         assert overrides.open_names == ()
         assert overrides._blocks.get() == ()
 
+    def test_a_block_that_has_ended_counts_in_no_task_that_began_within_it(self):
+        async def task():
+            seen = []
+            for _ in range(4):
+                await asyncio.sleep(0)
+                seen.append(explain(X, T).kernel)
+            return seen
+
+        async def main():
+            with use_backend("generic"):
+                running = asyncio.create_task(task())
+                await asyncio.sleep(0)
+            with use_backend("generic"):  # another's, which opens the list of open names again
+                return await running
+
+        assert asyncio.run(main()) == ["a"] * 4
+
     def test_async_generators(self):
         async def generator(name):
             with use_backend(name):
@@ -466,6 +483,11 @@ def test_what_cannot_be_registered():
         ({"loss_and_grad": "x"}, "loss_and_grad must be callable, but is 'x'"),
         ({"before": 1}, "before must be None or a kernel's name, but is 1"),
         ({"supports": "ignore_index"}, "supports must be a frozenset of strings, but is 'ignore"),
+        ({"supports": {1}}, r"supports must be a frozenset of strings, but is \{1\}"),
+        ({"direct": [1]}, r"direct must be a mapping of types to callables, but is \[1\]"),
+        ({"direct": {"a": print}}, "direct must be a mapping of types to callables, but is {'a'"),
+        ({"direct": {int: 1}}, "direct must be a mapping of types to callables, but is {<class"),
+        ({"on_chunks": 1}, "on_chunks must be None or callable, but is 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -704,3 +726,13 @@ with mml.use_backend("tiny-loops"):
     print("found")
 """
     assert run_python(code, path=[plugin_path]) == "found"
+
+
+@pytest.mark.parametrize(("reason", "shown"), [("", "it gives no reason"), (False, "False")])
+def test_a_refusal_without_words_is_one(reason, shown):
+    with registry.isolated():
+        kernel = Kernel("speechless", "numpy", lambda _: reason, print, print, before="numpy-cpu")
+        register_kernel(kernel)
+        told = explain(X, T)
+    assert dict(told.considered)["speechless"] == shown
+    assert told.kernel != "speechless"

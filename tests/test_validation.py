@@ -1,6 +1,7 @@
 """Every message, the order of the checks, and targets out of range, on every library."""
 
 import pickle
+from enum import Enum
 from fractions import Fraction
 from functools import partial
 
@@ -515,3 +516,37 @@ def test_arrays_of_numpy_beside_another_library_say_how_they_are_converted(name)
         multi_margin_loss(scores, target, weight=ones)
     with pytest.raises(TypeError, match=f"target is of {library} and input is of numpy$"):
         multi_margin_loss(np.zeros((2, 3)), target)
+
+
+class Words(str, Enum):  # noqa: UP042 - str() of these is no value, unlike a StrEnum's
+    SUM = "sum"
+    NAN = "nan"
+
+
+@pytest.mark.parametrize("words", [Words, np.str_], ids=["Enum", "NumPy"])
+def test_words_may_be_of_subclasses_of_str(lib, words):
+    options = {"reduction": words("sum"), "check_target": words("nan")}
+    x, t = lib.array(X), lib.array(T, "int32")
+    for result in (
+        multi_margin_loss(x, t, **options),
+        multi_margin_loss_and_grad(x, t, **options)[0],
+    ):
+        assert float(result) == pytest.approx(4 / 3)
+
+
+def test_bfloat16_of_numpy():
+    """The same call is served the first time and every other, by every kernel."""
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    rng = np.random.default_rng(0)
+    x, t = rng.normal(size=(20, 7)).astype(dtype), rng.integers(0, 7, 20)
+    for options in ({}, {"p": 2, "weight": rng.random(7).astype(dtype)}, {"ignore_index": 3}):
+        exact = {k: v.astype(float) if k == "weight" else v for k, v in options.items()}
+        wanted = multi_margin_loss(x.astype(float), t, **exact)
+        for backend in (None, "generic"):
+            loss, grad = multi_margin_loss_and_grad(x, t, backend=backend, **options)
+            assert loss.dtype == grad.dtype == dtype
+            assert float(loss) == pytest.approx(wanted, rel=4e-3)
+            assert loss == multi_margin_loss(x, t, backend=backend, **options)
+    accumulator = LossAccumulator()
+    accumulator.update(x, t)
+    assert accumulator.compute() == pytest.approx(multi_margin_loss(x.astype(float), t), rel=1e-6)

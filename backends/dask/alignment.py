@@ -69,7 +69,7 @@ def unknown(array: da.Array) -> bool:
     return any(math.isnan(n) for n in array.shape)
 
 
-def match_rows(problem: Problem, array: Any) -> da.Array:
+def match_rows(problem: Problem, array: Any, name: str = "target") -> da.Array:
     """Bring an array of the batch's shape into the chunks of the scores' rows.
 
     Parameters
@@ -78,6 +78,8 @@ def match_rows(problem: Problem, array: Any) -> da.Array:
         The checked call.
     array : dask array or numpy array
         Targets, or something else with one element per sample.
+    name : str
+        The argument's name, for messages.
 
     Returns
     -------
@@ -93,7 +95,7 @@ def match_rows(problem: Problem, array: Any) -> da.Array:
     if isinstance(array, np.ndarray):
         if not known and math.prod(map(len, rows)) > 1:
             raise ValueError(
-                "target must be a Dask array where input has chunks of unknown size, but is a "
+                f"{name} must be a Dask array where input has chunks of unknown size, but is a "
                 "NumPy array; call input.compute_chunk_sizes() first"
             )
         # Never in one chunk beside many: the generic mask would be as large as all scores.
@@ -104,8 +106,8 @@ def match_rows(problem: Problem, array: Any) -> da.Array:
         return array.rechunk(rows)
     if array.numblocks != tuple(map(len, rows)):
         raise ValueError(
-            "target must have as many chunks as input where sizes of chunks are unknown, but "
-            f"target has {array.numblocks} and input has {tuple(map(len, rows))} without the "
+            f"{name} must have as many chunks as input where sizes of chunks are unknown, but "
+            f"it has {array.numblocks} and input has {tuple(map(len, rows))} without the "
             "classes' axis; call compute_chunk_sizes() on both first"
         )
     return array
@@ -168,6 +170,31 @@ def check_length(batch: tuple[int, ...], target: Any) -> None:
         )
 
 
+def check_classes(block: Array, place: slice, axis: int) -> None:
+    """Check that a chunk has as many classes as Dask was told: the loss is divided by them.
+
+    Parameters
+    ----------
+    block : array
+        The chunk of scores.
+    place : slice
+        Where its classes lie in the whole array.
+    axis : int
+        The classes' axis.
+
+    Raises
+    ------
+    ValueError
+        It has more or fewer.
+    """
+    declared = place.stop - place.start
+    if block.shape[axis] != declared:
+        raise ValueError(
+            f"input must have chunks of the sizes that it declares, but a chunk has "
+            f"{block.shape[axis]} classes instead of {declared}; give map_blocks() its chunks"
+        )
+
+
 def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, options: Options) -> None:
     """Check the targets of a chunk, if that is asked for.
 
@@ -187,7 +214,13 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, options
     InvalidTargetError
         With the position in the whole array (along an axis whose chunks have unknown sizes, in
         the chunk).
+    TypeError
+        The chunk has no integer dtype, whatever Dask was told.
     """
+    if np.dtype(target.dtype).kind not in "iu":
+        raise TypeError(
+            f"target must have an integer dtype, but a chunk of it has dtype {target.dtype}"
+        )
     if options.check_target != "raise":
         return
     lost = ignored(target, options.ignore_index)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mml_arrayapi.backends.dask.alignment import (
+    check_classes,
     check_length,
     check_targets,
     ignored,
@@ -36,6 +37,7 @@ Array = Any
 # Scores per tile: 4 MB of float32. The generic implementation is as fast from 2**17 to 2**21 and
 # needs about six tiles of memory.
 TILE = 2**20
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Call(NamedTuple):
@@ -128,7 +130,9 @@ def _run(
     """
     xp = library_of("input", block).namespace
     dtype, n_ignored = _computing(xp, block), _count(ignored(target, call.options.ignore_index))
-    weight = None if weight is None else xp.asarray(weight)
+    if weight is not None:
+        refuse_masked("weight", weight)
+        weight = xp.asarray(weight)
     problem, kernel = _chosen(block, target, weight, call)
     if kernel is not GENERIC and block.dtype == dtype:
         if scale is None:
@@ -257,6 +261,7 @@ def _part_of_rows(
     sums = xp.empty(target.shape, dtype=xp.float64)
     of_slopes = xp.empty(target.shape, dtype=xp.float64) if slopes else None
     name = GENERIC.name
+    call, is_infinite = _with_finite_margin(call)
     for where, rows in _tiles(block.shape, axis):
         few = block[where], target[rows], column[rows], own[rows], inside[rows]
         problem, kernel = _with_own_class(xp, *few, call)
@@ -271,7 +276,12 @@ def _part_of_rows(
         extra = grad[(*(slice(None),) * axis, n - 1)]
         by_own = by_own + xp.where(inside[rows] & xp.isfinite(extra), extra, 0)
         of_slopes[rows] = xp.astype(-by_own, xp.float64) * n
-    return Part(sums * (n / call.n_classes), of_slopes, ran(name))
+    sums = sums * (n / call.n_classes)
+    if is_infinite:
+        sums = xp.where(sums > 0, math.inf, sums)
+        if of_slopes is not None and call.options.p > 1:
+            of_slopes = xp.where(of_slopes > 0, math.inf, of_slopes)
+    return Part(sums, of_slopes, ran(name))
 
 
 def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) -> Rows:
@@ -328,11 +338,14 @@ def _grad_of_part(
     inside, column = _column(xp, block.shape[call.axis], at, target)
     classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
     grad = xp.empty_like(block)
+    call, is_infinite = _with_finite_margin(call)
     for where, rows in _tiles(block.shape, axis):
         few = block[where], target[rows], column[rows], own[rows], inside[rows]
         problem, kernel = _with_own_class(xp, *few, call)
         _, made = kernel.loss_and_grad(problem, scale[rows] * (n + 1))
         made = made[(*(slice(None),) * axis, slice(n))]
+        if is_infinite and call.options.p > 1:
+            made = xp.where(made == 0, made, xp.sign(made) * math.inf)
         is_own = classes == xp.expand_dims(column[rows], axis=axis)
         by_own = xp.expand_dims(xp.astype(-slopes[rows] * scale[rows], made.dtype), axis=axis)
         # A row of NaN slopes is one of NaN.
@@ -374,6 +387,18 @@ def _with_own_class(
     return _chosen(tile, column, None, call)
 
 
+def _with_finite_margin(call: Call) -> tuple[Call, bool]:
+    """Return a call whose margin float32 can hold, and whether what is positive is infinite.
+
+    An infinite margin would make NaN of the class that costs nothing, at minus infinity.
+    """
+    margin = call.options.margin
+    if call.dtype == np.float64 or abs(margin) <= LARGEST:
+        return call, False
+    options = call.options._replace(margin=math.copysign(LARGEST, margin))
+    return call._replace(options=options), margin > 0
+
+
 def _column(xp: Any, n: int, at: int, target: Array) -> tuple[Array, Array]:
     """Tell which targets are in a block of n classes, and where; others are one past its end."""
     target = xp.astype(target, xp.int64)  # what is too large turns negative, and is in no block
@@ -385,6 +410,7 @@ def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
     """Return each target's weight, in float64; any number for targets out of range."""
     if weight is None:
         return 1.0
+    refuse_masked("weight", weight)
     known = xp.clip(xp.astype(target, xp.int64), 0, call.n_classes - 1)
     taken = xp.take(xp.asarray(weight), xp.reshape(known, (-1,)))
     with np.errstate(over="ignore"):
@@ -418,6 +444,7 @@ def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool =
     for name, array in (("input", block), ("target", target)):
         refuse_masked(name, array)
     check_length(without(block.shape, call.axis), target)
+    check_classes(block, place[call.axis], call.axis)
     _, target = _namespace(block, target)
     if raises:
         check_targets(target, without(place, call.axis), call.n_classes, call.options)
@@ -449,6 +476,7 @@ def _tiles(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, Any]]:
 
 def _scale(block: Array, target: Array, upstream: Any, share: Any) -> Array:
     """Return what each sample's gradient is multiplied with."""
+    refuse_masked("grad_output", upstream)
     xp = library_of("input", block).namespace
     scale = xp.asarray(1.0 if upstream is None else upstream, dtype=xp.float64) * float(share)
     return xp.broadcast_to(scale, target.shape)

@@ -140,7 +140,7 @@ class _Graph:
             upstream = (
                 (in_one_chunk(grad_output), ())
                 if whole
-                else (match_rows(problem, grad_output), self.rows)
+                else (match_rows(problem, grad_output, "grad_output"), self.rows)
             )
         share: tuple[Any, Any] = 1.0, None
         if reduction == "mean":

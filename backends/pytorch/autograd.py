@@ -29,7 +29,9 @@ from mml_arrayapi.backends.pytorch.state import (
     under_autocast,
 )
 from mml_arrayapi.kernel import Kernel, Options, Problem
+from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import check_targets
+from mml_arrayapi.wide_sum import divided_sum
 
 LARGEST = 2**63 - 1  # what an operator's integers hold
 
@@ -350,7 +352,7 @@ def _autograd_loss_and_grad(
 
 def _formula_must_follow(weight: Tensor | None) -> bool:
     followed = weight is not None and weight.requires_grad and is_grad_enabled()
-    return followed or state.differentiates_forward()
+    return followed or state.forward_levels() > 0
 
 
 _library.impl(_NAMES[0], _autograd_loss, "Autograd")
@@ -496,8 +498,7 @@ def _for_input(
     n_classes = x.shape[-1]
     y = target.to(torch.int64).unsqueeze(-1)  # what is too large turns negative
     in_range = (y >= 0) & (y < n_classes)
-    ignores = ignore_index is not None and (ignore_index >= 0 or target.dtype.is_signed)
-    kept = y != ignore_index if ignores else y == y
+    kept = ~_ignored(y, target.dtype, ignore_index)
     y = torch.where(in_range, y, 0)
     z = (x - x.gather(-1, y)) + margin
     own = torch.arange(n_classes, device=x.device) == y
@@ -512,7 +513,9 @@ def _for_input(
         scale = scale * weight.to(wide)[y]
     others = curvature * (v - v.gather(-1, y)) * scale
     result = torch.where(own, -others.sum(-1, keepdim=True), others)
-    has_value = in_range & ~z.isnan().any(-1, keepdim=True)
+    # Infinity minus itself at the target's class is no class's NaN.
+    no_value = (z.isnan() & ~own).any(-1, keepdim=True) | x.gather(-1, y).isnan()
+    has_value = in_range & ~no_value
     result = torch.where(kept, torch.where(has_value, result, torch.nan), 0)
     return result.to(input.dtype).movedim(-1, axis)
 
@@ -526,7 +529,7 @@ def _map_loss(
     info: Any, in_dims: Any, input: Any, target: Any, weight: Any, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
     options = options[:-1]
-    if _one_by_one(target, in_dims[2], options):
+    if in_dims[2] is not None:
         calls = _split(info, in_dims, (input, target, weight))
         losses = torch.stack([_loss(*call, *options, False)[0] for call in calls])
         return (losses, _no_mask(input)), (0, None)
@@ -535,9 +538,9 @@ def _map_loss(
         x = x.float()
     losses, _ = _loss(x, y, weight, *_per_sample(options), False)
     if options[2] != "none":
-        losses = losses.reshape(info.batch_size, -1).sum(1, dtype=torch.float64)
-        if options[2] == "mean":
-            losses = losses / _count(y, options[3])
+        rows = losses.reshape(info.batch_size, -1)
+        divisor = _count(y, options[3]) if options[2] == "mean" else 1
+        losses = divided_sum(library_of("input", rows), rows, 1, divisor).squeeze(1)
     return (losses.to(input.dtype), _no_mask(input)), (0, None)
 
 
@@ -551,7 +554,7 @@ def _map_gradient(
     mask: Any,  # noqa: ARG001
     *options: Any,
 ) -> tuple[Tensor, int]:
-    if _one_by_one(target, in_dims[3], options):
+    if in_dims[3] is not None:
         calls = _split(info, in_dims, (grad_output, input, target, weight))
         return torch.stack([_gradient(*call, None, *options) for call in calls]), 0
     x, y = _first(info, in_dims[1], input), _first(info, in_dims[2], target)
@@ -559,7 +562,7 @@ def _map_gradient(
     if options[2] != "none":
         upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
         if options[2] == "mean":
-            upstream = upstream / _count(y, options[3])
+            upstream = upstream / _count(y, options[3]).squeeze(1)
         upstream = upstream.reshape(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
     return _gradient(upstream, x, y, weight, None, *_per_sample(options)), 0
 
@@ -585,12 +588,6 @@ for _operator, _rule in (
     torch.library.register_vmap(_operator, _rule, lib=_library)
 
 
-def _one_by_one(target: Tensor, weight_dim: int | None, options: Options) -> bool:
-    """Tell whether a weight is mapped, or labels can't be compared with ``ignore_index``."""
-    wide = not target.dtype.is_signed and target.itemsize > 1
-    return weight_dim is not None or (wide and options[3] is not None)
-
-
 def _split(info: Any, in_dims: Any, tensors: Any) -> Iterator[tuple[Tensor | None, ...]]:
     """Yield the arguments of each of the mapped calls."""
     for i in range(info.batch_size):
@@ -613,7 +610,18 @@ def _per_sample(options: Options) -> Options:
     return p, margin, "none", ignore_index, axis + 1, check_target
 
 
-def _count(target: Tensor, ignore_index: int | None) -> Any:
-    """Count the samples of each mean."""
+def _count(target: Tensor, ignore_index: int | None) -> Tensor:
+    """Count the samples of each mean, shape ``(calls, 1)``."""
     rows = target.reshape(target.shape[0], -1)
-    return rows.shape[1] if ignore_index is None else (rows != ignore_index).sum(1)
+    return (~_ignored(rows.to(torch.int64), target.dtype, ignore_index)).sum(1, keepdim=True)
+
+
+def _ignored(target: Tensor, given: torch.dtype, ignore_index: int | None) -> Tensor:
+    """Tell which targets are ignored: ``target`` as int64, in which PyTorch can compare them all.
+
+    A value that the dtype they were given in can't hold matches nothing.
+    """
+    limits = torch.iinfo(given)
+    if ignore_index is None or not limits.min <= ignore_index <= limits.max:
+        return torch.zeros_like(target, dtype=torch.bool)
+    return target == ignore_index

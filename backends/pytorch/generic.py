@@ -174,7 +174,8 @@ def _followed(problem: Problem) -> bool:
 
 def loss(problem: Problem) -> Tensor:
     """Compute the loss, followed by autograd and every transform of PyTorch."""
-    if _followed(problem):
+    # PyTorch differentiates no Function's jvp in forward mode once more.
+    if _followed(problem) and state.forward_levels() < 2:
         function = _Compiled if torch.compiler.is_compiling() else _Loss
         tensors = problem.input, problem.target, problem.weight
         return function.apply(*tensors, _Call(problem))

@@ -73,14 +73,19 @@ def _only_device_contexts() -> bool:
     return all(type(mode) is DeviceContext for mode in modes)
 
 
-def differentiates_forward() -> bool:
-    """Tell whether forward-mode differentiation is active."""
-    return forward_ad._current_level >= 0
+def forward_levels() -> int:
+    """Count the levels of forward-mode differentiation that are active."""
+    levels = forward_ad._current_level + 1
+    if is_dynamo_compiling():
+        return levels
+    # A graph that Dynamo made raises the levels of torch.func alone.
+    stack = _functorch.get_interpreter_stack() or ()
+    return max(levels, sum(one.key() == _functorch.TransformType.Jvp for one in stack))
 
 
 def is_transformed() -> bool:
     """Tell whether torch.func or forward-mode differentiation is at work."""
-    return bool(_functorch_active()) or differentiates_forward()
+    return bool(_functorch_active()) or forward_ad._current_level >= 0
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -178,10 +183,12 @@ def on_host(tensor: torch.Tensor) -> np.ndarray:
 
 
 def arange(n: int, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """Return 0 to n - 1, a fake tensor beside a fake tensor."""
+    """Return 0 to n - 1, of the kind of another tensor: fake or distributed, for example."""
     if isinstance(like, FakeTensor):
         with like.fake_mode:
             return torch.arange(n, dtype=dtype, device=like.device)
+    if type(like) not in _RECORDED and _holds_others(like):
+        return like.new_ones(n, dtype=dtype).cumsum(0) - 1
     return torch.arange(n, dtype=dtype, device=like.device)
 
 

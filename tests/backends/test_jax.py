@@ -327,3 +327,45 @@ print("good")
 """
     printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert printed.strip() == "good"
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4"])
+def test_small_integers_as_targets(dtype):
+    scores, target = jnp.zeros((2, 3)), jnp.asarray([0, 1], dtype)
+    for backend in (None, "generic"):
+        for ignore_index in (None, 1, -100):
+            options = {"ignore_index": ignore_index, "backend": backend}
+            assert float(multi_margin_loss(scores, target, **options)) == pytest.approx(2 / 3)
+        with pytest.raises(InvalidTargetError, match=r"target\[1\] is 1"):
+            multi_margin_loss(scores[:, :1], target, backend=backend)
+
+
+def test_shardings_that_are_part_of_the_types():
+    """What ``jax.make_mesh`` gives: no gather is written plainly there."""
+    code = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as S
+from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
+mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=(AxisType.Explicit,) * 2)
+rng = np.random.default_rng(0)
+x, t, w = rng.normal(size=(4, 8)).astype("f4"), rng.integers(0, 8, 4).astype("i4"), rng.random(8)
+w = w.astype("f4")
+options = {"ignore_index": int(t[1]), "p": 2}
+expected, expected_grad = multi_margin_loss_and_grad(x, t, weight=w, **options)
+put = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, S(*spec)))
+b, c = put(t, "rows"), put(w)
+for spec in (("rows", "classes"), ("rows", None)):
+    a = put(x, *spec)
+    loss = lambda a, b, c: multi_margin_loss(a, b, weight=c, **options)
+    np.testing.assert_allclose(loss(a, b, c), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(a, b, c), expected_grad, 1e-5, 1e-7)
+    with jax.set_mesh(mesh):
+        grad = jax.grad(loss)(a, b, c)
+        both = multi_margin_loss_and_grad(a, b, weight=c, backend="generic", **options)
+    for made in (grad, both[1]):
+        assert jax.typeof(made).sharding == jax.typeof(a).sharding
+        np.testing.assert_allclose(made, expected_grad, rtol=1e-5, atol=1e-7)
+print("good")
+"""
+    printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert printed.strip() == "good"

@@ -233,3 +233,56 @@ def test_large_scores_whose_mean_is_finite(backend, dtype, large, p, cut):
     wanted = float(scores[0, 0]) ** (p - 1) * p / 40 / 5
     np.testing.assert_allclose(grad[:, 0], wanted, rtol=1e-5)
     np.testing.assert_allclose(grad[:, 3], -39 * wanted, rtol=1e-5)
+
+
+BOTH_CUTS = pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])
+
+
+@BOTH_CUTS
+@pytest.mark.parametrize("which", ["weight", "grad_output", "grad_output of each"])
+def test_masked_weights_and_gradients_are_refused(cut, which):
+    lazy = {
+        "weight": da.ones(C, chunks=-1),
+        "grad_output": da.ones((), chunks=()),
+        "grad_output of each": da.ones(N, chunks=7),
+    }[which]
+    masked = lazy.map_blocks(np.ma.asarray, dtype=lazy.dtype, meta=lazy._meta)
+    name = which.partition(" ")[0]
+    options = {name: masked, "reduction": "none" if which.endswith("each") else "mean"}
+    x = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
+    grad = mml.multi_margin_loss_and_grad(x, da.from_array(RNG.integers(0, C, N), 7), **options)[1]
+    with pytest.raises(TypeError, match=f"{name} must have plain chunks"):
+        grad.compute()
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+@pytest.mark.parametrize("margin", [1e39, -1e39], ids=["large", "small"])
+def test_margins_beyond_the_dtype(margin, p, dtype, backend):
+    scores, target = np.arange(12).reshape(2, 6).astype(dtype), np.asarray([4, 0])
+    options = {"margin": margin, "p": p, "reduction": "none"}
+    whole = mml.multi_margin_loss_and_grad(scores, target, **options)
+    parts = mml.multi_margin_loss_and_grad(
+        da.from_array(scores, chunks=(2, 3)), target, backend=backend, **options
+    )
+    assert (whole[0] == (math.inf if margin > 0 else 0)).all()
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one, other.compute())
+
+
+@BOTH_CUTS
+def test_chunks_with_fewer_classes_than_declared(cut):
+    x = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
+    cropped = x.map_blocks(lambda block: block[:, :-1], dtype=x.dtype, meta=x._meta)
+    with pytest.raises(ValueError, match=r"a chunk has \d+ classes instead of \d+"):
+        mml.multi_margin_loss(cropped, da.zeros(N, dtype=int, chunks=7)).compute()
+
+
+@BOTH_CUTS
+@pytest.mark.parametrize("dtype", ["float64", "bool"])
+def test_targets_of_another_dtype_than_declared(cut, dtype):
+    x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
+    y = y.map_blocks(lambda block: block.astype(dtype), dtype=int, meta=y._meta)
+    with pytest.raises(TypeError, match=f"target must have an integer dtype, but .*{dtype}"):
+        mml.multi_margin_loss(x, y).compute()

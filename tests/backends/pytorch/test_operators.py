@@ -384,3 +384,110 @@ def test_operators_called_by_themselves(batch):
 def test_what_explain_says_within_a_compiled_function(batch):
     scores, target, _ = batch
     assert explain(scores, target).kernel == "torch-cpu"
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_compiled_forward_mode_keeps_the_losses_part(batch, backend, p):
+    scores, target, _ = batch
+    tangent = torch.arange(30.0).reshape(6, 5).cos()
+
+    def objective(x):
+        return multi_margin_loss(x, target, p=p) + 0.01 * (x**3).sum()
+
+    def derivative(x):
+        return func.jvp(objective, (x,), (tangent,))[1]
+
+    hessian = func.hessian(objective)
+    for function in (derivative, hessian):
+        compiled = torch.compile(function, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(scores), function(scores))
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3])
+def test_forward_mode_twice(batch, p, reduction, backend):
+    scores, target, weight = (t.double() if t.is_floating_point() else t for t in batch)
+
+    def loss(x):
+        options = {"p": p, "weight": weight, "reduction": reduction, "backend": backend}
+        return multi_margin_loss(x, target, **options)
+
+    twice = func.jacfwd(func.jacfwd(loss))(scores)
+    torch.testing.assert_close(twice, func.jacrev(func.jacrev(loss))(scores))
+    assert bool(twice.any()) == (p > 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"),
+    [
+        ("uint8", -100),
+        ("int8", 259),
+        ("uint16", 65539),
+        ("uint64", -1),
+        ("uint32", 3),
+        ("int32", 3),
+    ],
+    ids=str,
+)
+def test_vmap_ignores_what_the_targets_dtype_can_hold(dtype, ignore_index):
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 4, 200, generator=draw)
+    target = torch.tensor([[156, 3, 4, 5], [1, 3, 156, 156]]) % (120 if dtype == "int8" else 200)
+    target = target.to(getattr(torch, dtype))
+
+    def loss(x, y):
+        return multi_margin_loss(x, y, ignore_index=ignore_index)
+
+    one_by_one = [loss(*pair) for pair in zip(scores, target, strict=True)]
+    torch.testing.assert_close(func.vmap(loss)(scores, target), torch.stack(one_by_one))
+    grads = [func.grad(loss)(*pair) for pair in zip(scores, target, strict=True)]
+    torch.testing.assert_close(func.vmap(func.grad(loss))(scores, target), torch.stack(grads))
+
+
+def test_a_mean_of_huge_losses_stays_finite_under_vmap():
+    scores = torch.zeros(2, 4, 3, dtype=torch.float64)
+    scores[..., 1] = 1.5e308
+    mean = func.vmap(multi_margin_loss)(scores, torch.zeros(2, 4, dtype=torch.long))
+    torch.testing.assert_close(mean, torch.full((2,), 5e307, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_second_derivatives_of_infinite_and_nan_rows(backend):
+    infinity, nan = float("inf"), float("nan")
+    scores = torch.tensor([[0, infinity, 1], [0, nan, 1], [0, 2, 1.5]], dtype=torch.float64)
+    scores.requires_grad_()
+    target = torch.tensor([1, 0, 1])
+    loss = multi_margin_loss(scores, target, p=2, reduction="sum", backend=backend)
+    (grad,) = torch.autograd.grad(loss, scores, create_graph=True)
+    (second,) = torch.autograd.grad(grad[:, 0].sum(), scores)
+    third = 2 / 3 * 0  # z of class 0 is -1
+    wanted = torch.tensor([[0, 0, 0], [nan, nan, nan], [third, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(second, wanted, equal_nan=True)
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        make = {
+            "parameter": torch.nn.Parameter,
+            "frozen": lambda x: torch.nn.Parameter(x, requires_grad=False),
+            "buffer": torch.nn.Buffer,
+        }[kind]
+        self.scores, self.weight = make(torch.randn(4, 5)), make(torch.rand(5))
+
+    def forward(self, x, target):
+        both = multi_margin_loss(x, target, weight=self.weight)
+        return both + multi_margin_loss(self.scores, target)
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("kind", ["parameter", "frozen", "buffer"])
+def test_parameters_and_buffers_as_arguments(kind):
+    model, arguments = Holder(kind), (torch.randn(4, 5), torch.tensor([0, 1, 2, 4]))
+    expected = model(*arguments)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), expected)
+    exported = torch.export.export(model, arguments, strict=True).module()
+    torch.testing.assert_close(exported(*arguments), expected)

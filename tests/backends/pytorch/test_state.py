@@ -57,7 +57,7 @@ def seen_within(transform, *arguments):
     seen = []
 
     def look(x):
-        seen.append((state.ordinary(), state.differentiates_forward(), state.why_generic()))
+        seen.append((state.ordinary(), state.forward_levels(), state.why_generic()))
         return x.sum()
 
     transform(look, *arguments)
@@ -66,16 +66,32 @@ def seen_within(transform, *arguments):
 
 def test_transforms_are_seen():
     x = torch.ones(2, 3)
-    assert seen_within(lambda f: func.grad(f)(x)) == [(False, False, None)]
-    assert seen_within(lambda f: func.vmap(f)(x)) == [(False, False, None)]
+    assert seen_within(lambda f: func.grad(f)(x)) == [(False, 0, None)]
+    assert seen_within(lambda f: func.vmap(f)(x)) == [(False, 0, None)]
     ((plain, forward, why),) = seen_within(lambda f: func.jvp(f, (x,), (x,)))
     assert not plain
-    assert forward
+    assert forward == 1
     assert "forward-mode" in why
     with fwAD.dual_level():
         assert not state.ordinary()
-        assert state.differentiates_forward()
-    assert not state.differentiates_forward()
+        assert state.forward_levels() == 1
+    assert state.forward_levels() == 0
+    nested = seen_within(lambda f: func.jvp(lambda x: func.jvp(f, (x,), (x,))[1], (x,), (x,)))
+    assert nested[0][1] == 2
+
+
+def test_levels_of_forward_mode_in_a_compiled_graph():
+    """Dynamo's graph raises torch.func's levels without forward_ad's."""
+    stack, seen = torch._C._functorch.get_interpreter_stack, []
+
+    @torch._dynamo.disable
+    def look(x):
+        seen.append([one.key() for one in stack() or ()])
+        return x
+
+    assert stack() is None
+    func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [[torch._C._functorch.TransformType.Jvp]]
 
 
 def test_compilers_are_seen():

@@ -8,6 +8,7 @@ import pytest
 
 from mml_arrayapi import explain, multi_margin_loss, multi_margin_loss_and_grad
 from tests.backends.pytorch.conftest import compile_whole
+from tests.tree import run_python
 
 torch = pytest.importorskip("torch")
 theirs = torch.nn.functional.multi_margin_loss
@@ -334,3 +335,36 @@ def test_two_processes(batch, tmp_path):
             torch.load(tmp_path / f"{rank}.pt"), model.parameters(), strict=True
         ):
             torch.testing.assert_close(ours, parameter.grad)
+
+
+DISTRIBUTED = """
+import tempfile
+import torch
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from mml_arrayapi import multi_margin_loss
+with tempfile.TemporaryDirectory() as folder:
+    store = torch.distributed.FileStore(folder + "/store", 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    x, y, w = torch.randn(6, 4), torch.randint(4, (6,)), torch.rand(4)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        of_target = placement if placement == Shard(0) else Replicate()
+        for options in ({}, {"reduction": "none", "p": 1.5}, {"ignore_index": 1, "weight": w}):
+            plain = x.clone().requires_grad_()
+            expected = multi_margin_loss(plain, y, **options)
+            expected.sum().backward()
+            if "weight" in options:
+                options["weight"] = distribute_tensor(w, mesh, [Replicate()])
+            scores = distribute_tensor(x, mesh, [placement]).requires_grad_()
+            loss = multi_margin_loss(scores, distribute_tensor(y, mesh, [of_target]), **options)
+            loss.sum().backward()
+            torch.testing.assert_close(loss.full_tensor(), expected)
+            torch.testing.assert_close(scores.grad.full_tensor(), plain.grad)
+    torch.distributed.destroy_process_group()
+print("good")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_distributed_tensors():
+    assert run_python(DISTRIBUTED).endswith("good")
