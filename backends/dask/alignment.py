@@ -140,6 +140,7 @@ def _only(blocks: list[Array]) -> Array:
 
 
 def _only_number(blocks: list[Array]) -> Array:
+    refuse_masked("grad_output", blocks[0])  # its number has no mask any more
     return blocks[0][0]
 
 

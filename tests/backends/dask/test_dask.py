@@ -449,16 +449,17 @@ def test_the_accumulator_adds_up_the_same():
     assert stream.state() == again.state()
 
 
+@pytest.mark.xfail(
+    EXPRESSIONS, raises=ValueError, reason="Dask's query planner rechunks what has no known sizes"
+)
 def test_a_gradient_for_each_of_an_unknown_number_of_rows():
     scores, target = data()
-    kept = np.arange(len(target)) % 3 > 0
-    x, y = rows(scores, 7)[rows(kept, 7)], rows(target, 7)[rows(kept, 7)]
+    x, y = lost(rows(scores, 7)), lost(rows(target, 7))
     options = {"reduction": "none"}
     upstream = mml.multi_margin_loss(x, y, **options)
     grad = mml.multi_margin_loss_and_grad(x, y, grad_output=upstream, **options)[1].compute()
-    plain = scores[kept], target[kept]
-    upstream = mml.multi_margin_loss(*plain, **options)
-    wanted = mml.multi_margin_loss_and_grad(*plain, grad_output=upstream, **options)[1]
+    upstream = mml.multi_margin_loss(scores, target, **options)
+    wanted = mml.multi_margin_loss_and_grad(scores, target, grad_output=upstream, **options)[1]
     np.testing.assert_array_equal(grad, wanted)
     with pytest.raises(ValueError, match="grad_output must be a Dask array where input has chunks"):
         mml.multi_margin_loss_and_grad(x, y, grad_output=upstream, **options)
