@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsFloat, SupportsIndex
 
 from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.libraries import library_of, like, to_numpy
@@ -79,10 +79,10 @@ class LossAccumulator:
     def __init__(
         self,
         *,
-        p: float = 1,
-        margin: float = 1.0,
+        p: SupportsFloat = 1,
+        margin: SupportsFloat = 1.0,
         weight: Array | None = None,
-        ignore_index: int | None = None,
+        ignore_index: SupportsIndex | None = None,
     ) -> None:
         self.p, self.margin = check_parameters("mean", p, margin)
         self.ignore_index = check_ignore_index(ignore_index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 from mml_arrayapi import registry, validation
 from mml_arrayapi.kernel import Options, Problem
@@ -14,12 +14,12 @@ def multi_margin_loss(
     input: Array,
     target: Array,
     *,
-    p: float = 1,
-    margin: float = 1.0,
+    p: SupportsFloat = 1,
+    margin: SupportsFloat = 1.0,
     weight: Array | None = None,
     reduction: Reduction = "mean",
-    ignore_index: int | None = None,
-    axis: int = -1,
+    ignore_index: SupportsIndex | None = None,
+    axis: SupportsIndex = -1,
     check_target: CheckTarget = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -106,12 +106,12 @@ def multi_margin_loss_and_grad(
     input: Array,
     target: Array,
     *,
-    p: float = 1,
-    margin: float = 1.0,
+    p: SupportsFloat = 1,
+    margin: SupportsFloat = 1.0,
     weight: Array | None = None,
     reduction: Reduction = "mean",
-    ignore_index: int | None = None,
-    axis: int = -1,
+    ignore_index: SupportsIndex | None = None,
+    axis: SupportsIndex = -1,
     check_target: CheckTarget = "auto",
     backend: str | None = None,
     grad_output: Array | None = None,
@@ -165,12 +165,12 @@ def explain(
     input: Array,
     target: Array,
     *,
-    p: float = 1,
-    margin: float = 1.0,
+    p: SupportsFloat = 1,
+    margin: SupportsFloat = 1.0,
     weight: Array | None = None,
     reduction: Reduction = "mean",
-    ignore_index: int | None = None,
-    axis: int = -1,
+    ignore_index: SupportsIndex | None = None,
+    axis: SupportsIndex = -1,
     check_target: CheckTarget = "auto",
     backend: str | None = None,
 ) -> registry.Explanation:

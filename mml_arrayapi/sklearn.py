@@ -5,7 +5,7 @@ Importing this module imports scikit-learn.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -52,7 +52,9 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
     # Metadata routing takes every parameter of score but X and y for metadata.
     __metadata_request__score = {"estimator": UNUSED}  # noqa: RUF012 (scikit-learn reads it)
 
-    def __init__(self, *, p: float = 1, margin: float = 1.0, weight: Array | None = None) -> None:
+    def __init__(
+        self, *, p: SupportsFloat = 1, margin: SupportsFloat = 1.0, weight: Array | None = None
+    ) -> None:
         self.p, self.margin, self.weight = p, margin, weight
 
     def score(self, estimator: Any, X: Any, y: Any, sample_weight: Array | None = None) -> float:

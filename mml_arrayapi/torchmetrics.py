@@ -6,7 +6,7 @@ Importing this module imports torchmetrics and PyTorch.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
 from torchmetrics import Metric
@@ -62,10 +62,10 @@ class MultiMarginLoss(Metric):  # type: ignore[misc]  # its base is Any to the t
 
     def __init__(
         self,
-        p: float = 1,
-        margin: float = 1.0,
+        p: SupportsFloat = 1,
+        margin: SupportsFloat = 1.0,
         weight: Array | None = None,
-        ignore_index: int | None = None,
+        ignore_index: SupportsIndex | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         **kwargs: Any,
     ) -> None:

@@ -100,7 +100,7 @@ def check_options(options: Options) -> Options:
     return Options(p, margin, reduction, ignore_index, axis, mode)
 
 
-def check_ignore_index(ignore_index: int | None) -> int | None:
+def check_ignore_index(ignore_index: Any) -> int | None:
     """Check ``ignore_index``.
 
     Parameters
@@ -183,7 +183,7 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     return Problem(*of, *arrays, p, margin, reduction, axis, mode, ignore_index)
 
 
-def check_parameters(reduction: str, p: float, margin: float) -> tuple[float, float]:
+def check_parameters(reduction: str, p: Any, margin: Any) -> tuple[float, float]:
     """Check the parameters that are no arrays.
 
     Parameters

@@ -32,7 +32,8 @@ x, y, w = np.zeros((2, 3), np.float32), np.zeros(2, np.int64), np.ones(3)
 losses(x, y, "sum", "raise")
 loss, grad = mml.multi_margin_loss_and_grad(x, y, weight=w, ignore_index=-1, axis=-1, grad_output=w)
 mml.multi_margin_loss(Strange(), y, backend="generic", margin=0.5)
-kernel: str = mml.explain(x, y).kernel
+mml.multi_margin_loss(x, y, p=Fraction(3, 2), margin=np.float32(1), ignore_index=np.int64(-100))
+kernel: str = mml.explain(x, y, axis=np.int8(1)).kernel
 accumulator = mml.LossAccumulator(weight=w)
 accumulator.update(x, y)
 with mml.use_backend("generic"):
