@@ -340,6 +340,9 @@ def test_small_integers_as_targets(dtype):
             multi_margin_loss(scores[:, :1], target, backend=backend)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8), reason="JAX before 0.8 selects from arrays of one sharding only"
+)
 def test_shardings_that_are_part_of_the_types():
     """What ``jax.make_mesh`` gives: no gather is written plainly there."""
     code = """
