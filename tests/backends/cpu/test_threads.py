@@ -82,6 +82,7 @@ import os, signal, sys, threading, time
 import numpy as np
 from mml_arrayapi.backends import cpu
 import mml_arrayapi.backends.cpu.numpy
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 x = np.random.default_rng(0).normal(size=(60_000, 100)).astype("f4")
 y, options, late = np.zeros(len(x), int), (1.37, 1.0, "mean", None, -1, "auto"), []
 begin = time.perf_counter()
