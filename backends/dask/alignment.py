@@ -114,7 +114,7 @@ def match_rows(problem: Problem, array: Any, name: str = "target") -> da.Array:
 
 
 def in_one_chunk(array: Any) -> da.Array:
-    """Return weights, or one number, as a Dask array of one chunk, which is computed once.
+    """Return weights, or one grad_output, as a Dask array of one chunk, which is computed once.
 
     Dask would fuse what makes the chunk with every task that takes it. It fuses nothing with what
     is summed over (here one block), nor with slices.
@@ -136,11 +136,12 @@ def in_one_chunk(array: Any) -> da.Array:
 
 
 def _only(blocks: list[Array]) -> Array:
+    refuse_masked("weight", blocks[0])
     return blocks[0]
 
 
 def _only_number(blocks: list[Array]) -> Array:
-    refuse_masked("grad_output", blocks[0])  # its number has no mask any more
+    refuse_masked("grad_output", blocks[0])
     return blocks[0][0]
 
 

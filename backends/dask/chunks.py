@@ -130,9 +130,7 @@ def _run(
     """
     xp = library_of("input", block).namespace
     dtype, n_ignored = _computing(xp, block), _count(ignored(target, call.options.ignore_index))
-    if weight is not None:
-        refuse_masked("weight", weight)
-        weight = xp.asarray(weight)
+    weight = None if weight is None else xp.asarray(weight)
     problem, kernel = _chosen(block, target, weight, call)
     if kernel is not GENERIC and block.dtype == dtype:
         if scale is None:
@@ -410,7 +408,6 @@ def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
     """Return each target's weight, in float64; any number for targets out of range."""
     if weight is None:
         return 1.0
-    refuse_masked("weight", weight)
     known = xp.clip(xp.astype(target, xp.int64), 0, call.n_classes - 1)
     taken = xp.take(xp.asarray(weight), xp.reshape(known, (-1,)))
     with np.errstate(over="ignore"):

@@ -80,8 +80,8 @@ def test_transforms_are_seen():
     assert nested[0][1] == 2
 
 
-def test_levels_of_forward_mode_in_a_compiled_graph():
-    """Dynamo's graph raises torch.func's levels without forward_ad's."""
+def test_the_stack_of_transforms_has_forward_mode():
+    """Not only forward_ad's level, which a graph of Dynamo's leaves as it is."""
     stack, seen = torch._C._functorch.get_interpreter_stack, []
 
     @torch._dynamo.disable
