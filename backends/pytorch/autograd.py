@@ -562,7 +562,7 @@ def _map_gradient(
     if options[2] != "none":
         upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
         if options[2] == "mean":
-            upstream = upstream / _count(y, options[3]).squeeze(1)
+            upstream = upstream.reshape(-1, 1) / _count(y, options[3])
         upstream = upstream.reshape(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
     return _gradient(upstream, x, y, weight, None, *_per_sample(options)), 0
 
@@ -610,9 +610,11 @@ def _per_sample(options: Options) -> Options:
     return p, margin, "none", ignore_index, axis + 1, check_target
 
 
-def _count(target: Tensor, ignore_index: int | None) -> Tensor:
-    """Count the samples of each mean, shape ``(calls, 1)``."""
+def _count(target: Tensor, ignore_index: int | None) -> Any:
+    """Count the samples of each mean: one number, or shape ``(calls, 1)``."""
     rows = target.reshape(target.shape[0], -1)
+    if ignore_index is None:
+        return rows.shape[1]
     return (~_ignored(rows.to(torch.int64), target.dtype, ignore_index)).sum(1, keepdim=True)
 
 
