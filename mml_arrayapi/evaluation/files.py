@@ -210,7 +210,9 @@ def _refuse_silence(file: File) -> None:
     if file.filesystem is None or "http" not in file.filesystem.protocol:
         return
     try:
-        file.filesystem.exists(file.path, strict=True)
+        file.filesystem.cat_file(file.path, start=0, end=1)
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise InputError(
             f"{file.name}: the server does not answer ({one_line(error)}); check the address"

@@ -211,13 +211,14 @@ def _refuse_nulls(values: Any, where: str) -> None:
 def _vectors(column: Any, where: str) -> Array:
     """Make rows of Spark's vectors, dense (type 1) or sparse (type 0)."""
     import numpy as np
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     column = column if hasattr(column, "field") else column.chunk(0)
     kind = pc.fill_null(column.field("type"), -1).to_numpy()
     if not np.isin(kind, (0, 1)).all():
         raise InputError(f"{where} has vectors whose type is neither 0 nor 1")
-    dense, sparse = column.filter(kind == 1), column.filter(kind == 0)
+    dense, sparse = (column.filter(pa.array(kind == wanted)) for wanted in (1, 0))
     values, lengths = _flat(dense.field("values"), where)
     scores, counts = _flat(sparse.field("values"), where)
     places, numbers = _flat(sparse.field("indices"), where)
