@@ -127,9 +127,12 @@ def shrunk(terms: jax.Array, factor: float) -> jax.Array:
 
 
 def total(x: jax.Array, axis: int | None, dtype: Any) -> jax.Array:
-    """Return the sum along an axis; of short rows XLA's product with ones takes half as long."""
-    if axis == x.ndim - 1 and isinstance(x.shape[-1], int) and x.shape[-1] < SHORT:
-        ones = jnp.ones(x.shape[-1], dtype)
+    """Return the sum along an axis; of short rows XLA's product with ones takes half as long.
+
+    Not of three axes: runs of a long row, which XLA adds where they are computed.
+    """
+    if axis == 1 and x.ndim == 2 and isinstance(x.shape[1], int) and x.shape[1] <= SHORT:
+        ones = jnp.ones(x.shape[1], dtype)
         return jnp.matmul(x.astype(dtype), ones, precision=lax.Precision.HIGHEST)[..., None]
     return jnp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
 

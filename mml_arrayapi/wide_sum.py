@@ -68,7 +68,7 @@ def _sums_of_runs(library: Library, terms: Array, axis: int) -> Array:
     whole, rest, every = n // run, n % run, (slice(None),) * axis
     runs = terms if rest == 0 else terms[(*every, slice(whole * run), ...)]
     runs = xp.reshape(runs, (*shape[:axis], whole, run, *shape[axis + 1 :]))
-    sums = xp.sum(runs, axis=axis + 1, dtype=terms.dtype)
+    sums = xp.squeeze(library.sum(runs, axis + 1, terms.dtype), axis=axis + 1)
     if rest == 0:
         return sums
     last = library.sum(terms[(*every, slice(whole * run, None), ...)], axis, terms.dtype)
