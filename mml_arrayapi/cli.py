@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where something that was checked failed, 2 for bad input or output that
         cannot be written, 130 for Ctrl-C, 141 where the reader of the output closed it.
     """
+    for name in ("stdout", "stderr"):  # None where the caller has closed it: ">&-"
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     if isinstance(sys.stdout, TextIOWrapper):  # names may have characters that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

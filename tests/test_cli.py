@@ -109,6 +109,19 @@ def test_output_that_cannot_be_written(tmp_path, arguments):
     assert done.returncode == 141 or arguments == "--help"  # argparse looks away
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there is no POSIX shell")
+@pytest.mark.parametrize("arguments", ["backends", "evaluate x.npy y.npy", "--help"])
+def test_closed_output(tmp_path, arguments):
+    np.save(tmp_path / "x.npy", np.eye(3))
+    np.save(tmp_path / "y.npy", np.arange(3))
+    command = f"{shlex.quote(sys.executable)} -m mml_arrayapi {arguments}"
+    done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run(f"{command} 2>&-", shell=True, stdout=subprocess.PIPE, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout
+
+
 def test_names_that_the_output_cannot_encode(tmp_path):
     np.save(tmp_path / "caf\xe9.npy", np.eye(1))
     np.save(tmp_path / "y.npy", np.zeros(1, int))
