@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for name in ("stdout", "stderr"):  # None where the caller has closed it: ">&-"
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
     if isinstance(sys.stdout, TextIOWrapper):  # names may have characters that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -172,28 +172,55 @@ def check_length(batch: tuple[int, ...], target: Any) -> None:
         )
 
 
-def check_classes(block: Array, place: slice, axis: int) -> None:
-    """Check that a chunk has as many classes as Dask was told: the loss is divided by them.
+def check_sizes(block: Array, place: tuple[slice, ...]) -> None:
+    """Check that a chunk has the size that Dask was told, by which the loss is divided.
 
     Parameters
     ----------
     block : array
         The chunk of scores.
-    place : slice
-        Where its classes lie in the whole array.
-    axis : int
-        The classes' axis.
+    place : tuple of slice
+        Where it lies in the whole array; NaN where that is unknown.
 
     Raises
     ------
     ValueError
-        It has more or fewer.
+        It has another.
     """
-    declared = place.stop - place.start
-    if block.shape[axis] != declared:
+    declared = tuple(part.stop - part.start for part in place)
+    if any(m != n and n == n for m, n in zip(block.shape, declared, strict=True)):
         raise ValueError(
-            f"input must have chunks of the sizes that it declares, but a chunk has "
-            f"{block.shape[axis]} classes instead of {declared}; give map_blocks() its chunks"
+            f"input must have chunks of the sizes that it declares, but a chunk has shape "
+            f"{tuple(block.shape)} instead of {declared}; give map_blocks() its chunks"
+        )
+
+
+def check_factors(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """Check a chunk of weights, or of grad_output: others would be broadcast silently.
+
+    Parameters
+    ----------
+    name : str
+        The argument's name, for messages.
+    array : array
+        The chunk.
+    shape : tuple of int
+        The shape that it must have.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It has another, or no real floating dtype.
+    """
+    refuse_masked(name, array)
+    if tuple(array.shape) != shape:
+        raise ValueError(
+            f"{name} must have chunks that fit those of input, but one has shape "
+            f"{tuple(array.shape)} instead of {shape}"
+        )
+    if np.dtype(array.dtype).kind != "f":
+        raise TypeError(
+            f"{name} must have a real floating dtype, but a chunk of it has dtype {array.dtype}"
         )
 
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mml_arrayapi.backends.dask.alignment import (
-    check_classes,
+    check_factors,
     check_length,
+    check_sizes,
     check_targets,
     ignored,
     refuse_masked,
@@ -38,6 +39,8 @@ Array = Any
 # needs about six tiles of memory.
 TILE = 2**20
 LARGEST = float(np.finfo(np.float32).max)
+# For every task: what overflows or underflows in a dtype is as it should be.
+QUIETLY = np.errstate(all="ignore")
 
 
 class Call(NamedTuple):
@@ -81,6 +84,7 @@ class Sum(NamedTuple):
 # Whole rows in a chunk.
 
 
+@QUIETLY
 def loss_of_rows(
     block: Array, place: Any, target: Array, weight: Array | None, *, call: Call
 ) -> Array | Sum:
@@ -89,6 +93,7 @@ def loss_of_rows(
     return close(_run(block, target, weight, call)[0], call=call)
 
 
+@QUIETLY
 def loss_and_grad_of_rows(
     block: Array,
     place: Any,
@@ -101,7 +106,7 @@ def loss_and_grad_of_rows(
 ) -> tuple[Array | Sum, Array]:
     """Return what :func:`loss_of_rows` does, and the gradient."""
     target = _checked(block, target, place, call)
-    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, share))
+    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, share, call))
     return close(rows, call=call), grad
 
 
@@ -193,6 +198,7 @@ def _in_c_order(block: np.ndarray) -> bool:
 # a part of the classes if the target's score is appended to it as one class more.
 
 
+@QUIETLY
 def own_scores(block: Array, place: Any, target: Array, *, call: Call) -> Array:
     """Return the targets' scores where this block holds them, else 0.
 
@@ -223,6 +229,7 @@ def _own_scores(xp: Any, block: Array, at: int, target: Array, call: Call) -> Ar
     return xp.astype(xp.where(inside, own, 0), dtype)
 
 
+@QUIETLY
 def part_of_rows(
     block: Array, place: Any, target: Array, found: list[Array], *, call: Call, slopes: bool
 ) -> Part:
@@ -282,6 +289,7 @@ def _part_of_rows(
     return Part(sums, of_slopes, ran(name))
 
 
+@QUIETLY
 def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) -> Rows:
     """Add up the parts of the rows."""
     sums = _added([part.sums for part in parts])
@@ -290,8 +298,7 @@ def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) 
     losses = sums if weight is None else sums * _weights(xp, target, weight[0], call)
     if lost is not None:
         losses = xp.where(lost, 0.0, losses)
-    with np.errstate(over="ignore"):
-        losses = xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32)
+    losses = xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32)
     slopes = None
     if parts[0].slopes is not None:
         slopes = _added([part.slopes for part in parts])
@@ -300,6 +307,7 @@ def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) 
     return Rows(losses, _count(lost), everyone, slopes)
 
 
+@QUIETLY
 def grad_of_part(
     block: Array,
     place: Any,
@@ -315,7 +323,7 @@ def grad_of_part(
     """Return the gradient by the scores of this block."""
     xp, target = _namespace(block, target)
     own, at = _added(found), place[call.axis].start
-    scale = _scale(block, target, upstream, share) * _weights(xp, target, weight, call)
+    scale = _scale(block, target, upstream, share, call) * _weights(xp, target, weight, call)
     of_rows = own, rows.slopes, scale / call.n_classes
     native, options = _native(block, target, call)
     if native is not None:
@@ -408,10 +416,10 @@ def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:
     """Return each target's weight, in float64; any number for targets out of range."""
     if weight is None:
         return 1.0
+    check_factors("weight", weight, (call.n_classes,))
     known = xp.clip(xp.astype(target, xp.int64), 0, call.n_classes - 1)
     taken = xp.take(xp.asarray(weight), xp.reshape(known, (-1,)))
-    with np.errstate(over="ignore"):
-        taken = xp.astype(taken, xp.float64 if call.dtype == xp.float64 else xp.float32)
+    taken = xp.astype(taken, xp.float64 if call.dtype == xp.float64 else xp.float32)
     return xp.astype(xp.reshape(taken, target.shape), xp.float64)
 
 
@@ -441,7 +449,7 @@ def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool =
     for name, array in (("input", block), ("target", target)):
         refuse_masked(name, array)
     check_length(without(block.shape, call.axis), target)
-    check_classes(block, place[call.axis], call.axis)
+    check_sizes(block, place)
     _, target = _namespace(block, target)
     if raises:
         check_targets(target, without(place, call.axis), call.n_classes, call.options)
@@ -471,9 +479,11 @@ def _tiles(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, Any]]:
         yield where, where if longest < axis else where[1:]
 
 
-def _scale(block: Array, target: Array, upstream: Any, share: Any) -> Array:
+def _scale(block: Array, target: Array, upstream: Any, share: Any, call: Call) -> Array:
     """Return what each sample's gradient is multiplied with."""
-    refuse_masked("grad_output", upstream)
+    if upstream is not None:
+        whole = call.options.reduction != "none"
+        check_factors("grad_output", upstream, () if whole else tuple(target.shape))
     xp = library_of("input", block).namespace
     scale = xp.asarray(1.0 if upstream is None else upstream, dtype=xp.float64) * float(share)
     return xp.broadcast_to(scale, target.shape)
@@ -498,6 +508,7 @@ def share(counts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) 
     return np.float64(1 / max(1, added(counts, axis, keepdims)))
 
 
+@QUIETLY
 def close(rows: Rows, *, call: Call) -> Array | Sum:
     """Return the losses of a block in the scores' dtype, or their exact sum."""
     library = library_of("input", rows.losses)
@@ -506,8 +517,7 @@ def close(rows: Rows, *, call: Call) -> Array | Sum:
         total.add(np.asarray(library.on_host(rows.losses)))
         total.count -= rows.n_ignored
         return Sum(total, rows.ran)
-    with np.errstate(over="ignore"):
-        return library.namespace.astype(rows.losses, call.dtype)
+    return library.namespace.astype(rows.losses, call.dtype)
 
 
 def merged(sums: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:  # noqa: ARG001
@@ -525,6 +535,7 @@ def merged(sums: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -
     return Sum(total, everyone)
 
 
+@QUIETLY
 def rounded(
     sums: Any, axis: Any, keepdims: bool, computing_meta: bool = False, *, call: Call, like: Array
 ) -> Array:
@@ -534,7 +545,6 @@ def rounded(
     total, everyone = merged(sums, axis, keepdims)
     warn_of_mixture(everyone)
     xp = library_of("input", like).namespace
-    with np.errstate(over="ignore"):
-        mean = call.options.reduction == "mean"
-        value = np.float64(total.over(total.count if mean else 1))
-        return xp.asarray(value.astype(call.dtype))
+    mean = call.options.reduction == "mean"
+    value = np.float64(total.over(total.count if mean else 1))
+    return xp.asarray(value.astype(call.dtype))

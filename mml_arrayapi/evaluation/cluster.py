@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -84,6 +85,8 @@ def run(
     timeout = min(timeout, TIMEOUT_MAX / 2)  # locks take no infinity
     with ExitStack() as stack:
         client = _client(stack, work, scheduler, workers)
+        if client.status != "running":
+            raise InputError("scheduler: the client or its cluster is closed; give one that is not")
         name = _wait_for(client, scheduler, workers, timeout)
         with _interrupts() as finished, stack.pop_all():
             yield from _on_cluster(client, work, timeout, name, finished)
@@ -154,6 +157,11 @@ def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
     """Compute batches of Dask arrays as one graph, so that whatever they share is computed once."""
     import dask
 
+    if any(_is_persisted(part) for b in work.batches.values() for parts in b[2:] for part in parts):
+        raise InputError(
+            "scheduler: there are arrays whose chunks are on a cluster (client.persist); give its "
+            "client, as in scheduler=client"
+        )
     finished: SimpleQueue[Any] = SimpleQueue()
     stop = Event()
 
@@ -198,6 +206,14 @@ def _delayed(work: Work) -> dict[int, Any]:
 
 def _is_lazy(part: Any) -> bool:
     return hasattr(part.shard.source, "dask")
+
+
+def _is_persisted(part: Any) -> bool:
+    if not _is_lazy(part) or "distributed" not in sys.modules:
+        return False
+    from distributed import futures_of
+
+    return bool(futures_of(part.shard.source))
 
 
 def _count_blocks(count: Callable[..., Any], batch: Batch, options: Any, *arrays: Any) -> Any:
@@ -270,7 +286,9 @@ def _wait_for(client: Any, scheduler: Any, workers: int | None, timeout: float) 
     """Wait for the workers; return the scheduler's name for messages."""
     name = scheduler if isinstance(scheduler, str) else client.scheduler.address
     try:
+        wanted = client.submit(int, pure=False)  # or an adaptive cluster would start no worker
         client.wait_for_workers(workers or 1, timeout=timeout)
+        wanted.release()
     except OSError as error:  # TimeoutError is one
         have = len(client.scheduler_info()["workers"])
         raise WorkerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ class File:
         Whether it is a folder that holds a Zarr store.
     root : str
         The folder in which a pattern found it (hive partitions are named below), or nothing.
+    archive : str
+        What follows the first ``::`` of a chained URL, such as the archive that the file is in.
     """
 
     filesystem: Any
@@ -44,13 +47,26 @@ class File:
     name: str
     store: bool = False
     root: str = ""
+    archive: str = ""
 
     @property
     def where(self) -> str:
         """The absolute path or URL, with ``#item``."""
         fs = self.filesystem
         place = self.path if fs is None else fs.unstrip_protocol(self.path)
+        place += f"::{self.archive}" if self.archive else ""
         return f"{place}#{self.item}" if self.item else place
+
+    def identity(self, columns: tuple[str, ...]) -> tuple[Any, ...]:
+        """Return what names of the same have in common: links, and ways to write an item."""
+        item = str(columns) if columns else posixpath.normpath("/" + self.item.strip("/"))
+        if self.filesystem is not None:
+            place = replace(self, item="").where.rstrip("/")
+            return (place + item.rstrip("/"),) if self.store else (place, item)
+        if self.store:
+            return (os.path.realpath(self.path + item),)
+        status = os.stat(self.path)
+        return status.st_dev, status.st_ino, item
 
     @property
     def plain_name(self) -> str:
@@ -81,7 +97,9 @@ class File:
         """
         path = f"{self.path}/{below}" if below else self.path
         if self.filesystem is not None:
-            return _remote_version(self.filesystem, path, self.store)
+            version = _remote_version(self.filesystem, path, self.store)
+            # What is in an archive is listed once, and says nothing of the archive.
+            return f"{version} {_version_of(self.archive)}" if self.archive else version
         if not os.path.isdir(path):
             return _local_version(path)
         told = hashlib.sha256()
@@ -91,6 +109,11 @@ class File:
                 file = os.path.join(folder, name)
                 told.update(os.fsencode(f"{os.path.relpath(file, path)} {_local_version(file)}\n"))
         return told.hexdigest()
+
+
+def _version_of(url: str) -> str:
+    file = _file(url, "", url)
+    return file.version() if file.exists() else ""
 
 
 def _local_version(path: str) -> str:
@@ -164,7 +187,10 @@ def _file(path: str, item: str, name: str) -> File:
     if getattr(fs, "protocol", "") in ("file", ("file", "local")):
         return File(None, inner, item, name)
     fs.invalidate_cache()  # files may have come since this process listed them
-    return File(fs, inner, item, name)
+    archive = path.partition("::")[2]
+    if archive and not re.match(r"[A-Za-z0-9+.-]+(://|::)", archive):
+        archive = os.path.abspath(archive)
+    return File(fs, inner, item, name, archive=archive)
 
 
 def _seekable(file: File) -> Any:
@@ -188,7 +214,13 @@ def _expand(file: File) -> tuple[list[File], str]:
     if file.exists():
         if not (os.path.isdir(path) if fs is None else fs.isdir(path)):
             return [file], ""
-        found = _glob(fs, f"{glob.escape(path)}/**/*.parquet")
+        if any(file.exists(f"/{marker}") for marker in ZARR_MARKERS):
+            return [replace(file, store=True)], ""
+        found = [
+            name
+            for name in _glob(fs, f"{glob.escape(path)}/**")
+            if name.lower().endswith((".parquet", ".pq"))
+        ]
         # What begins with _ or . is a writer's own (Spark, Hive, Delta).
         names = {name: name[len(path) :] for name in found}
         found = [name for name, below in names.items() if not re.search(r"/[._]", below)]
@@ -197,11 +229,11 @@ def _expand(file: File) -> tuple[list[File], str]:
         _refuse_silence(file)
         found, root = _glob(fs, path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
-    found.sort(key=natural)
+    found.sort(key=lambda name: (natural(name), name))  # x-01 and x-1 are one number
     for one in found:
         if fs is None and not os.path.exists(one):
             return [], f"{one} is a link to what does not exist"
-    made = [File(fs, one, file.item, _shown(file, one), root=root) for one in found]
+    made = [replace(file, path=one, name=_shown(file, one), root=root) for one in found]
     return [replace(one, store=_is_store(one)) for one in made], why
 
 
@@ -235,6 +267,7 @@ def _glob(fs: Any, pattern: str) -> list[str]:
 def _shown(file: File, path: str) -> str:
     """Return a found file's name in the form in which the pattern was given."""
     name = path if file.filesystem is None else file.filesystem.unstrip_protocol(path)
+    name += f"::{file.archive}" if file.archive else ""
     given = file.name.partition("#")[0]
     if file.filesystem is None and "://" not in given and not os.path.isabs(given):
         name = os.path.relpath(path)
@@ -276,7 +309,10 @@ def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether equally many names of two kinds belong together one by one."""
     ours = [natural(core) for core in cores(first)]
     theirs = [natural(core) for core in cores(second)]
-    return ours == theirs or (_consecutive(ours) and _consecutive(theirs))
+    if cores(first) == cores(second):
+        return True
+    alike = ours == theirs and len({str(key) for key in ours}) == len(ours)
+    return alike or (_consecutive(ours) and _consecutive(theirs))
 
 
 def _consecutive(keys: list[list[tuple[int, int, str]]]) -> bool:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import zipfile
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -74,7 +76,7 @@ def open_array(file: File, role: str, rules: Rules) -> Array:
     """
     name = file.path if file.filesystem is None else file.path.partition("?")[0]
     suffix = PurePosixPath(name).suffix.lower()
-    plugins = {f".{found.name.lstrip('.')}": found for found in entry_points(group=ENTRY_POINTS)}
+    plugins = _plugins()
     if file.store or suffix == ".zip":
         return _open_zarr(file, role, rules)
     if suffix in plugins:
@@ -85,9 +87,17 @@ def open_array(file: File, role: str, rules: Rules) -> Array:
             f"{file.plain_name}: the format is not known; accepted are {known} files and Zarr "
             "stores (folders, and .zarr.zip)"
         )
+    if file.filesystem is None and not os.path.isfile(file.path):
+        raise InputError(f"{file.plain_name}: is no regular file, but a pipe or a device; copy it")
     if not file.size():
         raise InputError(f"{file.plain_name}: the file is empty; write or copy it again")
     return FORMATS[suffix](file, role, rules)
+
+
+@cache
+def _plugins() -> dict[str, EntryPoint]:
+    """Return other packages' formats by suffix; to look for them takes ten milliseconds."""
+    return {f".{found.name.lstrip('.')}": found for found in entry_points(group=ENTRY_POINTS)}
 
 
 def adopt(array: Array, role: str, rules: Rules) -> Array:
@@ -505,6 +515,7 @@ FORMATS: dict[str, Callable[[File, str, Rules], Array]] = {
     ".npy": _open_npy,
     ".npz": _NpzMember,
     ".parquet": _open_parquet,
+    ".pq": _open_parquet,
     ".h5": _open_hdf5,
     ".hdf5": _open_hdf5,
     ".nc": _open_hdf5,

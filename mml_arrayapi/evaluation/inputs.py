@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from threading import Lock
 from typing import Any, NamedTuple
@@ -84,6 +83,8 @@ class Shard:
                 part = part.astype(np.float32)
             if part.shape != (*self.shape[:axis], stop - start, *self.shape[axis + 1 :]):
                 raise ValueError(f"they have shape {part.shape}")  # noqa: TRY301
+            if part.dtype.newbyteorder("=") != self.dtype.newbyteorder("="):
+                raise ValueError(f"they have dtype {part.dtype}, not {self.dtype}")  # noqa: TRY301
         except Exception as error:
             self._check_version_after(error)
             raise InputError(
@@ -96,16 +97,36 @@ class Shard:
 
     def check_version(self) -> None:
         """Raise if the file is not the one that the evaluation began with."""
-        if self.version and file_version(self.source) != self.version:
+        try:
+            self._check_version()
+        except InputError:
+            raise
+        except Exception as error:  # of a network: each file system has its own
             raise InputError(
-                f"{self.name}: the file has changed since the evaluation began; run again when "
-                "nothing writes to it (workers must see the same file, not a copy)"
-            )
+                f"{self.name}: whether it has changed meanwhile cannot be told ({one_line(error)}); "
+                "run again"
+            ) from error
+
+    def _check_version(self) -> None:
+        why = ""
+        try:
+            if not self.version or file_version(self.source) == self.version:
+                return
+        except FileNotFoundError as error:
+            why = f" ({one_line(error)})"
+        raise InputError(
+            f"{self.name}: the file has changed since the evaluation began{why}; run again when "
+            "nothing writes to it (workers must see the same file, not a copy)"
+        )
 
     def _check_version_after(self, error: Exception) -> None:
         """Raise what explains an error: that the file has changed; or the error, if it is plain."""
-        with suppress(OSError):  # it isn't there any more
-            self.check_version()
+        try:
+            self._check_version()
+        except InputError:
+            raise
+        except Exception:  # noqa: BLE001  (the first error tells more)
+            pass
         if isinstance(error, (InputError, MemoryError, TypeError)):
             raise error
 
@@ -273,12 +294,12 @@ class Dataset(NamedTuple):
         """Return which rows of which files belong together, in order, as plain JSON."""
         made = []
         first = 0
+        spans_of = {role: _spans(self.shards.get(role, [])) for role in (TARGETS, WEIGHTS)}
         for shard in self.shards[SCORES]:
             stop = first + shard.shape[self.rows_axis]
             line: dict[str, Any] = {"rows": [first, stop], SCORES: _told(shard, 0, stop - first)}
-            for role in (TARGETS, WEIGHTS):
-                spans = list(_spans(self.shards.get(role, []), first, stop))
-                if spans:
+            for role, find_spans in spans_of.items():
+                if spans := find_spans(first, stop):
                     line[role] = [_told(s.shard, s.start, s.stop) for s in spans]
             made.append(line)
             first = stop
@@ -368,9 +389,40 @@ def _optimised(found: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
     with dask.config.set({"optimization.fuse.active": False}):
         made = map(_planned, dask.optimize(*(shard.source for shard in lazy)))
     return {
-        role: [replace(s, source=next(made)) if hasattr(s.source, "dask") else s for s in shards]
+        role: [
+            replace(s, source=_as_declared(next(made), role)) if hasattr(s.source, "dask") else s
+            for s in shards
+        ]
         for role, shards in found.items()
     }
+
+
+def _as_declared(array: Array, role: str) -> Array:
+    """Return the array with each chunk looked at: others than declared would be paired wrongly."""
+    from itertools import product
+
+    from dask.highlevelgraph import HighLevelGraph
+
+    name, kind = f"as-declared-{array.name}", str(array.dtype)
+    tasks = {
+        (name, *place): (partial(_checked_chunk, shape, kind, role), (array.name, *place))
+        for place, shape in zip(
+            product(*map(range, array.numblocks)), product(*array.chunks), strict=True
+        )
+    }
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[array])
+    return type(array)(graph, name, array.chunks, meta=array._meta)
+
+
+def _checked_chunk(shape: tuple[int, ...], dtype: str, role: str, chunk: Array) -> Array:
+    refuse_subclass(role, chunk)
+    got = tuple(getattr(chunk, "shape", ())), str(getattr(chunk, "dtype", type(chunk).__name__))
+    if got != (shape, dtype):
+        raise InputError(
+            f"{role}: Dask was told of a chunk of shape {shape} and dtype {dtype}, but it has "
+            f"shape {got[0]} and dtype {got[1]}; give map_blocks() its chunks and dtype"
+        )
+    return chunk
 
 
 def _planned(array: Array) -> Array:
@@ -435,10 +487,15 @@ def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
 
 
 def _check_once(scores: list[Shard]) -> None:
-    places = [shard.source.where for shard in scores if shard.version]
-    for place, shard in zip(places, scores, strict=False):
-        if places.count(place) > 1:
-            raise InputError(f"{shard.name}: is given twice; its samples would count twice")
+    names: dict[Any, str] = {}
+    for shard in scores:
+        if not shard.version:
+            continue
+        place = shard.source.identity(shard.columns)
+        if place in names:
+            twice = "twice" if names[place] == shard.name else f"twice, as {names[place]} too"
+            raise InputError(f"{shard.name}: is given {twice}; its samples would count twice")
+        names[place] = shard.name
 
 
 def _of_known_width(scores: list[Shard]) -> list[Shard]:
@@ -453,30 +510,52 @@ def _of_known_width(scores: list[Shard]) -> list[Shard]:
 def _check_order(scores: list[Shard], others: list[Shard]) -> None:
     """Refuse files whose order a pattern leaves in doubt."""
     ours, theirs = _found(scores), _found(others)
-    if len(scores) == len(others):
-        if len(ours) > 1 and len(theirs) > 1 and not correspond(ours, theirs):
-            raise InputError(
-                f"{ours[0]} to {ours[-1]}: the parts in which their names differ are not those of "
-                f"{theirs[0]} to {theirs[-1]}, so that it is in doubt which belong together; name "
-                "them alike, or give lists"
-            )
+    if len(scores) != len(others):
+        for names in (*ours.values(), *theirs.values()):
+            if not _in_order(names):
+                raise InputError(
+                    f"{names[0]}: the order of its {len(names)} files is in doubt, since their "
+                    f"names differ in more than numbers, and {len(scores)} file(s) of scores stand "
+                    f"beside {len(others)} of {others[0].role}; give a list, or as many files of "
+                    "both"
+                )
         return
-    for names in (ours, theirs):
-        if len(names) > 1 and (any("=" in name for name in names) or not numbered(names)):
+    for places in dict.fromkeys((*ours, *theirs)):
+        first, second = ours.get(places), theirs.get(places)
+        if first and second:
+            fit = correspond(first, second)
+        else:  # a list on one side: its order was given
+            fit = _in_order(first or second or [])
+            first, second = (_names(shards[slice(*places)]) for shards in (scores, others))
+            fit = fit or (len(first) == len(second) and correspond(first, second))
+        if not fit:
+            told = [f"{one[0]} to {one[-1]}" if one else "arrays" for one in (first, second)]
             raise InputError(
-                f"{names[0]}: the order of its {len(names)} files is in doubt, since their names "
-                f"differ in more than numbers, and {len(scores)} file(s) of scores stand beside "
-                f"{len(others)} of {others[0].role}; give a list, or as many files of both"
+                f"{told[0]}: the parts in which their names differ are not those of {told[1]}, so "
+                "that it is in doubt which belong together; name them alike, or give lists"
             )
 
 
-def _found(shards: list[Shard]) -> list[str]:
-    """Return what of the paths is below the folder that was searched, if one was for all."""
+def _in_order(names: list[str]) -> bool:
+    """Whether the order of files that a pattern found is beyond doubt."""
+    return numbered(names) and not any("=" in name for name in names)
+
+
+def _found(shards: list[Shard]) -> dict[tuple[int, int], list[str]]:
+    """Return the names of several files that one pattern found, by their places in the list."""
+    roots = [getattr(shard.source, "root", "") for shard in shards]
+    ends = [i for i in range(1, len(roots)) if roots[i] != roots[i - 1]]
+    return {
+        (start, stop): _names(shards[start:stop])
+        for start, stop in pairwise([0, *ends, len(roots)])
+        if stop - start > 1 and roots[start]
+    }
+
+
+def _names(shards: list[Shard]) -> list[str]:
+    """Return what of the files' paths is below the folder that was searched, if one was."""
     files = [shard.source for shard in shards if isinstance(shard.source, File)]
-    roots = {file.root for file in files}
-    if len(files) != len(shards) or len(roots) != 1 or "" in roots:
-        return []
-    return [file.path[len(file.root) :].lstrip("/") for file in files]
+    return [f.path[len(f.root or os.path.dirname(f.path)) :].lstrip("/") for f in files]
 
 
 def _check_lengths(scores: list[Shard], others: list[Shard], rows_axis: int) -> None:
@@ -500,13 +579,11 @@ def _check_lengths(scores: list[Shard], others: list[Shard], rows_axis: int) -> 
 
 def _batches(data: Dataset, step: int) -> Iterator[Batch]:
     base = 0
+    spans_of = [_spans(data.shards.get(role, [])) for role in (TARGETS, WEIGHTS)]
     for shard in data.shards[SCORES]:
         n = shard.shape[data.rows_axis]
         for start, stop in pairwise(_cuts(n, shard.starts(data.rows_axis), step)):
-            others = (
-                tuple(_spans(data.shards.get(role, []), base + start, base + stop))
-                for role in (TARGETS, WEIGHTS)
-            )
+            others = (tuple(find_spans(base + start, base + stop)) for find_spans in spans_of)
             rows = (_slice(shard, data.rows_axis, start, stop),)
             yield Batch(base + start, base + stop, rows, *others)
         base += n
@@ -523,16 +600,20 @@ def _cuts(n: int, starts: Sequence[int], step: int) -> list[int]:
     return [*cuts, n]
 
 
-def _spans(shards: list[Shard], start: int, stop: int) -> Iterator[ShardSlice]:
-    """Find the rows from ``start`` to ``stop`` of all in the shards."""
+def _spans(shards: list[Shard]) -> Callable[[int, int], list[ShardSlice]]:
+    """Return what finds the rows from ``start`` to ``stop`` of all in the shards."""
     ends = list(accumulate((shard.shape[0] for shard in shards), initial=0))
-    first = max(bisect_right(ends, start) - 1, 0)
-    for shard, low, high in zip(shards[first:], ends[first:], ends[first + 1 :], strict=False):
-        if low >= stop:
-            break
-        a, b = max(start, low), min(stop, high)
-        if a < b:
-            yield _slice(shard, 0, a - low, b - low)
+
+    def find_spans(start: int, stop: int) -> list[ShardSlice]:
+        first, last = max(bisect_right(ends, start) - 1, 0), bisect_left(ends, stop)
+        made = []
+        for i in range(first, min(last, len(shards))):
+            a, b = max(start, ends[i]), min(stop, ends[i + 1])
+            if a < b:
+                made.append(_slice(shards[i], 0, a - ends[i], b - ends[i]))
+        return made
+
+    return find_spans
 
 
 def _slice(shard: Shard, axis: int, start: int, stop: int) -> ShardSlice:

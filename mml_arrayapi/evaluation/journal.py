@@ -81,7 +81,7 @@ class Journal:
         text = json.dumps(record, separators=(",", ":")).encode()
         try:
             self._lines.append(number, b"%08x %s\n" % (crc32(text), text))
-        except OSError as error:
+        except Exception as error:
             raise cannot_write(self._lines.path, error) from error
 
 
@@ -132,13 +132,20 @@ class _Remote:
             self._fs, self._folder = require("fsspec.core", folder).url_to_fs(self.path)
             self._fs.invalidate_cache()
             self._fs.makedirs(self._folder, exist_ok=True)
-        except (OSError, ImportError, ValueError) as error:
+        except Exception as error:  # of a network: each file system has its own
             raise cannot_write(folder, error) from error
 
     def read(self) -> Iterator[dict[str, Any]]:
-        names = sorted(self._fs.glob(f"{self._folder}/journal-*.json"))
-        for name in names:
-            record = _record(self._fs.cat_file(name))
+        try:
+            names = sorted(self._fs.glob(f"{self._folder}/journal-*.json"))
+            lines = {name: self._fs.cat_file(name) for name in names}
+        except Exception as error:
+            raise InputError(
+                f"{self.path}: cannot be read ({one_line(error)}); check the path, and your access "
+                "to it"
+            ) from error
+        for name, line in lines.items():
+            record = _record(line)
             if record is None:
                 raise _damaged(name, "it")
             yield record

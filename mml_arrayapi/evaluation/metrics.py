@@ -311,10 +311,12 @@ def _count(
     made = MetricState(scores.shape[1], weighted=weights is not None)
     made.classes, groups = _classes(target, scores.shape[1])
     n = len(made.classes)
-    values = losses
+    values, huge = losses, np.zeros(0, int)
     if weights is not None:
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             values = losses.astype(np.float64) * weights
+        huge = np.flatnonzero(np.isinf(values) & np.isfinite(losses))
+        values[huge] = 0
     finite, nan = np.isfinite(values), np.isnan(values)
     right = lead > 0
     # One count of all combinations is quicker than one of each.
@@ -326,6 +328,10 @@ def _count(
             made.counts[row] = np.bincount(groups[odd], minlength=n)
     kept = slice(None) if finite.all() else finite
     made.sums = exact_sums(values[kept], groups[kept], n)
+    if weights is not None and len(huge):  # finite, but beyond float64: by way of smaller ones
+        smaller = losses[huge].astype(np.float64) * 2.0**-1000 * (weights[huge] * 2.0**-100)
+        for i, total in enumerate(exact_sums(smaller, groups[huge], n)):
+            made.sums[i] += total << 1100
     if weights is not None:
         every = np.ones(len(groups), bool)
         chosen = (every, right, inside)
@@ -382,12 +388,12 @@ def _worst(
     rows = rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
     made = []
     for row in rows.tolist():
-        own, c = scores[row].copy(), int(target[row])
-        score, shown = float(own[c]), []
-        for _ in range(min(SHOWN_SCORES, len(own))):
-            best = int(np.argmax(own))
-            shown.append((best, float(own[best])))
-            own[best] = -math.inf
+        left, c = scores[row], int(target[row])
+        score, shown, classes = float(left[c]), [], np.arange(len(left))
+        for _ in range(min(SHOWN_SCORES, len(left))):
+            best = int(np.argmax(left))
+            shown.append((int(classes[best]), float(left[best])))
+            left, classes = np.delete(left, best), np.delete(classes, best)
         made.append(Sample(-float(losses[row]), int(places[row]), c, score, tuple(shown)))
     return made
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from typing import Any
+from urllib.parse import unquote
 
 from mml_arrayapi.evaluation.errors import InputError, require
 from mml_arrayapi.evaluation.files import File, natural, numbered
@@ -21,6 +22,8 @@ NOT_GUESSED = re.compile(
     r"|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
     re.IGNORECASE,
 )
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # of which pyarrow infers no type
+LABEL = re.compile(r"labels?|targets?|class|y", re.IGNORECASE)
 UDT = ["type", "size", "indices", "values"]  # the fields of Spark's VectorUDT
 
 
@@ -44,7 +47,7 @@ class ParquetColumns:
             file.path,
             format=ds.ParquetFileFormat(default_fragment_scan_options=options),
             filesystem=file.filesystem,
-            partitioning="hive" if file.root else None,
+            partitioning=_partitioning(file),
             partition_base_dir=file.root or None,
         )
         self._name, self._schema, self._ds = file.name, dataset.schema, ds
@@ -56,7 +59,10 @@ class ParquetColumns:
         if file.item:
             self.columns = _named(file.item, names, plain)
         else:
-            self.columns = _guess(role, self._schema, plain)
+            # Not just any partition, which a folder is named after: rank=0, epoch=3 ...
+            keys = self._ds.get_partition_keys(self._fragment.partition_expression)
+            likely = [f for f in self._schema if f.name not in keys or LABEL.fullmatch(f.name)]
+            self.columns = _guess(role, likely, plain)
         self._refuse_doubles()
         self._kinds = [_Kind(self._schema.field(name)) for name in self.columns]
         kind, rows = self._kinds[0], self._starts[-1]
@@ -286,7 +292,22 @@ def _named(item: str, names: Sequence[str], file: str) -> list[str]:
     return found
 
 
-def _guess(role: str, schema: Any, file: str) -> list[str]:
+def _partitioning(file: File) -> Any:
+    """Return how the folders above a file name partitions; nothing for a file given by itself."""
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    pairs = re.findall(r"([^/=]+)=([^/]*)/", file.path[len(file.root) :]) if file.root else []
+    if not any(value == NULL_PARTITION for _, value in pairs):
+        return "hive" if file.root else None
+    types = {
+        unquote(name): pa.int32() if value == NULL_PARTITION or value.isdecimal() else pa.string()
+        for name, value in pairs
+    }
+    return ds.partitioning(pa.schema(types), flavor="hive")
+
+
+def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:
     """Choose the columns by their types, where nothing else is possible.
 
     Scores: the only column of lists of floats, or the only floats if they are numbered (``c0``,
@@ -298,9 +319,8 @@ def _guess(role: str, schema: Any, file: str) -> list[str]:
     lists = [name for name, kind in told.items() if kind.nested and kind.floats]
     plain = [name for name, kind in told.items() if not kind.nested]
     floats = [name for name in plain if told[name].floats]
-    integers = [
-        name for name in plain if told[name].categories or kinds.is_integer(schema.field(name).type)
-    ]
+    types = {field.name: field.type for field in schema}
+    integers = [n for n in plain if told[n].categories or kinds.is_integer(types[n])]
     if role == "scores":
         exact = [name for name in lists if name.lower() in ("logits", "scores")]
         found = exact if len(exact) == 1 else floats if not lists and _numbers(floats) else lists

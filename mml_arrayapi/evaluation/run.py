@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from mml_arrayapi._version import __version__
 from mml_arrayapi.evaluation.errors import InputError, require
 from mml_arrayapi.validation import check_ignore_index, check_parameters
 
@@ -134,6 +135,8 @@ def evaluate(
     rules = Rules(ignore_index, unwritten_chunks)
     data = inputs.open_dataset(logits, targets, sample_weight, axis, chunk_size, rules)
     kernel = _kernel(data, loss)
+    # By name: use_backend() and the environment of other threads and workers may differ.
+    loss = loss._replace(backend=kernel)
     names = _class_names(class_names, data.n_classes)
 
     weighted = sample_weight is not None
@@ -221,6 +224,7 @@ def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]
     parameters |= {"ignore_index": loss.ignore_index, "unwritten_chunks": rules.unwritten}
     starts = [batch.start for batch in data.batches]
     cut = {"kernel": kernel, "chunk size": max((b.stop - b.start for b in data.batches), default=0)}
+    parameters |= {"mml_arrayapi": __version__}
     return {"version": 2, **parameters, **cut, "batches": starts, "inputs": data.identity()}
 
 

@@ -198,8 +198,8 @@ def test_a_format_of_another_package(arrays, files, wanted, monkeypatch):
             return self._array[where]
 
     monkeypatch.setattr(EntryPoint, "load", lambda self: Text)
-    found = [EntryPoint("json", "somewhere:Text", formats.ENTRY_POINTS)]
-    monkeypatch.setattr(formats, "entry_points", lambda group: found)
+    found = EntryPoint("json", "somewhere:Text", formats.ENTRY_POINTS)
+    monkeypatch.setattr(formats, "_plugins", lambda: {".json": found})
     with open("x.json", "w") as file:
         json.dump(arrays[0].astype(float).tolist(), file)
     assert mml.evaluate("x.json", "y.npy") == wanted

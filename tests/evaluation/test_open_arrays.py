@@ -3,6 +3,7 @@
 import threading
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
 import mml_arrayapi as mml
@@ -65,3 +66,53 @@ def test_open_files(opened, wanted, where):
         assert mml.evaluate(x, y, **options) == wanted
         with pytest.raises(mml.InputError, match=r"targets: .* targets are missing"):
             mml.evaluate(x, z, **options)
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "cluster"])
+@pytest.mark.parametrize(
+    ("which", "change"),
+    [
+        (0, lambda b: b[:-1]),
+        (0, lambda b: np.concatenate([b, b])),
+        (0, lambda b: np.concatenate([b, b], axis=1)),
+        (0, lambda b: b * 1j),
+        (0, lambda b: b.astype("i4")),
+        (1, lambda b: b[:-1]),
+        (1, lambda b: b + 0.5),
+        (1, lambda b: b > 0),
+        (1, lambda b: b.astype(object)),
+        (2, lambda b: b * 1j),
+        (2, lambda b: b[:1]),
+    ],
+    ids=(
+        "short long wide complex integer few-labels float-labels bool-labels objects "
+        "complex-weights one-weight"
+    ).split(),
+)
+@pytest.mark.filterwarnings("ignore")  # of distributed
+def test_chunks_other_than_declared(arrays, which, change, scheduler):
+    da = pytest.importorskip("dask.array")
+    lazy = [da.from_array(array, chunks=100) for array in (*arrays, np.ones(len(arrays[0])))]
+    lazy[0] = lazy[0].rechunk({1: -1})
+    lazy[which] = lazy[which].map_blocks(change, dtype=lazy[which].dtype, meta=lazy[which]._meta)
+    with ExitStack() as stack:
+        if scheduler == "cluster":
+            distributed = pytest.importorskip("distributed")
+            options = {"processes": False, "dashboard_address": None, "set_as_default": False}
+            scheduler = stack.enter_context(distributed.Client(**options))
+        role = ("scores", "targets", "sample weights")[which]
+        stack.enter_context(
+            pytest.raises(mml.InputError, match=f"{role}: Dask was told of a chunk")
+        )
+        mml.evaluate(*lazy[:2], sample_weight=lazy[2], scheduler=scheduler)
+
+
+def test_an_array_that_lies_about_its_dtype(arrays):
+    class Liar(Recorder):
+        def __getitem__(self, where):
+            return super().__getitem__(where).astype(np.float64)
+
+    with pytest.raises(mml.InputError, match=r"they have dtype float64, not int64"):
+        mml.evaluate(arrays[0], Liar(arrays[1]))
+    with pytest.raises(mml.InputError, match=r"they have dtype float64, not float32"):
+        mml.evaluate(Liar(arrays[0]), arrays[1])

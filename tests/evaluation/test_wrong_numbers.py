@@ -1,14 +1,16 @@
 """What once gave a wrong number with exit code 0 is read right, or refused in one line."""
 
 import json
+import math
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mml_arrayapi as mml
-from tests.evaluation.writers import parquet, zarr_file
+from tests.evaluation.writers import hdf5_file, parquet, zarr_file
 
 N, C = 700, 6
 
@@ -773,3 +775,144 @@ def test_names_with_a_number_sign(arrays, files, fails):
         assert f"{folder}run#2.npy: there is no such file" in fails(f"{folder}run#2.npy", "y.npy")
     assert mml.evaluate("box#1.npz#x", "y.npy") == wanted
     assert "box#1.npz: has no array 'z'" in fails("box#1.npz#z", "y.npy")
+
+
+# Lists of patterns, links, archives.
+
+
+@pytest.fixture
+def folders(arrays, files):
+    """Scores and labels in folders a and b: the names of the former are in no order."""
+    for letter, half in (("a", slice(0, 350)), ("b", slice(350, N))):
+        os.mkdir(letter)
+        parts(f"{letter}/x", arrays[0][half], 2, ("dog", "cat"))
+        parts(f"{letter}/y", arrays[1][half], 2)
+        parts(f"{letter}/z", arrays[0][half], 2)
+
+
+@pytest.mark.parametrize("targets", ["y.npy", ["a/y-*.npy", "b/y-*.npy"]], ids=["one", "patterns"])
+@pytest.mark.parametrize(
+    "scores", [["a/x-*.npy", "b/x-*.npy"], ["a/x-*.npy", "b/x-dog.npy"]], ids=str
+)
+def test_each_pattern_of_a_list_is_looked_at(folders, fails, scores, targets):
+    with pytest.raises(mml.InputError, match="in doubt"):
+        mml.evaluate(scores, targets)
+
+
+def test_patterns_beside_lists(folders, wanted):
+    patterns, listed = ["a/z-*.npy", "b/z-*.npy"], [f"{f}/z-{i}.npy" for f in "ab" for i in (0, 1)]
+    labels = ["a/y-*.npy", "b/y-*.npy"]
+    for scores in (patterns, listed, ["a/z-*.npy", "b/z-0.npy", "b/z-1.npy"]):
+        assert mml.evaluate(scores, labels, chunk_size=50) == wanted
+        assert mml.evaluate(scores, "y.npy", chunk_size=50) == wanted
+    in_order = ["a/y-0.npy", "a/y-1.npy"]
+    with pytest.raises(
+        mml.InputError, match="x-cat.npy to x-dog.npy: .* not those of y-0.npy to y-1"
+    ):
+        mml.evaluate("a/x-*.npy", in_order)
+
+
+def test_equal_numbers_are_told_apart_by_their_text(arrays, files, wanted):
+    for names in (("1", "01"), ("01", "1")):
+        for name, array in (("part", arrays[0]), ("label", arrays[1])):
+            parts(name, array, 2, names)
+        pairing = mml.evaluate("part-*.npy", "label-*.npy").pairing
+        for line in pairing:
+            assert line["targets"][0]["name"] == line["scores"]["name"].replace("part", "label")
+
+
+def test_the_same_under_another_name(arrays, files, fails):
+    os.symlink("x.npy", "link.npy")
+    os.link("x.npy", "hard.npy")
+    for name in ("link.npy", "hard.npy"):
+        with pytest.raises(mml.InputError, match=f"{name}: is given twice, as x.npy too"):
+            mml.evaluate(["x.npy", name], ["y.npy", "y.npy"])
+    os.mkdir("p")
+    columns = [f"c{i}" for i in range(C)]
+    parquet("p/part-0.parquet", **by_class(arrays[0], columns))
+    with pytest.raises(mml.InputError, match="is given twice"):
+        mml.evaluate(["p", "p#c*"], ["y.npy", "y.npy"])
+    for link, target in (("latest.parquet", "part-0.parquet"), ("loop", ".")):
+        os.symlink(target, f"p/{link}")
+        assert "is given twice" in fails("p", "y.npy")
+        os.remove(f"p/{link}")
+
+
+def test_the_same_array_by_two_names(arrays, files):
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group("s.zarr", mode="w")
+    zarr_file("s.zarr/x", arrays[0])
+    hdf5_file("x.h5", arrays[0])
+    for names in (["s.zarr#x", "s.zarr/x"], ["x.h5#data", "x.h5#/data"]):
+        with pytest.raises(mml.InputError, match="is given twice"):
+            mml.evaluate(names, ["y.npy", "y.npy"])
+
+
+def test_members_of_two_archives(arrays, files, wanted):
+    for i, half in enumerate((slice(0, 350), slice(350, N))):
+        np.save("half.npy", arrays[0][half])
+        with zipfile.ZipFile(f"{i}.zip", "w") as archive:
+            archive.write("half.npy")
+    names = [f"zip://half.npy::{i}.zip" for i in (0, 1)]
+    figures = mml.evaluate(names, "y.npy")
+    assert figures == wanted
+    figures = mml.evaluate([f"zip://h*.npy::{i}.zip" for i in (0, 1)], "y.npy")
+    found = [f"zip://half.npy::{os.path.abspath(f'{i}.zip')}" for i in (0, 1)]
+    assert [line["scores"]["name"] for line in figures.pairing] == found
+    with pytest.raises(mml.InputError, match="is given twice"):
+        mml.evaluate([names[0], names[0]], "y.npy")
+
+    def rewrite(*_):
+        with zipfile.ZipFile("1.zip", "a") as archive:
+            archive.write("y.npy")
+
+    with pytest.raises(mml.InputError, match="the file has changed since"):
+        mml.evaluate(names, "y.npy", progress=rewrite)
+
+
+def test_suffixes_in_capitals(arrays, files, wanted):
+    os.mkdir("p")
+    for i, name in enumerate(("part-0.parquet", "part-1.PARQUET", "part-2.pq")):
+        part = (np.array_split(array, 3)[i] for array in arrays)
+        parquet(f"p/{name}", **dict(zip(("logits", "label"), map(list, part), strict=True)))
+    assert mml.evaluate("p", "p") == wanted
+
+
+def test_a_partition_is_no_label(arrays, files, fails):
+    for rank in (0, 1):
+        os.makedirs(f"hive/rank={rank}")
+        names = [f"class {y}" for y in arrays[1]]
+        parquet(f"hive/rank={rank}/part-0.parquet", logits=list(arrays[0]), label=names)
+    assert "cannot tell which columns hold the targets" in fails("hive", "hive")
+
+
+# Which kernel runs.
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+@pytest.mark.filterwarnings("ignore")  # of distributed
+def test_the_kernel_is_the_callers(arrays, files, scheduler):
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((1000, 200)).astype("f4"), rng.integers(0, 200, 1000)
+    named = mml.evaluate(x, y, backend="generic")
+    with mml.use_backend("generic"):
+        block = mml.evaluate(x, y, scheduler=scheduler)
+    assert block.kernel == "generic"
+    assert block == named
+    lazy = [pytest.importorskip("dask.array").from_array(a, chunks=100) for a in (x, y)]
+    with mml.use_backend("generic"):
+        assert mml.evaluate(*lazy).loss == named.loss
+
+
+def test_a_weighted_loss_beyond_float64(files):
+    x = np.asarray([[1e300, 0], [0, 0]])
+    figures = mml.evaluate(x, np.asarray([1, 0]), sample_weight=np.asarray([1e10, 1e10]))
+    assert figures.loss == mml.evaluate(x, np.asarray([1, 0])).loss
+    with_infinity = mml.evaluate(x, np.asarray([1, 0]), sample_weight=np.asarray([1e10, 0.0]))
+    assert with_infinity.loss == 5e299
+
+
+def test_classes_of_the_highest_scores_are_different_ones(files):
+    x = np.asarray([[-math.inf, 1.0, -math.inf, -math.inf]])
+    highest = mml.evaluate(x, np.asarray([1])).worst[0].highest
+    assert [c for c, _ in highest] == [1, 0, 2]

@@ -275,7 +275,7 @@ def test_margins_beyond_the_dtype(margin, p, dtype, backend):
 def test_chunks_with_fewer_classes_than_declared(cut):
     x = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
     cropped = x.map_blocks(lambda block: block[:, :-1], dtype=x.dtype, meta=x._meta)
-    with pytest.raises(ValueError, match=r"a chunk has \d+ classes instead of \d+"):
+    with pytest.raises(ValueError, match=r"a chunk has shape \(4, \d+\) instead of"):
         mml.multi_margin_loss(cropped, da.zeros(N, dtype=int, chunks=7)).compute()
 
 
@@ -286,3 +286,69 @@ def test_targets_of_another_dtype_than_declared(cut, dtype):
     y = y.map_blocks(lambda block: block.astype(dtype), dtype=int, meta=y._meta)
     with pytest.raises(TypeError, match=f"target must have an integer dtype, but .*{dtype}"):
         mml.multi_margin_loss(x, y).compute()
+
+
+@BOTH_CUTS
+def test_chunks_with_fewer_rows_than_declared(cut):
+    x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
+    x = x.map_blocks(lambda block: block[:-1], dtype=x.dtype, meta=x._meta)
+    y = y.map_blocks(lambda block: block[:-1], dtype=int, meta=y._meta)
+    for result in mml.multi_margin_loss_and_grad(x, y):
+        with pytest.raises(ValueError, match=r"a chunk has shape .* instead of"):
+            result.compute()
+
+
+@BOTH_CUTS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.astype(int), r"must have a real floating dtype"),
+        (lambda b: b * 1j, r"must have a real floating dtype"),
+        (lambda b: b[:1], r"weight must have .* shape"),
+        (lambda b: np.concatenate([b, b]), r"weight must have .* shape"),
+    ],
+    ids=["int", "complex", "short", "long"],
+)
+def test_weights_other_than_declared(cut, change, message):
+    x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
+    weight = da.ones(C, chunks=11).map_blocks(change, dtype=float, meta=np.empty(0))
+    for result in mml.multi_margin_loss_and_grad(x, y, weight=weight):
+        with pytest.raises((TypeError, ValueError), match=message):
+            result.compute()
+
+
+@BOTH_CUTS
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.astype(int), r"grad_output must have a real floating dtype"),
+        (lambda b: b * 1j, r"grad_output must have a real floating dtype"),
+        (lambda b: np.resize(b, (*b.shape, 2)), r"grad_output must have chunks that fit"),
+        (lambda b: np.resize(b, b.shape and 1), r"grad_output must have chunks that fit"),
+    ],
+    ids=["int", "complex", "axis", "one"],
+)
+def test_grad_output_other_than_declared(cut, reduction, change, message):
+    x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
+    given = da.ones(N, chunks=7) if reduction == "none" else da.ones(())
+    if reduction == "mean" and message.endswith("fit") and change(np.ones(())).shape == ():
+        pytest.skip("one number is what is wanted")
+    given = given.map_blocks(change, dtype=float, meta=np.empty((0,) * given.ndim))
+    _, grad = mml.multi_margin_loss_and_grad(x, y, reduction=reduction, grad_output=given)
+    with pytest.raises((TypeError, ValueError), match=message):
+        grad.compute()
+
+
+@BOTH_CUTS
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_nothing_is_seen_on_ordinary_scores(cut, dtype, p):
+    scores = RNG.standard_normal((N, 300)).astype(dtype)
+    x = da.from_array(scores, chunks=(cut[0], 300 if cut[1] == C else 50))
+    y, weight = da.zeros(N, dtype=int, chunks=7), da.full(300, 1e-4, dtype=dtype)
+    for reduction in ("none", "mean"):
+        options = {"p": p, "reduction": reduction, "weight": weight}
+        with np.errstate(all="raise"):
+            for result in mml.multi_margin_loss_and_grad(x, y, **options):
+                result.compute(scheduler="synchronous")
