@@ -103,8 +103,7 @@ class Shard:
             raise
         except Exception as error:  # of a network: each file system has its own
             raise InputError(
-                f"{self.name}: whether it has changed meanwhile cannot be told ({one_line(error)}); "
-                "run again"
+                f"{self.name}: whether it has changed cannot be told ({one_line(error)}); run again"
             ) from error
 
     def _check_version(self) -> None:

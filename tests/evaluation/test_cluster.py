@@ -262,7 +262,7 @@ def test_persisted_arrays_need_their_client(folder, client, wanted):
     lazy = [da.from_array(np.load(folder / f"{name}.npy"), chunks=300) for name in "xy"]
     lazy = client.persist([lazy[0].rechunk({1: -1}), lazy[1]])
     assert mml.evaluate(*lazy, scheduler=client).loss == wanted.loss
-    with pytest.raises(mml.InputError, match="chunks are on a cluster .* scheduler=client"):
+    with pytest.raises(mml.InputError, match=r"chunks are on a cluster .* scheduler=client"):
         mml.evaluate(*lazy)
 
 
@@ -271,3 +271,19 @@ def test_a_closed_client(folder, cluster):
         pass
     with pytest.raises(mml.InputError, match="scheduler: the client or its cluster is closed"):
         mml.evaluate(folder / "x.npy", folder / "y.npy", scheduler=closed)
+
+
+def test_workers_run_the_callers_kernel(tmp_path):
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((1000, 200)).astype("f4"), rng.integers(0, 200, 1000)
+    here, generic = mml.evaluate(x, y), mml.evaluate(x, y, backend="generic")
+    with distributed.LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        dashboard_address=None,
+        silence_logs=50,
+        env={"MML_ARRAYAPI_BACKEND": "generic"},
+    ) as cluster:
+        assert mml.evaluate(x, y, scheduler=cluster, chunk_size=100) == here
+        with mml.use_backend("generic"):
+            assert mml.evaluate(x, y, scheduler=cluster) == generic

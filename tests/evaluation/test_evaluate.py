@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from mml_arrayapi.evaluation.inputs import Dataset
 from mml_arrayapi.loss import sample_losses
 
 N, C = 700, 6
@@ -415,3 +416,13 @@ def test_the_functions_own_errors(arrays):
         mml.evaluate(scores, target, checkpoint="unused")
     with pytest.raises(mml.InputError, match="checkpoint must be a path that is not e"):
         mml.evaluate(scores, target, checkpoint=True)
+
+
+def test_a_file_that_is_removed_meanwhile(files, fails, monkeypatch):
+    def remove(self):
+        os.remove("x.npy")
+        check(self)
+
+    check = Dataset.check_versions
+    monkeypatch.setattr(Dataset, "check_versions", remove)
+    assert "x.npy: the file has changed since the evaluation began" in fails("x.npy", "y.npy")

@@ -63,6 +63,33 @@ def test_hive_partitions(arrays, files):
         mml.evaluate("hive", "y.npy")
 
 
+def test_a_null_partition(arrays, files, wanted):
+    for i, g in enumerate(("1", "__HIVE_DEFAULT_PARTITION__")):
+        os.makedirs(f"hive/g={g}")
+        half = slice(0, 350) if i == 0 else slice(350, N)
+        parquet(f"hive/g={g}/0.parquet", logits=list(arrays[0][half]), label=arrays[1][half])
+    assert mml.evaluate("hive", "hive") == wanted
+    with pytest.raises(mml.InputError, match="column 'g' has empty values"):
+        mml.evaluate("hive", "hive#g")
+
+
+@pytest.mark.parametrize("store", ["run.v1", "q.zarr/sub.group"])
+def test_remote_stores_with_dots_in_their_names(arrays, files, wanted, store):
+    zarr = pytest.importorskip("zarr")
+    url = f"memory://dots/{store}"
+    group = zarr.open_group(zarr.storage.FsspecStore.from_url(url), mode="w")
+    for name, array in zip("xy", arrays, strict=True):
+        group.create_array(name, data=array, fill_value=-1)
+    assert mml.evaluate(f"{url}#x", f"{url}/y") == wanted
+    assert mml.evaluate(f"{url}/x", f"{url}#y") == wanted
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe(files, fails):
+    os.mkfifo("p.npy")
+    assert "p.npy: is no regular file, but a pipe or a device; copy it" in fails("p.npy", "y.npy")
+
+
 def test_tensors_vectors_and_enums(arrays, files, wanted):
     pa = pytest.importorskip("pyarrow")
     scores, target = arrays

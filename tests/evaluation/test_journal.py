@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from mml_arrayapi.evaluation import run
 from mml_arrayapi.evaluation.journal import NAME
 
 
@@ -218,3 +220,28 @@ def test_a_journal_of_an_older_version_is_refused(files, fails):
     (files / "ck" / NAME).write_bytes(b"%08x %s\n" % (crc32(text), text))
     line = fails("x.npy", "y.npy", "--checkpoint", "ck")
     assert "journal.jsonl: the first line is damaged; remove the file, and evaluate" in line
+
+
+@pytest.mark.filterwarnings("ignore")  # of sessions that were never opened
+def test_a_remote_checkpoint_that_cannot_be_reached(files, fails, monkeypatch):
+    pytest.importorskip("s3fs")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{one.getsockname()[1]}"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{place}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for url in ("s3://bucket/ck", f"http://{place}/ck"):
+        line = fails("x.npy", "y.npy", "--checkpoint", url)
+        assert url in line
+        assert "cannot be written (" in line or "cannot be read (" in line
+
+
+def test_another_version_of_the_library(files, monkeypatch):
+    mml.evaluate("x.npy", "y.npy", checkpoint="ck")
+    monkeypatch.setattr(run, "__version__", "0.0.0")
+    with pytest.raises(
+        mml.InputError, match=r"was begun with mml_arrayapi \d.*but this run has 0.0.0"
+    ):
+        mml.evaluate("x.npy", "y.npy", checkpoint="ck")

@@ -84,10 +84,19 @@ def test_open_files(opened, wanted, where):
         (2, lambda b: b * 1j),
         (2, lambda b: b[:1]),
     ],
-    ids=(
-        "short long wide complex integer few-labels float-labels bool-labels objects "
-        "complex-weights one-weight"
-    ).split(),
+    ids=[
+        "short",
+        "long",
+        "wide",
+        "complex",
+        "integer",
+        "few-labels",
+        "float-labels",
+        "bool-labels",
+        "objects",
+        "complex-weights",
+        "one-weight",
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # of distributed
 def test_chunks_other_than_declared(arrays, which, change, scheduler):

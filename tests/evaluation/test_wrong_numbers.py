@@ -807,7 +807,7 @@ def test_patterns_beside_lists(folders, wanted):
         assert mml.evaluate(scores, "y.npy", chunk_size=50) == wanted
     in_order = ["a/y-0.npy", "a/y-1.npy"]
     with pytest.raises(
-        mml.InputError, match="x-cat.npy to x-dog.npy: .* not those of y-0.npy to y-1"
+        mml.InputError, match=r"x-cat.npy to x-dog.npy: .* not those of y-0.npy to y-1"
     ):
         mml.evaluate("a/x-*.npy", in_order)
 
@@ -863,8 +863,7 @@ def test_members_of_two_archives(arrays, files, wanted):
         mml.evaluate([names[0], names[0]], "y.npy")
 
     def rewrite(*_):
-        with zipfile.ZipFile("1.zip", "a") as archive:
-            archive.write("y.npy")
+        os.utime("1.zip")
 
     with pytest.raises(mml.InputError, match="the file has changed since"):
         mml.evaluate(names, "y.npy", progress=rewrite)
