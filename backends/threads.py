@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ENVIRONMENT = "MML_ARRAYAPI_NUM_THREADS"
+MOST = 1024
 
 
 def number_of_threads(library_setting: int | None = None) -> int:
@@ -22,9 +23,9 @@ def number_of_threads(library_setting: int | None = None) -> int:
     Returns
     -------
     int
-        The environment variable ``MML_ARRAYAPI_NUM_THREADS`` if it is set. Else the number of CPUs
-        that this process may run on, no more than its control group's quota of CPU time, and no
-        more than the library's setting or, where there is none, ``OMP_NUM_THREADS``.
+        The environment variable ``MML_ARRAYAPI_NUM_THREADS`` if it is set, 1024 at most. Else the
+        number of CPUs that this process may run on, no more than its control group's quota of CPU
+        time, and no more than the library's setting or, where there is none, ``OMP_NUM_THREADS``.
 
     Raises
     ------
@@ -41,7 +42,7 @@ def number_of_threads(library_setting: int | None = None) -> int:
     if text:
         if not text.strip().isdecimal() or int(text) < 1:
             raise ValueError(f"{ENVIRONMENT} must be a positive integer, but is {text!r}")
-        return int(text)
+        return min(int(text), MOST)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = (cpus, cpu_quota(), library_setting or _openmp_setting())
     return max(1, min(limit for limit in limits if limit is not None))

@@ -93,23 +93,32 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"mml-arrayapi conformance: error: {error}", file=sys.stderr)
         return BAD_INPUT
     runs = [_run(contexts, checks, expected) for contexts in libraries]
-    _write(arguments, runs)
+    if not _write(arguments, runs):
+        return BAD_INPUT
     results = [result for one in runs for result in one.results]
     failed = any(result.failed for result in results)
     nothing = not any(result.state == PASS for result in results)
     return FAILED if failed or nothing else OK
 
 
-def _write(arguments: argparse.Namespace, runs: list[Run]) -> None:
-    head = header()
+def _write(arguments: argparse.Namespace, runs: list[Run]) -> bool:
+    """Write the reports that were asked for; tell whether all could be."""
+    head, whole = header(), True
     for path, text in (
         (arguments.report, as_html(head, runs)),
         (arguments.json, json.dumps(as_json(head, runs), indent=1) + "\n"),
         (arguments.markdown, as_markdown(head, runs)),
     ):
-        if path is not None:
+        if path is None:
+            continue
+        try:
             path.write_text(text, "utf-8")
             print(f"written: {path}")
+        except OSError as error:
+            whole = False
+            why = error.strerror or str(error)
+            print(f"mml-arrayapi conformance: error: cannot write {path}: {why}", file=sys.stderr)
+    return whole
 
 
 def _checks(names: Sequence[str] | None) -> list[Check]:
@@ -161,7 +170,7 @@ def contexts_of(arguments: argparse.Namespace) -> list[list[Context]]:
     for name in names:
         try:
             first = Context(name, device=arguments.device)
-            kernels = [arguments.backend] if arguments.backend else _kernels(first)
+            kernels = _kernels(first, arguments.backend)
             # Another library to agree with computes by its own choice.
             others = [n for n in names if n != name]
             for kernel in kernels:
@@ -171,14 +180,30 @@ def contexts_of(arguments: argparse.Namespace) -> list[list[Context]]:
             raise ValueError(f"--xp {name}: cannot be imported: {error}") from None
         except ValueError as error:
             raise ValueError(f"--xp {name}: {error}") from None
+        except Exception as error:  # a module that is imported may raise anything
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"--xp {name}: cannot be imported, or makes no arrays: {why}"
+            ) from error
     return found
 
 
-def _kernels(context: Context) -> list[str]:
-    """Name the kernels that can run a usual problem, the generic code last."""
+def _kernels(context: Context, asked: str | None) -> list[str]:
+    """Name the kernels that can run a usual problem, the generic code last; or the one asked for.
+
+    Raises
+    ------
+    ValueError
+        That one is none of the library's.
+    """
     x, y = context.array(context.scores()), context.integers(context.targets())
+    known = [name for name, _ in context.kernel(x, y, check_target="nan").considered]
+    if asked is not None:
+        if asked not in known:
+            context.kernel(x, y, backend=asked, check_target="nan")
+        return [asked]
     found = []
-    for name, _ in context.kernel(x, y, check_target="nan").considered:
+    for name in known:
         try:
             context.kernel(x, y, backend=name, check_target="nan")
         except ValueError:  # it refuses; the report says why

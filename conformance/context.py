@@ -65,7 +65,7 @@ class Context:
     ImportError
         There is no such module.
     ValueError
-        It is no array API namespace, or has no such device.
+        It is no array API namespace, or has no such device; or no such dtype is checked.
 
     Examples
     --------
@@ -85,6 +85,8 @@ class Context:
         backend: str | None = None,
         other: Context | None = None,
     ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}")
         self.name = xp if isinstance(xp, str) else xp.__name__
         self.xp = namespace(xp)
         self.device = _device(self.xp, device)

@@ -68,9 +68,10 @@ def _listed(config: pytest.Config, option: str, cases: Iterable[str]) -> list[tu
     if path is None:
         return []
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise _Error(f"{option}: cannot read {path}: {error.strerror}") from None
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise _Error(f"{option}: cannot read {path}: {why}") from None
     found = []
     for number, line in enumerate(lines, start=1):
         name, _, reason = line.partition("#")

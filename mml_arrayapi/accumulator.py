@@ -295,7 +295,8 @@ def _together(losses: Array, target: Array, sample_weight: Array | None) -> list
 def _readable(sample_weight: Array) -> np.ndarray:
     shape_of("sample_weight", sample_weight)  # Dask's chunks may turn out to be masked
     try:
-        return to_numpy(sample_weight)[0]
+        xp = library_of("sample_weight", sample_weight).namespace
+        return to_numpy(at_least_float32(xp, sample_weight))[0]
     except Exception as error:
         raise TypeError(
             f"sample_weight must be an array that can be read, but is of type "

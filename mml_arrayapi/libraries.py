@@ -363,7 +363,8 @@ def like(values: np.ndarray, array: Array) -> Array:
         return values
     xp = library.namespace
     if library.widest(array)[1] == xp.float32:
-        values = values.astype(np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            values = values.astype(np.float32)
     return xp.asarray(values, device=library.device(array))
 
 

@@ -233,5 +233,6 @@ def sample_losses(input: Array, target: Array, **options: Any) -> Any:
 
 def at_least_float32(xp: Any, input: Array) -> Any:
     """Widen 16-bit scores, so that their losses are not rounded to 16 bits one by one."""
-    is_16_bit = str(input.dtype).rpartition(".")[2] in ("float16", "bfloat16")
+    name = getattr(input.dtype, "name", input.dtype)  # of NumPy's in whatever byte order
+    is_16_bit = str(name).rpartition(".")[2] in ("float16", "bfloat16")
     return xp.astype(input, xp.float32) if is_16_bit else input

@@ -18,6 +18,7 @@ libraries has loaded the kernels before (:func:`load`), since a trace can't ente
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -215,9 +216,8 @@ def check_name(name: str | None, source: str = "backend") -> None:
     if name is None:
         return
     if not isinstance(name, str):  # first: an array compared with a string is an array
-        raise TypeError(
-            f"{source} must be None or a kernel's name, but is {in_words(name)}; {_list()}"
-        )
+        accepted = "a kernel's name" if source == "use_backend" else "None or a kernel's name"
+        raise TypeError(f"{source} must be {accepted}, but is {in_words(name)}; {_list()}")
     if name != "generic":
         _library_of_kernel(name, source)
 
@@ -503,7 +503,7 @@ def load(library: str) -> tuple[Kernel, ...]:
             if (why := lazy.missing()) is not None:  # such as: no compiler built it
                 _keep(lazy.name, _unusable(lazy.name, library, why))
             else:
-                _loaded(lazy.name, lazy.name, library, lazy.load)
+                _loaded(lazy.name, lazy.name, library, partial(_uninterrupted, lazy.load))
         for plugin in _plugins():
             if _library(plugin) == library:
                 _loaded_plugin(plugin)
@@ -568,7 +568,10 @@ def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kern
             _keep(key, _unusable(entry, library, "is being loaded"))  # if it asks for itself
             try:
                 kernel, why = load(), None
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
+            except (KeyboardInterrupt, GeneratorExit):  # the next call tries again
+                _registry.loaded = {k: v for k, v in _registry.loaded.items() if k != key}
+                raise
+            except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
                 kernel, why = None, f"cannot be imported: {type(error).__name__}: {error}"
             why = why or _misfit(kernel, entry, library)
             if why is not None:
@@ -576,6 +579,21 @@ def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kern
                 kernel = _unusable(entry, library, why)
             _keep(key, kernel)
         return _registry.loaded[key]
+
+
+def _uninterrupted(load: Callable[[], Any]) -> Any:
+    """Load, and let Ctrl-C wait: PyTorch's operators can't be registered a second time."""
+    came: list[Any] = []
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        return load()
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        return load()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[0])
 
 
 def _keep(key: str, kernel: Any) -> None:

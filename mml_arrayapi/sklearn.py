@@ -81,6 +81,12 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
         ValueError
             A label is none of ``classes_``, or there is not one score for each class.
         """
+        shape = getattr(_innermost(estimator), "decision_function_shape", "ovr")
+        if shape != "ovr":  # of three classes there are three pairs
+            raise ValueError(
+                f"the estimator must have decision_function_shape='ovr', one score for each class, "
+                f"but has {shape!r}"
+            )
         scores = _plain("decision_function's result", estimator.decision_function(X))
         target = _encoded(_plain("y", y), estimator.classes_)
         if scores.ndim == 1:
@@ -100,6 +106,14 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
     __call__ = score
 
 
+def _innermost(estimator: Any) -> Any:
+    """Return the classifier at the end of pipelines, and the best one of a search."""
+    if hasattr(estimator, "best_estimator_"):
+        return _innermost(estimator.best_estimator_)
+    steps = getattr(estimator, "steps", None)
+    return _innermost(steps[-1][1]) if steps else estimator
+
+
 def _plain(name: str, values: Any) -> Array:
     """Return what NumPy makes of an array-like, unless it is masked: np.asarray drops the mask."""
     array = np.asanyarray(values)
@@ -109,11 +123,21 @@ def _plain(name: str, values: Any) -> Array:
 
 def _encoded(y: Array, classes: Array) -> Array:
     """Return the positions of labels in ``classes``, which are sorted."""
-    place = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
+    try:
+        place = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
+    except TypeError as error:  # None, or text beside numbers
+        raise ValueError(
+            f"y must hold labels such as the estimator's classes ({_shown(classes)}), but has some "
+            f"that cannot be compared with them: {error}"
+        ) from error
     strange = classes[place] != y
     if strange.any():
         raise ValueError(
             f"y holds the label {y[strange][0]!r}, which is none of the estimator's classes: "
-            f"{', '.join(map(repr, classes.tolist()))}"
+            f"{_shown(classes)}"
         )
     return place
+
+
+def _shown(classes: Array) -> str:
+    return ", ".join(map(repr, classes.tolist()))

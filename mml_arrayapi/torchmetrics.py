@@ -5,6 +5,7 @@ Importing this module imports torchmetrics and PyTorch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
@@ -124,13 +125,28 @@ class MultiMarginLoss(Metric):  # type: ignore[misc]  # its base is Any to the t
         return _to_tensor(merged).to(states.device)
 
     def _from_tensor(self, totals: torch.Tensor) -> LossAccumulator:
-        text = bytes(totals.to("cpu", torch.uint8).tolist())
-        return LossAccumulator.from_state({**self._empty.state(), **json.loads(text)})
+        state = json.loads(bytes(totals.to("cpu", torch.uint8).tolist()))
+        own = self._empty.state()
+        if state.pop("parameters") != _digest(own):
+            raise ValueError(
+                "the state is that of a metric with another p, margin, weight or ignore_index; "
+                f"this one is {self._empty!r}"
+            )
+        return LossAccumulator.from_state({**own, **state})
 
 
 def _to_tensor(accumulator: LossAccumulator) -> torch.Tensor:
-    """Return the sums of an accumulator as bytes of JSON, filled up with spaces."""
+    """Return the sums of an accumulator as bytes of JSON, filled up with spaces.
+
+    With them goes what tells metrics of other parameters apart: a MetricCollection makes one of
+    all whose states are equal after the first batch.
+    """
     state = accumulator.state()
     sums = {name: state[name] for name in ("sum", "sample_weights")}
-    text = json.dumps(sums).encode().ljust(SIZE)
+    text = json.dumps({"parameters": _digest(state), **sums}).encode().ljust(SIZE)
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).clone()
+
+
+def _digest(state: dict[str, Any]) -> str:
+    parameters = [state[name] for name in ("p", "margin", "weight", "ignore_index")]
+    return hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:32]

@@ -420,7 +420,8 @@ def _is_of_kind(library: Library, array: Array, kind: str) -> bool:
     xp = library.namespace
     dtype = getattr(array, "dtype", None)
     try:
-        if library.kinds.get(dtype) == kind or (kind == REAL and str(dtype) == "bfloat16"):
+        name = getattr(dtype, "name", None)  # in whatever byte order
+        if library.kinds.get(dtype) == kind or (kind == REAL and name == "bfloat16"):
             return True  # the latter is a dtype that ml_dtypes adds to NumPy
         return xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
     except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
@@ -548,7 +549,8 @@ def _static(argument: str, value: object) -> str:
     """Say how a number that JAX traces, or holds in an array, can be given as one."""
     if not type(value).__module__.startswith("jax"):
         return ""
-    return f"; under jax.jit name it in static_argnames=({argument!r},), else call float()"
+    convert = "int()" if argument == "ignore_index" else "float()"
+    return f"; under jax.jit name it in static_argnames=({argument!r},), else call {convert}"
 
 
 def in_words(value: object) -> str:

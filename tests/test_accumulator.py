@@ -553,3 +553,20 @@ def test_subclasses_stay_themselves():
     ):
         assert type(other) is Named
         assert other.compute() == made.compute()
+
+
+def test_sample_weights_of_16_bits():
+    torch = pytest.importorskip("torch")
+    scores, target = (torch.from_numpy(array) for array in batch(5))
+    for dtype in (torch.bfloat16, torch.float16):
+        made = LossAccumulator()
+        made.update(scores, target, torch.full((5,), 0.5, dtype=dtype))
+        assert made.compute() == pytest.approx(sample_losses(scores, target).double().mean().item())
+
+
+def test_weights_beyond_float32_are_infinite_there():
+    jnp = pytest.importorskip("jax.numpy")
+    made = LossAccumulator(weight=np.array([1.0, 1e300]))
+    with np.errstate(all="raise"):
+        made.update(jnp.zeros((1, 2)), jnp.array([1]))
+    assert made.compute() == math.inf

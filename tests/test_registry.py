@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -429,11 +430,11 @@ def test_names_that_are_no_strings(function, name):
     kind = type(name).__name__
     with pytest.raises(TypeError) as error:
         function(X, T, backend=name)
-    message = f"must be None or a kernel's name, but is {name!r} of type {kind}; known kernels are "
-    assert str(error.value) == f"backend {message}generic"
+    message = f"a kernel's name, but is {name!r} of type {kind}; known kernels are generic"
+    assert str(error.value) == f"backend must be None or {message}"
     with pytest.raises(TypeError) as error:
         use_backend(name)
-    assert str(error.value) == f"use_backend {message}generic"
+    assert str(error.value) == f"use_backend must be {message}"
 
 
 @pytest.mark.usefixtures("empty")
@@ -544,6 +545,7 @@ FAILURES = {
     "SystemExit": "raise SystemExit('this machine is not licensed')",
     "RuntimeError": "raise RuntimeError",
     "SyntaxError": "this is no Python",
+    "PanicException": "class PanicException(BaseException): pass\nraise PanicException",
     "AttributeError": "KERNELS = 1",
 }
 
@@ -736,3 +738,55 @@ def test_a_refusal_without_words_is_one(reason, shown):
         told = explain(X, T)
     assert dict(told.considered)["speechless"] == shown
     assert told.kernel != "speechless"
+
+
+def test_an_interrupted_plugin_is_loaded_by_the_next_call(plugins, module):
+    source = """
+import sys
+if not hasattr(sys, "was_interrupted"):
+    sys.was_interrupted = True
+    raise KeyboardInterrupt
+""" + GOOD.format(name="mine")
+    plugins(numpy=f"{module('interrupted_plugin', source)}:KERNEL", numpy__b="math:pi")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            multi_margin_loss(X, T)
+    finally:
+        del sys.was_interrupted
+    sys.was_interrupted = True
+    try:
+        assert names() == ["mine", "numpy.b", "generic"]
+        assert multi_margin_loss(X, T) == 7
+    finally:
+        del sys.was_interrupted
+
+
+INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1] and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+import torch, mml_arrayapi as mml
+x, y = torch.zeros(2, 3), torch.tensor([0, 1])
+try:
+    mml.multi_margin_loss(x, y)
+except KeyboardInterrupt:
+    print("interrupted")
+mml.multi_margin_loss(x, y)
+print(mml.explain(x, y).considered[0])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signal to send to itself")
+@pytest.mark.parametrize("name", ["", ".autograd", ".cpu"])
+def test_ctrl_c_while_the_kernels_load_disables_none(name):
+    pytest.importorskip("torch")
+    module = f"mml_arrayapi.backends.pytorch{name}"
+    made = run_python(INTERRUPTED.replace("sys.argv[1]", repr(module))).splitlines()
+    assert made[0] == "interrupted"
+    (status,) = (b for b in list_backends() if b.name == "torch-cpu")
+    assert made[1] == str(("torch-cpu", None if status.available else status.reason))

@@ -132,10 +132,13 @@ def test_a_label_that_is_no_class():
 
 
 def test_scores_of_pairs_of_classes_are_refused():
+    class Pairs(RidgeClassifier):
+        def decision_function(self, X):
+            return np.zeros((len(X), 6))
+
     labels = np.arange(150) % 4
-    estimator = SVC(decision_function_shape="ovo").fit(X, labels)
     with pytest.raises(ValueError, match=r"each of the 4 classes, but gives 6 .*ovr"):
-        MultiMarginScorer()(estimator, X, labels)
+        MultiMarginScorer()(Pairs().fit(X, labels), X, labels)
 
 
 def test_bad_parameters():
@@ -147,3 +150,20 @@ def test_bad_parameters():
 def test_it_is_cloned_and_shown_like_an_estimator():
     copy = clone(MultiMarginScorer(p=2, margin=0.5))
     assert repr(copy) == "MultiMarginScorer(margin=0.5, p=2)"
+
+
+@pytest.mark.parametrize("within", ["itself", "pipeline", "search"])
+def test_three_pairs_are_not_three_classes(within):
+    estimator = SVC(decision_function_shape="ovo")
+    if within != "itself":
+        estimator = make_pipeline(StandardScaler(), estimator)
+    if within == "search":
+        estimator = GridSearchCV(estimator, {"svc__C": [1.0]}, cv=2)
+    with pytest.raises(ValueError, match=r"must have decision_function_shape='ovr'.* has 'ovo'"):
+        MultiMarginScorer()(estimator.fit(X, Y), X, Y)
+
+
+def test_labels_that_cannot_be_compared():
+    estimator = RidgeClassifier().fit(X, NAMES[Y])
+    with pytest.raises(ValueError, match=r"'setosa', .* cannot be compared"):
+        MultiMarginScorer()(estimator, X, np.full(150, None))

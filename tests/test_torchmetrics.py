@@ -161,3 +161,38 @@ def test_processes_are_synchronised_exactly(batches):
     want = accumulated(batches)
     assert losses == (want.compute(),) * 2
     assert sorted(counts) == [4, 17]  # each goes on with its own
+
+
+def test_metrics_of_a_collection_stay_apart():
+    from torchmetrics import MetricCollection
+
+    given = {
+        "plain": {},
+        "p": {"p": 2},
+        "margin": {"margin": 0.5},
+        "weight": {"weight": torch.tensor([1.0, 5.0, 1.0])},
+        "ignored": {"ignore_index": 1},
+        "sum": {"reduction": "sum"},
+    }
+    collection = MetricCollection({name: MultiMarginLoss(**words) for name, words in given.items()})
+    alone = {name: MultiMarginLoss(**words) for name, words in given.items()}
+    batches = [  # the loss of the first is 0 for all
+        (torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([0])),
+        (torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]]), torch.tensor([1, 0])),
+    ]
+    for metric in (collection, *alone.values()):
+        for batch in batches:
+            metric.update(*batch)
+    assert collection.compute() == {name: metric.compute() for name, metric in alone.items()}
+
+
+def test_a_state_belongs_to_its_parameters():
+    one, other = MultiMarginLoss(), MultiMarginLoss(p=2)
+    for metric in (one, other):
+        metric.persistent(True)
+        metric.update(torch.zeros(1, 3), torch.tensor([0]))
+    with pytest.raises(ValueError, match="state is that of a metric with another p"):
+        one.merge_state(other)
+    one.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"this one is <LossAccumulator\(p=1.0"):
+        one.compute()

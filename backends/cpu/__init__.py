@@ -16,6 +16,8 @@ from typing import Any
 from mml_arrayapi.backends import threads
 
 ENVIRONMENT = "MML_ARRAYAPI_CPU_KERNELS"
+MAX_DIMS = 16
+MAX_CLASSES = 2**31 - 65  # places in a row are 32 bits wide
 BUILDS = ("baseline", "x86_64_v3")
 
 _HERE = Path(__file__).parent
@@ -78,6 +80,15 @@ def _stale(module: Any) -> str | None:
 native, _reason = _load()
 if native is not None:
     native.set_limit(threads.number_of_threads)
+
+
+def too_large(shape: tuple[int, ...], axis: int) -> str | None:
+    """Tell why no kernel takes an input of such a shape, or None."""
+    if len(shape) > MAX_DIMS:
+        return f"input has {len(shape)} axes, the kernel takes {MAX_DIMS}"
+    if shape[axis] > MAX_CLASSES:
+        return f"input has {shape[axis]} classes, the kernel takes {MAX_CLASSES}"
+    return None
 
 
 def reason() -> str | None:

@@ -115,6 +115,8 @@ class Array {
         Object name(PyObject_GetAttrString(dtype.p, "name"));
         if (!name.p || !PyUnicode_Check(name.p) || PyUnicode_CompareWithASCIIString(name.p, "bfloat16"))
             return false;
+        Object native(PyObject_GetAttrString(dtype.p, "isnative"));
+        if (native.p != Py_True) return false;
         owner.set(PyObject_CallMethod(x, "view", "s", "uint16"));
         if (!owner.p || PyObject_GetBuffer(owner.p, &view, PyBUF_FULL_RO)) return false;
         has_view = true;

@@ -28,7 +28,7 @@ def refuses(problem: Problem) -> str | None:
             return f"{name} is not in this machine's byte order"
         if name != "target" and array.dtype.name not in DTYPES:
             return f"{name} has dtype {array.dtype}, not {', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
-    return None
+    return cpu.too_large(problem.input.shape, problem.axis)
 
 
 def loss(problem: Problem) -> Any:

@@ -92,14 +92,14 @@ def match_rows(problem: Problem, array: Any, name: str = "target") -> da.Array:
     """
     rows = tuple(problem.input.chunks[i] for i in batch_axes(problem))
     known = not any(math.isnan(n) for chunks in rows for n in chunks)
-    if isinstance(array, np.ndarray):
+    if isinstance(array, (np.ndarray, np.generic)):
         if not known and math.prod(map(len, rows)) > 1:
             raise ValueError(
                 f"{name} must be a Dask array where input has chunks of unknown size, but is a "
                 "NumPy array; call input.compute_chunk_sizes() first"
             )
         # Never in one chunk beside many: the generic mask would be as large as all scores.
-        return da.from_array(array, chunks=rows if known else -1)
+        return da.from_array(np.asarray(array), chunks=rows if known else -1)
     if array.chunks == rows:
         return array
     if known and not unknown(array):
@@ -119,8 +119,8 @@ def in_one_chunk(array: Any) -> da.Array:
     Dask would fuse what makes the chunk with every task that takes it. It fuses nothing with what
     is summed over (here one block), nor with slices.
     """
-    if isinstance(array, np.ndarray):
-        return da.from_array(array, chunks=-1)
+    if isinstance(array, (np.ndarray, np.generic)):
+        return da.from_array(np.asarray(array), chunks=-1)
     ndim = array.ndim
     return da.blockwise(
         _only if ndim else _only_number,

@@ -13,7 +13,6 @@ from mml_arrayapi.backends.pytorch.state import PLAIN
 from mml_arrayapi.kernel import Options, Problem
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_DIMS = 16
 
 native = cpu.native
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10
@@ -27,9 +26,7 @@ def refuses(problem: Problem) -> str | None:
         return cpu.reason()
     if problem.input.dtype not in DTYPES:
         return f"input has dtype {problem.input.dtype}, not float16, bfloat16, float32 or float64"
-    if problem.input.ndim > MAX_DIMS:
-        return f"input has {problem.input.ndim} axes, the kernel takes {MAX_DIMS}"
-    return None
+    return cpu.too_large(problem.input.shape, problem.axis)
 
 
 def loss(

@@ -174,9 +174,12 @@ def _followed(problem: Problem) -> bool:
 
 def loss(problem: Problem) -> Tensor:
     """Compute the loss, followed by autograd and every transform of PyTorch."""
-    # PyTorch differentiates no Function's jvp in forward mode once more.
-    if _followed(problem) and state.forward_levels() < 2:
-        function = _Compiled if torch.compiler.is_compiling() else _Loss
+    # PyTorch differentiates no Function's jvp in forward mode once more, and torch.jit.trace saves
+    # no Function.
+    compiling = torch.compiler.is_compiling()
+    simply = not compiling and state.is_tracing()
+    if _followed(problem) and state.forward_levels() < 2 and not simply:
+        function = _Compiled if compiling else _Loss
         tensors = problem.input, problem.target, problem.weight
         return function.apply(*tensors, _Call(problem))
     return formula.loss(problem)

@@ -31,7 +31,7 @@ is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_is_tracing = torch._C._is_tracing
+is_tracing = torch._C._is_tracing
 
 #: Within it, a :class:`SingleLevelFunction` derives one level of torch.func, as an operator's
 #: Autograd kernel is asked to do.
@@ -63,7 +63,7 @@ def ordinary() -> bool:
         or forward_ad._current_level >= 0
         or _dispatch_modes()
         or (_function_modes() and not _only_device_contexts())
-        or _is_tracing()
+        or is_tracing()
     )
 
 
@@ -132,7 +132,7 @@ def why_generic() -> str | None:
         return None
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active, which the generic implementation follows"
-    if _is_tracing():
+    if is_tracing():
         return "torch.jit.trace is active, which records the generic implementation"
     return None
 
@@ -144,7 +144,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 def value_access(tensor: torch.Tensor) -> str:
     """Tell whether a tensor's values can be read: "host", "device" or "traced"."""
-    if torch.compiler.is_compiling() or _is_tracing():
+    if torch.compiler.is_compiling() or is_tracing():
         return TRACED
     tensor = _within_grad(tensor)
     if tensor.device.type == "meta" or _holds_others(tensor):

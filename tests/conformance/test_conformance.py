@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -170,6 +171,12 @@ def test_expected_failures(capsys):
             "--check: no check is named 'nonsense'; known are",
         ),
         (("--xp", "numpy", "--expect", "nonsense"), "--expect: 'nonsense' is not CHECK=REASON"),
+        (("--xp", "numpy", "--backend", "nonsense"), "--xp numpy: backend: no kernel is named"),
+        (
+            ("--xp", "numpy", "--backend", "torch-cpu"),
+            "takes arrays of torch, but input is of numpy",
+        ),
+        (("--xp", ".numpy"), "--xp .numpy: cannot be imported, or makes no arrays: TypeError"),
         (("--xp", "numpy", "--expect", "nonsense=x"), "no check is named 'nonsense'"),
         (
             ("--xp", "numpy", "--json", "/no/such/folder/x.json"),
@@ -268,3 +275,20 @@ print(capabilities([Context("numpy")])["kernels"])
     assert done.returncode == 0, done.stderr
     assert "'runs': 'generic'" in done.stdout
     assert "no compiled kernels" in done.stdout or "are not built" in done.stdout
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="there is no device that is always full"
+)
+def test_a_report_that_cannot_be_written(tmp_path, capsys):
+    stored = tmp_path / "r.json"
+    words = ("--xp", "numpy", "--check", "float64 reference agrees", *QUICK)
+    assert command(*words, "--report", "/dev/full", "--json", str(stored)) == 2
+    assert "error: cannot write /dev/full: No space left on device" in capsys.readouterr().err
+    assert json.loads(stored.read_text())
+
+
+@pytest.mark.parametrize("dtype", ["flaot32", "int64", None])
+def test_only_real_floating_dtypes_are_checked(dtype):
+    with pytest.raises(ValueError, match=f"dtype must be one of float32, .*, but is {dtype!r}"):
+        Context("numpy", dtype=dtype)

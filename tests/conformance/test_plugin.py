@@ -105,11 +105,25 @@ def test_skips(session, tmp_path):
         (("--mml-device", "moon"), "array_api_strict", "no device 'moon'; there are: "),
         (("--mml-xfail", "missing"), BROKEN, "--mml-xfail: cannot read missing: No such file"),
         (("--mml-skip", "wrong"), BROKEN, "--mml-skip: wrong, line 1: no test is named 'nonsense'"),
+        (("--mml-skip", "utf16"), BROKEN, "--mml-skip: cannot read utf16: 'utf-8' codec can't"),
+        ((), "raises", "--mml-xp raises: cannot be imported, or makes no arrays: RuntimeError: no"),
     ],
-    ids=["no library", "not installed", "no namespace", "no device", "no file", "no such check"],
+    ids=[
+        "no library",
+        "not installed",
+        "no namespace",
+        "no device",
+        "no file",
+        "no such check",
+        "utf-16",
+        "raises",
+    ],
 )
 def test_bad_options_are_errors_in_words(session, pytester, words, xp, message):
-    (pytester.path / "wrong").write_text("nonsense # really\n")
+    (pytester.path / "wrong").write_text("nonsense # really\n", "utf-8-sig")
+    (pytester.path / "utf16").write_text("nonsense # really\n", "utf-16")
+    (pytester.path / "raises.py").write_text("raise RuntimeError('no')\n")
+    pytester.syspathinsert()
     result = session(*words, xp=xp)
     assert result.ret == pytest.ExitCode.INTERRUPTED
     assert message in result.stdout.str()

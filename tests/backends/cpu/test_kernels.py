@@ -8,6 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+import mml_arrayapi as mml
+
 from .conftest import in_float64, options
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -462,3 +464,40 @@ def test_what_is_declined(native):
         assert native.loss(x, y, w, options(), None, bits) is None
     with pytest.raises(TypeError, match="positional arguments"):
         native.loss(x, y)
+
+
+def test_bfloat16_in_the_other_byte_order():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    swapped = np.dtype(ml_dtypes.bfloat16).newbyteorder()
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((4, 5)).astype(ml_dtypes.bfloat16), np.arange(4)
+    w, g = np.arange(1, 6).astype(x.dtype), np.asarray(2, x.dtype)
+    for words, others in (({}, {}), ({"weight": w}, {"weight": w.astype(swapped)})):
+        for backend in (None, "generic"):
+            want = mml.multi_margin_loss(x, y, backend=backend, **words)
+            assert mml.multi_margin_loss(x.astype(swapped), y, backend=backend, **others) == want
+    want = mml.multi_margin_loss_and_grad(x, y, grad_output=g)
+    for one in (x, x.astype(swapped)):
+        got = mml.multi_margin_loss_and_grad(one, y, grad_output=g.astype(swapped))
+        assert got[0] == want[0]
+        assert (got[1] == want[1]).all()
+    accumulators = mml.LossAccumulator(), mml.LossAccumulator()
+    for made, one in zip(accumulators, (x, x.astype(swapped)), strict=True):
+        made.update(one, y)
+    assert accumulators[0].compute() == accumulators[1].compute()
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((1,) * 16 + (3,), "input has 17 axes, the kernel takes 16"),
+        ((0, 2**31), "input has 2147483648 classes, the kernel takes 2147483583"),
+    ],
+    ids=["axes", "classes"],
+)
+def test_what_is_too_large_is_left_to_the_formula(shape, reason):
+    x, y = np.broadcast_to(np.float32(0), shape), np.zeros(shape[:-1], int)
+    assert mml.explain(x, y).considered[0] == ("numpy-cpu", reason)
+    assert mml.multi_margin_loss(x, y, reduction="sum") == pytest.approx(2 / 3 if x.size else 0)
+    with pytest.raises(ValueError, match=reason):
+        mml.multi_margin_loss(x, y, backend="numpy-cpu")

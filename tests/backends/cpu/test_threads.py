@@ -251,6 +251,8 @@ def test_number_of_threads(monkeypatch):
         assert threads.number_of_threads() == allowed
     monkeypatch.setenv(threads.ENVIRONMENT, "3")
     assert threads.number_of_threads(1) == 3
+    monkeypatch.setenv(threads.ENVIRONMENT, "9" * 30)
+    assert threads.number_of_threads(1) == 1024
     for wrong in ("0", "-1", "two", "1.5"):
         monkeypatch.setenv(threads.ENVIRONMENT, wrong)
         with pytest.raises(ValueError, match=f"MML_ARRAYAPI_NUM_THREADS .* but is '{wrong}'"):

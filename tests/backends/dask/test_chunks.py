@@ -352,3 +352,13 @@ def test_nothing_is_seen_on_ordinary_scores(cut, dtype, p):
         with np.errstate(all="raise"):
             for result in mml.multi_margin_loss_and_grad(x, y, **options):
                 result.compute(scheduler="synchronous")
+
+
+def test_scalars_of_numpy_beside_dask():
+    x, scores = da.zeros(3), RNG.standard_normal((4, 3))
+    assert mml.multi_margin_loss(x, np.arange(3)[1]).compute() == pytest.approx(2 / 3)
+    whole = mml.multi_margin_loss_and_grad(scores, np.arange(4) % 3, grad_output=np.float64(2))[1]
+    parts = mml.multi_margin_loss_and_grad(
+        da.from_array(scores), np.arange(4) % 3, grad_output=np.float64(2)
+    )[1]
+    np.testing.assert_array_equal(parts.compute(), whole)

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -352,3 +353,33 @@ def test_tensors_of_compilers_are_recorded():
         functional = FunctionalTensor.to_functional(torch.ones(2))
         assert state.why_not_kernel("input", functional, "cpu") is None
         assert state.value_access(functional) == "traced"
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_trainable_model_is_traced_and_saved(tmp_path, reduction):
+    from mml_arrayapi.pytorch import MultiMarginLoss
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.loss = torch.nn.Linear(5, 5), MultiMarginLoss(reduction=reduction)
+
+        def forward(self, x, y):
+            return self.loss(self.layer(x), y)
+
+    x, y, net = torch.randn(4, 5), torch.randint(5, (4,)), Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # PyTorch's of torch.jit, and of sizes that become constants
+        traced = torch.jit.trace(net, (x, y))
+        torch.jit.save(traced, tmp_path / "net.pt")
+        loaded = torch.jit.load(tmp_path / "net.pt")
+    for made in (net, traced, loaded):
+        made.zero_grad()
+        made(x * 2, y).sum().backward()
+    for one, *others in zip(
+        net.parameters(), traced.parameters(), loaded.parameters(), strict=True
+    ):
+        for other in others:
+            torch.testing.assert_close(other.grad, one.grad)
