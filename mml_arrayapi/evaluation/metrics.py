@@ -388,13 +388,15 @@ def _worst(
     rows = rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
     made = []
     for row in rows.tolist():
-        left, c = scores[row], int(target[row])
-        score, shown, classes = float(left[c]), [], np.arange(len(left))
-        for _ in range(min(SHOWN_SCORES, len(left))):
+        left, c = scores[row].copy(), int(target[row])
+        score, shown = float(left[c]), dict[int, float]()
+        while len(shown) < min(SHOWN_SCORES, len(left)):
             best = int(np.argmax(left))
-            shown.append((int(classes[best]), float(left[best])))
-            left, classes = np.delete(left, best), np.delete(classes, best)
-        made.append(Sample(-float(losses[row]), int(places[row]), c, score, tuple(shown)))
+            if best in shown:  # all others are minus infinity too
+                best = next(k for k in range(len(left)) if k not in shown)
+            shown[best] = float(left[best])
+            left[best] = -math.inf
+        made.append(Sample(-float(losses[row]), int(places[row]), c, score, (*shown.items(),)))
     return made
 
 
@@ -468,7 +470,9 @@ def _others_by_row(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]
         others[rows, target] = -math.inf
         rival = others.argmax(axis=1)
         return tile[rows, target], others[rows, rival], rival
-    rival = np.asarray([_highest_other(*one) for one in zip(tile, target.tolist(), strict=True)])
+    rival = tile.argmax(axis=1)
+    for row in np.flatnonzero(rival == target).tolist():
+        rival[row] = _highest_other(tile[row], int(target[row]))
     return tile[rows, target], tile[rows, rival], rival
 
 
