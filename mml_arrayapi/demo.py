@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import statistics
 import sys
 import time
@@ -212,7 +213,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     command = ["evaluate", str(logits), str(targets), "--p", str(P)]
     print(f"\nThe held-out images' scores are in {logits}. Evaluating them:")
-    print(f"$ mml-arrayapi {' '.join(command)}\n", flush=True)
+    print(f"$ mml-arrayapi {shlex.join(command)}\n", flush=True)
     print(evaluate(str(logits), str(targets), p=P))
     return 0
 

@@ -92,7 +92,9 @@ class MultiMarginLoss(Metric):  # type: ignore[misc]  # its base is Any to the t
             A factor for each sample's loss, finite and not negative.
         """
         accumulator = self._from_tensor(self.totals)
-        accumulator.update(input.detach(), target, sample_weight)
+        if isinstance(input, torch.Tensor):  # else the accumulator says what is accepted
+            input = input.detach()
+        accumulator.update(input, target, sample_weight)
         self.totals = _to_tensor(accumulator).to(self.totals.device)
 
     def compute(self) -> torch.Tensor:
