@@ -175,8 +175,8 @@ def test_all_workers_hang(folder, client, wanted, tmp_path):
 
     address = client.scheduler.address
     try:
-        with pytest.raises(mml.WorkerError, match="no batch has been finished for 1 s, and no wor"):
-            run(folder, address, timeout=1, progress=at(5, stop), checkpoint=tmp_path)
+        with pytest.raises(mml.WorkerError, match="no batch has been finished for 3 s, and no wor"):
+            run(folder, address, timeout=3, progress=at(5, stop), checkpoint=tmp_path)
     finally:
         for victim in victims:
             os.kill(victim, signal.SIGCONT)
