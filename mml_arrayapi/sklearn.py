@@ -82,7 +82,7 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
             A label is none of ``classes_``, or there is not one score for each class.
         """
         shape = getattr(_innermost(estimator), "decision_function_shape", "ovr")
-        if shape != "ovr":  # of three classes there are three pairs
+        if shape != "ovr" and len(estimator.classes_) > 2:  # of three there are three pairs
             raise ValueError(
                 f"the estimator must have decision_function_shape='ovr', one score for each class, "
                 f"but has {shape!r}"
@@ -107,9 +107,10 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
 
 
 def _innermost(estimator: Any) -> Any:
-    """Return the classifier at the end of pipelines, and the best one of a search."""
-    if hasattr(estimator, "best_estimator_"):
-        return _innermost(estimator.best_estimator_)
+    """Return the classifier at the end of pipelines, within searches and other meta-estimators."""
+    for name in ("best_estimator_", "estimator_"):
+        if hasattr(estimator, name):
+            return _innermost(getattr(estimator, name))
     steps = getattr(estimator, "steps", None)
     return _innermost(steps[-1][1]) if steps else estimator
 

@@ -8,6 +8,7 @@ import pytest
 sklearn = pytest.importorskip("sklearn")
 from sklearn.base import clone
 from sklearn.datasets import load_iris
+from sklearn.feature_selection import RFE
 from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import hinge_loss
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score, cross_validate
@@ -167,3 +168,18 @@ def test_labels_that_cannot_be_compared():
     estimator = RidgeClassifier().fit(X, NAMES[Y])
     with pytest.raises(ValueError, match=r"'setosa', .* cannot be compared"):
         MultiMarginScorer()(estimator, X, np.full(150, None))
+
+
+def test_pairs_of_two_classes_are_one_score():
+    few = Y < 2
+    estimator = SVC(decision_function_shape="ovo").fit(X[few], Y[few])
+    other = SVC(decision_function_shape="ovr").fit(X[few], Y[few])
+    assert MultiMarginScorer()(estimator, X[few], Y[few]) == MultiMarginScorer()(
+        other, X[few], Y[few]
+    )
+
+
+def test_pairs_within_a_meta_estimator():
+    estimator = RFE(SVC(kernel="linear", decision_function_shape="ovo")).fit(X, Y)
+    with pytest.raises(ValueError, match=r"must have decision_function_shape='ovr'"):
+        MultiMarginScorer()(estimator, X, Y)

@@ -218,7 +218,7 @@ def check_factors(name: str, array: Array, shape: tuple[int, ...]) -> None:
             f"{name} must have chunks that fit those of input, but one has shape "
             f"{tuple(array.shape)} instead of {shape}"
         )
-    if np.dtype(array.dtype).kind != "f":
+    if np.dtype(array.dtype).kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(
             f"{name} must have a real floating dtype, but a chunk of it has dtype {array.dtype}"
         )

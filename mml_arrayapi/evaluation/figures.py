@@ -197,6 +197,8 @@ class Evaluation:
         while far and left >= 0:
             reach, count = far.pop()
             left -= count
+        if reach <= 2.0**-900:  # ties only
+            return 1.0
         return 2.0 ** math.ceil(math.log2(min(max(reach, 2.0**-900), 2.0**900) * 2 / BARS))
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from uuid import uuid4
 from mml_arrayapi.evaluation.errors import InputError, one_line, require
 
 ZARR_MARKERS = ("zarr.json", ".zarray", ".zgroup")
+CACHES = ("simplecache", "filecache", "blockcache")
 VOLATILE = ("name", "ino", "nlink", "mode", "uid", "gid", "islink")  # of what fsspec tells
 
 
@@ -39,6 +40,8 @@ class File:
         The folder in which a pattern found it (hive partitions are named below), or nothing.
     archive : str
         What follows the first ``::`` of a chained URL, such as the archive that the file is in.
+    pattern : str
+        The pattern, or the folder, by which it was found, as it was given; or nothing.
     """
 
     filesystem: Any
@@ -48,6 +51,7 @@ class File:
     store: bool = False
     root: str = ""
     archive: str = ""
+    pattern: str = ""
 
     @property
     def where(self) -> str:
@@ -57,16 +61,23 @@ class File:
         place += f"::{self.archive}" if self.archive else ""
         return f"{place}#{self.item}" if self.item else place
 
-    def identity(self, columns: tuple[str, ...]) -> tuple[Any, ...]:
-        """Return what names of the same have in common: links, and ways to write an item."""
-        item = str(columns) if columns else posixpath.normpath("/" + self.item.strip("/"))
+    def identity(self, columns: tuple[str, ...]) -> tuple[Any, str]:
+        """Return what names of the same have in common, and what of the file is meant.
+
+        Links, and ways to write an item, make no difference.
+        """
+        item = posixpath.normpath("/" + self.item.strip("/")).strip("/")
+        item = str(columns) if columns else item
         if self.filesystem is not None:
             place = replace(self, item="").where.rstrip("/")
-            return (place + item.rstrip("/"),) if self.store else (place, item)
+        elif self.store:
+            place = os.path.realpath(self.path)
+        else:
+            status = os.stat(self.path)
+            return (status.st_dev, status.st_ino), item
         if self.store:
-            return (os.path.realpath(self.path + item),)
-        status = os.stat(self.path)
-        return status.st_dev, status.st_ino, item
+            return f"{place}/{item}".rstrip("/"), ""
+        return place, item
 
     @property
     def plain_name(self) -> str:
@@ -153,18 +164,22 @@ def find(given: str) -> list[File]:
     """
     if not given:
         raise InputError("'': the path is empty; give that of a file")
-    try:
-        for path, item in _splits(given):
+    failures = []
+    for path, item in _splits(given):
+        try:
             found, why = _expand(_file(path, item, given))
             if found:
                 fs = _seekable(found[0])
                 return [replace(one, filesystem=fs) for one in found]
-    except InputError:
-        raise
-    except Exception as error:  # of a file system: no network, no permission ...
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001  (no network, no permission, no such archive ...)
+            failures.append(error)
+    if failures:
         raise InputError(
-            f"{given}: cannot be found ({one_line(error)}); check the path, and your access to it"
-        ) from error
+            f"{given}: cannot be found ({one_line(failures[0])}); check the path, and your access "
+            "to it"
+        ) from failures[0]
     raise InputError(f"{given}: {why}; check the path")
 
 
@@ -181,15 +196,17 @@ def _file(path: str, item: str, name: str) -> File:
         return File(None, os.path.abspath(path), item, name)
     core = require("fsspec.core", name)
     try:
-        fs, inner = core.url_to_fs(path)
+        # Else a cache of an earlier evaluation would be taken, whatever has changed since.
+        caches = [one for one in path.split("::")[:-1] if one in CACHES]
+        fs, inner = core.url_to_fs(path, **{one: {"skip_instance_cache": True} for one in caches})
     except (ImportError, ValueError) as error:  # no package for it; no such protocol
         raise InputError(f"{name}: {one_line(error)}") from error
     if getattr(fs, "protocol", "") in ("file", ("file", "local")):
         return File(None, inner, item, name)
     fs.invalidate_cache()  # files may have come since this process listed them
-    archive = path.partition("::")[2]
+    archive = path.partition("::")[2].removeprefix("file://")
     if archive and not re.match(r"[A-Za-z0-9+.-]+(://|::)", archive):
-        archive = os.path.abspath(archive)
+        archive = os.path.realpath(archive)
     return File(fs, inner, item, name, archive=archive)
 
 
@@ -233,7 +250,10 @@ def _expand(file: File) -> tuple[list[File], str]:
     for one in found:
         if fs is None and not os.path.exists(one):
             return [], f"{one} is a link to what does not exist"
-    made = [replace(file, path=one, name=_shown(file, one), root=root) for one in found]
+    made = [
+        replace(file, path=one, name=_shown(file, one), root=root, pattern=file.name)
+        for one in found
+    ]
     return [replace(one, store=_is_store(one)) for one in made], why
 
 
@@ -312,9 +332,9 @@ def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
     if cores(first) == cores(second):
         return True
     alike = ours == theirs and len({str(key) for key in ours}) == len(ours)
-    return alike or (_consecutive(ours) and _consecutive(theirs))
+    return alike or (_from_0_or_1(ours) and _from_0_or_1(theirs))
 
 
-def _consecutive(keys: list[list[tuple[int, int, str]]]) -> bool:
+def _from_0_or_1(keys: list[list[tuple[int, int, str]]]) -> bool:
     numbers = [key[1][1] for key in keys if len(key) == 3]
-    return numbers == list(range(numbers[0], numbers[0] + len(keys))) if numbers else False
+    return numbers in (list(range(len(keys))), list(range(1, 1 + len(keys))))

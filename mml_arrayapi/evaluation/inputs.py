@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
+from numbers import Integral
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -486,15 +487,29 @@ def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
 
 
 def _check_once(scores: list[Shard]) -> None:
-    names: dict[Any, str] = {}
+    names: dict[Any, dict[str, str]] = {}
+    stores = []
     for shard in scores:
         if not shard.version:
             continue
-        place = shard.source.identity(shard.columns)
-        if place in names:
-            twice = "twice" if names[place] == shard.name else f"twice, as {names[place]} too"
-            raise InputError(f"{shard.name}: is given {twice}; its samples would count twice")
-        names[place] = shard.name
+        place, item = shard.source.identity(shard.columns)
+        if shard.source.store:
+            stores.append((f"{place}/", shard.name))
+            continue
+        items = names.setdefault(place, {})
+        # Without an item a file holds one array only: whatever is named of it is the same.
+        for other, name in items.items():
+            if other == item or "" in (item, other):
+                raise _given_twice(shard.name, name)
+        items[item] = shard.name
+    for (outer, name), (inner, other) in pairwise(sorted(stores)):
+        if inner.startswith(outer):
+            raise _given_twice(other, name)
+
+
+def _given_twice(name: str, other: str) -> InputError:
+    twice = "twice" if other == name else f"twice, as {other} too"
+    return InputError(f"{name}: is given {twice}; its samples would count twice")
 
 
 def _of_known_width(scores: list[Shard]) -> list[Shard]:
@@ -542,12 +557,12 @@ def _in_order(names: list[str]) -> bool:
 
 def _found(shards: list[Shard]) -> dict[tuple[int, int], list[str]]:
     """Return the names of several files that one pattern found, by their places in the list."""
-    roots = [getattr(shard.source, "root", "") for shard in shards]
-    ends = [i for i in range(1, len(roots)) if roots[i] != roots[i - 1]]
+    patterns = [getattr(shard.source, "pattern", "") for shard in shards]
+    ends = [i for i in range(1, len(patterns)) if patterns[i] != patterns[i - 1]]
     return {
         (start, stop): _names(shards[start:stop])
-        for start, stop in pairwise([0, *ends, len(roots)])
-        if stop - start > 1 and roots[start]
+        for start, stop in pairwise([0, *ends, len(patterns)])
+        if stop - start > 1 and patterns[start]
     }
 
 
@@ -655,7 +670,7 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
         if not found:
             raise InputError(f"{role}: the list is empty; give at least one file or array")
         return found
-    if not hasattr(given, "shape") or not hasattr(given, "dtype"):
+    if not _is_array(given):
         raise TypeError(
             f"{role} must be a path, an array, or a list of those, but is of type "
             f"{type(given).__name__}"
@@ -667,6 +682,15 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
             f"{role}: the sizes of the chunks are unknown; compute_chunk_sizes() first"
         )
     return [_shard(Shard(role, role, array, "", rules, (), None, None), array)]
+
+
+def _is_array(given: Any) -> bool:
+    shape = getattr(given, "shape", ())
+    # Dask's data frames have sizes, and its delayed objects a shape, that are no numbers.
+    numbers = shape is None or (
+        isinstance(shape, tuple) and all(isinstance(n, (Integral, float)) for n in shape)
+    )
+    return numbers and hasattr(given, "shape") and hasattr(given, "dtype")
 
 
 def _file_shard(file: File, role: str, rules: Rules) -> Shard:

@@ -132,6 +132,8 @@ class _Remote:
             self._fs, self._folder = require("fsspec.core", folder).url_to_fs(self.path)
             self._fs.invalidate_cache()
             self._fs.makedirs(self._folder, exist_ok=True)
+        except InputError:
+            raise
         except Exception as error:  # of a network: each file system has its own
             raise cannot_write(folder, error) from error
 

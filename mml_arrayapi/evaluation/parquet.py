@@ -42,14 +42,22 @@ class ParquetColumns:
         import numpy as np
 
         ds = require("pyarrow.dataset", file.name)
+        pa = require("pyarrow", file.name)
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-        dataset = ds.dataset(
-            file.path,
-            format=ds.ParquetFileFormat(default_fragment_scan_options=options),
-            filesystem=file.filesystem,
-            partitioning=_partitioning(file),
-            partition_base_dir=file.root or None,
-        )
+        given = {
+            "source": file.path,
+            "format": ds.ParquetFileFormat(default_fragment_scan_options=options),
+            "filesystem": file.filesystem,
+        }
+        self._keys = _partitions(file)
+        dataset = ds.dataset(**given)
+        stored = dataset.schema.names
+        keys = {key: value for key, value in self._keys.items() if key not in stored}
+        if keys:
+            schema = pa.schema({key: _partition_type(value) for key, value in keys.items()})
+            partitioning = ds.partitioning(schema, flavor="hive")
+            given |= {"partitioning": partitioning, "partition_base_dir": file.root}
+            dataset = ds.dataset(**given)
         self._name, self._schema, self._ds = file.name, dataset.schema, ds
         (self._fragment,) = dataset.get_fragments()
         groups = [group.num_rows for group in self._fragment.row_groups]
@@ -60,7 +68,6 @@ class ParquetColumns:
             self.columns = _named(file.item, names, plain)
         else:
             # Not just any partition, which a folder is named after: rank=0, epoch=3 ...
-            keys = self._ds.get_partition_keys(self._fragment.partition_expression)
             likely = [f for f in self._schema if f.name not in keys or LABEL.fullmatch(f.name)]
             self.columns = _guess(role, likely, plain)
         self._refuse_doubles()
@@ -86,14 +93,13 @@ class ParquetColumns:
     def _refuse_doubles(self) -> None:
         """Refuse a column that is named twice, or is a partition's as well."""
         stored = self._fragment.physical_schema.names
-        partitions = self._ds.get_partition_keys(self._fragment.partition_expression)
         for name in self.columns:
             if self.columns.count(name) > 1:
                 raise InputError(f"{self._name}: column {name!r} is named twice")
-            if name in partitions and name in stored:
+            if name in self._keys and name in stored:
                 raise InputError(
                     f"{self._name}: has a column {name!r}, and is in a folder of the partition "
-                    f"{name}={partitions[name]}; drop one of the two, or give the file itself"
+                    f"{name}={self._keys[name]}; drop one of the two, or give the file itself"
                 )
 
     def __getitem__(self, where: tuple[slice, ...]) -> Array:
@@ -292,19 +298,21 @@ def _named(item: str, names: Sequence[str], file: str) -> list[str]:
     return found
 
 
-def _partitioning(file: File) -> Any:
-    """Return how the folders above a file name partitions; nothing for a file given by itself."""
-    import pyarrow as pa
-    import pyarrow.dataset as ds
+def _partitions(file: File) -> dict[str, str]:
+    """Return the partitions, and their values, that the folders of a pattern's file name."""
+    below = file.path[len(file.root) :] if file.root else ""
+    pairs = re.findall(r"([^/=]+)=([^/]*)/", below)
+    return {unquote(name): unquote(value) for name, value in pairs}
 
-    pairs = re.findall(r"([^/=]+)=([^/]*)/", file.path[len(file.root) :]) if file.root else []
-    if not any(value == NULL_PARTITION for _, value in pairs):
-        return "hive" if file.root else None
-    types = {
-        unquote(name): pa.int32() if value == NULL_PARTITION or value.isdecimal() else pa.string()
-        for name, value in pairs
-    }
-    return ds.partitioning(pa.schema(types), flavor="hive")
+
+def _partition_type(value: str) -> Any:
+    """Return the type that pyarrow infers; it infers none of a value that is null."""
+    import pyarrow as pa
+
+    if value == NULL_PARTITION:
+        return pa.int32()
+    whole = re.fullmatch(r"-?[0-9]+", value) and -(2**31) <= int(value) < 2**31
+    return pa.int32() if whole else pa.string()
 
 
 def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:

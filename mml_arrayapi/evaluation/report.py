@@ -128,7 +128,7 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
             [*row, _number(old[str(c)]["loss"]) if str(c) in old else None][: 6 if old else 5]
         )
     if len(data) > ROWS:  # those without a number first, then those of highest loss
-        data.sort(key=lambda row: math.inf if isinstance(row[2], str) else row[2], reverse=True)
+        data.sort(key=lambda row: (row[2] == "NaN", float(row[2])), reverse=True)
     histogram, beyond = _histogram(figures)
     by_class, note = _by_class(figures, classes)
     headings = ("class", "samples", "mean loss", "accuracy", "inside the margin", "loss before")
@@ -178,7 +178,9 @@ def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
 
 
 def _number(value: float) -> Any:
-    return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{value}".title()
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"  # as in JSON
 
 
 def _cell(value: Any, column: int) -> str:
@@ -203,6 +205,8 @@ def _histogram(figures: Evaluation) -> tuple[Any, str]:
         ]
         counts = [count for _, _, count in shown]
         axes.bar(starts, counts, width * 0.94, align="edge", color=colours)
+        if 0 in starts and (ties := dict(figures.histogram).get(0, 0)):
+            axes.bar(0, ties, width * 0.94, align="edge", color=page.BAD)
         for place, name in ((0.0, "0"), (figures.margin, "margin")):
             if starts[0] <= place * scale <= starts[-1] + width:
                 axes.axvline(place * scale, color=page.INK, linewidth=0.8, linestyle="--")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from mml_arrayapi._version import __version__
 from mml_arrayapi.evaluation.errors import InputError, require
@@ -28,21 +28,21 @@ def evaluate(
     logits: Any,
     targets: Any,
     *,
-    p: float = 1,
-    margin: float = 1.0,
+    p: SupportsFloat = 1,
+    margin: SupportsFloat = 1.0,
     weight: Array | None = None,
     sample_weight: Any = None,
-    ignore_index: int | None = None,
+    ignore_index: SupportsIndex | None = None,
     reduction: str = "mean",
-    axis: int = -1,
+    axis: SupportsIndex = -1,
     backend: str | None = None,
-    class_names: str | Sequence[str] | None = None,
+    class_names: str | os.PathLike[str] | Sequence[str] | None = None,
     unwritten_chunks: str | None = None,
     scheduler: Any = "threads",
-    workers: int | None = None,
-    chunk_size: int | None = None,
-    checkpoint: str | None = None,
-    timeout: float = TIMEOUT,
+    workers: SupportsIndex | None = None,
+    chunk_size: SupportsIndex | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    timeout: SupportsFloat = TIMEOUT,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> Evaluation:
     """Evaluate scores in files of any size.
@@ -132,8 +132,9 @@ def evaluate(
     folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
     if unwritten_chunks not in (None, "error", "fill"):
         raise ValueError(f"unwritten_chunks must be 'error' or 'fill', but is {unwritten_chunks!r}")
-    rules = Rules(ignore_index, unwritten_chunks)
-    data = inputs.open_dataset(logits, targets, sample_weight, axis, chunk_size, rules)
+    rules = Rules(loss.ignore_index, unwritten_chunks)
+    chunk_size = None if chunk_size is None else int(chunk_size)
+    data = inputs.open_dataset(logits, targets, sample_weight, int(axis), chunk_size, rules)
     kernel = _kernel(data, loss)
     # By name: use_backend() and the environment of other threads and workers may differ.
     loss = loss._replace(backend=kernel)
@@ -169,7 +170,8 @@ def evaluate(
         left = {n: batch for n, batch in enumerate(data.batches) if n not in finished}
         options = (data.axis, loss, data.n_classes, data.samples_per_row)
         work = Work(count_batch, options, left, data.is_lazy, data.largest_batch())
-        for number, state in run(work, scheduler, workers, timeout) if left else ():
+        workers = None if workers is None else int(workers)
+        for number, state in run(work, scheduler, workers, float(timeout)) if left else ():
             if folder is not None:
                 journal.add(number, state)
             add(number, state)
@@ -229,7 +231,7 @@ def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]
 
 
 def _check(
-    p: float, margin: float, weight: Any, reduction: str, backend: str | None, ignore_index: Any
+    p: Any, margin: Any, weight: Any, reduction: str, backend: str | None, ignore_index: Any
 ) -> Loss:
     import numpy as np
 

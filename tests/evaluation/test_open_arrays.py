@@ -125,3 +125,9 @@ def test_an_array_that_lies_about_its_dtype(arrays):
         mml.evaluate(arrays[0], Liar(arrays[1]))
     with pytest.raises(mml.InputError, match=r"they have dtype float64, not float32"):
         mml.evaluate(Liar(arrays[0]), arrays[1])
+
+
+def test_what_has_a_shape_and_is_no_array(arrays):
+    dask = pytest.importorskip("dask")
+    with pytest.raises(TypeError, match=r"scores must be a path, an array, .* of type Delayed"):
+        mml.evaluate(dask.delayed(lambda: arrays[0])(), arrays[1])

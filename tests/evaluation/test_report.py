@@ -1,6 +1,7 @@
 """The report, the comparison, the progress bar, and where things are written."""
 
 import json
+import math
 import os
 import re
 import stat
@@ -338,3 +339,20 @@ def test_numpy_alone_suffices_for_npy(files, wanted):
     arguments = [sys.executable, "-c", code, "x.npy", "y.npy"]
     made = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert repr(wanted.loss) in made.stdout
+
+
+def test_classes_sort_by_infinite_losses(files):
+    scores = np.zeros((300, 300))
+    scores[0, 1], scores[1, 0], scores[2, 5] = math.inf, -math.inf, math.nan
+    page = to_html(mml.evaluate(scores, np.arange(300)), "")
+    rows = re.search(r"const DATA = (\[.*?\]), PAGE", page, re.DOTALL)
+    losses = [row[2] for row in json.loads(rows[1])]
+    assert losses[:2] == ["NaN", "Infinity"]
+    assert losses[2:] == sorted(losses[2:], reverse=True)
+
+
+def test_ties_are_no_wins(files):
+    figures = mml.evaluate(np.zeros((100, 4)), np.arange(100) % 4)
+    assert figures.accuracy == 0
+    assert figures.bars() == [(0.0, 1.0, 100)]
+    assert "in a tie, another class wins (red)" in " ".join(to_html(figures, "").split())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -915,3 +916,90 @@ def test_classes_of_the_highest_scores_are_different_ones(files):
     x = np.asarray([[-math.inf, 1.0, -math.inf, -math.inf]])
     highest = mml.evaluate(x, np.asarray([1])).worst[0].highest
     assert [c for c, _ in highest] == [1, 0, 2]
+
+
+def test_patterns_of_one_folder_are_looked_at_by_themselves(arrays, files, wanted):
+    for letter, half in (("a", slice(0, 350)), ("b", slice(350, N))):
+        parts(letter, arrays[0][half], 2)
+    assert mml.evaluate(["a-*.npy", "b-*.npy"], "y.npy", chunk_size=50) == wanted
+    assert mml.evaluate(["a-*.npy", "b-*.npy"], arrays[1], chunk_size=50).loss == wanted.loss
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "fit"),
+    [((0, 1, 2), (1, 2, 3), True), ((0, 1, 2), (10, 11, 12), False), ((0, 1, 2), (2, 3, 4), False)],
+    ids=["from 0 and 1", "from 10", "from 2"],
+)
+def test_numbers_that_begin_elsewhere(arrays, files, fails, scores, labels, fit):
+    parts("part", arrays[0], 3, scores)
+    parts("label", arrays[1], 3, labels)
+    if fit:
+        assert mml.evaluate("part-*.npy", "label-*.npy").samples == N
+    else:
+        assert "in doubt which belong together" in fails("part-*.npy", "label-*.npy")
+
+
+@pytest.mark.parametrize("archive", ["zip", "tar"])
+def test_items_within_archives(arrays, files, wanted, archive):
+    np.savez("m.npz", logits=arrays[0], labels=arrays[1])
+    parquet("p.parquet", **by_class(arrays[0], [f"c{i}" for i in range(C)]))
+    if archive == "zip":
+        with zipfile.ZipFile("a.zip", "w") as made:
+            made.write("m.npz")
+            made.write("p.parquet")
+    else:
+        with tarfile.open("a.tar", "w") as made:
+            made.add("m.npz")
+            made.add("p.parquet")
+    chain = f"::a.{archive}"
+    member = f"{archive}://m.npz{chain}"
+    assert mml.evaluate(f"{member}#logits", f"{member}#labels") == wanted
+    assert mml.evaluate(f"{archive}://p.parquet{chain}#c*", "y.npy") == wanted
+    same = f"{archive}://m.npz::file://{os.path.abspath(f'a.{archive}')}#logits"
+    with pytest.raises(mml.InputError, match="is given twice"):
+        mml.evaluate([f"{member}#logits", same], ["y.npy", "y.npy"])
+
+
+def test_the_only_array_by_its_name_too(arrays, files):
+    zarr = pytest.importorskip("zarr")
+    np.savez("x.npz", logits=arrays[0])
+    hdf5_file("x.h5", arrays[0])
+    zarr.open_group("s.zarr", mode="w").create_group("run")
+    zarr_file("s.zarr/run/x", arrays[0])
+    for names in (["x.npz", "x.npz#logits"], ["x.h5#data", "x.h5"], ["s.zarr", "s.zarr#run/x"]):
+        with pytest.raises(mml.InputError, match=r"is given twice, as .* too"):
+            mml.evaluate(names, ["y.npy", "y.npy"])
+
+
+@pytest.mark.parametrize("cache", ["simplecache", "filecache"])
+def test_caches_are_not_those_of_the_evaluation_before(arrays, files, wanted, cache):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.put_file("x.npy", "/cached/x.npy")
+    url = f"{cache}::memory://cached/x.npy"
+    assert mml.evaluate(url, "y.npy") == wanted
+    np.save("x.npy", arrays[0] * 2)
+    memory.put_file("x.npy", "/cached/x.npy")
+    assert mml.evaluate(url, "y.npy").loss == mml.evaluate(arrays[0] * 2, arrays[1]).loss
+
+
+def test_a_column_that_is_a_partition_too_is_no_matter_if_it_is_not_read(arrays, files, fails):
+    for label in (0, 1):
+        os.makedirs(f"hive/label={label}/user=12345678901/x=__HIVE_DEFAULT_PARTITION__")
+        path = f"hive/label={label}/user=12345678901/x=__HIVE_DEFAULT_PARTITION__/0.parquet"
+        parquet(path, logits=list(arrays[0]), label=arrays[1], truth=arrays[1])
+    assert mml.evaluate("hive", "hive#truth").samples == 2 * N
+    assert "has a column 'label', and is in a folder of the partition label=0" in fails(
+        "hive", "hive#label"
+    )
+
+
+def test_negative_partitions_beside_a_null_one(arrays, files, wanted):
+    for label in range(-1, C):
+        os.makedirs(f"hive/label={label}/x=__HIVE_DEFAULT_PARTITION__")
+        rows = arrays[1] == label if label >= 0 else slice(0, 3)
+        logits = list(arrays[0][rows])
+        parquet(f"hive/label={label}/x=__HIVE_DEFAULT_PARTITION__/0.parquet", logits=logits)
+    figures = mml.evaluate("hive", "hive#label", ignore_index=-1)
+    assert (figures.samples, figures.ignored) == (N, 3)
+    assert figures.loss == wanted.loss

@@ -362,3 +362,18 @@ def test_scalars_of_numpy_beside_dask():
         da.from_array(scores), np.arange(4) % 3, grad_output=np.float64(2)
     )[1]
     np.testing.assert_array_equal(parts.compute(), whole)
+
+
+@BOTH_CUTS
+def test_factors_of_bfloat16(cut):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    scores, target = RNG.standard_normal((N, C)).astype("f4"), RNG.integers(0, C, N)
+    weight = RNG.uniform(0, 2, C).astype(ml_dtypes.bfloat16)
+    for reduction, g in (("mean", np.asarray(0.5)), ("none", RNG.uniform(0, 2, N))):
+        options = {"reduction": reduction, "grad_output": g.astype(ml_dtypes.bfloat16)}
+        whole = mml.multi_margin_loss_and_grad(scores, target, weight=weight, **options)
+        parts = mml.multi_margin_loss_and_grad(
+            da.from_array(scores, chunks=cut), target, weight=weight, **options
+        )
+        for one, other in zip(whole, parts, strict=True):
+            np.testing.assert_allclose(one, other.compute(), rtol=1e-6)
