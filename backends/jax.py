@@ -31,8 +31,8 @@ SMALL_INTEGERS = ("int2", "int4", "uint2", "uint4")
 
 def value_access(array: jax.Array) -> str:
     """Tell whether an array's values can be read: "host", "device" or "traced"."""
-    if isinstance(array, jax.core.Tracer):
-        return TRACED
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return TRACED  # the latter are spread over several processes
     return HOST if all(d.platform == "cpu" for d in array.devices()) else DEVICE
 
 

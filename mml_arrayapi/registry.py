@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -78,6 +78,7 @@ class _Registry:
     direct: tuple[tuple[type, tuple[Callable[..., Array | None], ...]], ...] = ()
 
 
+_BUILT_IN = frozenset(lazy.name for lazy in built_in.KERNELS)
 _lock = threading.RLock()
 _registry = _Registry(built_in.KERNELS, None)
 
@@ -326,6 +327,8 @@ def _refusal(kernel: Kernel, problem: Problem) -> str | None:
     """Tell why a kernel doesn't get a problem, or None."""
     if problem.ignore_index is not None and "ignore_index" not in kernel.supports:
         return "it does not support ignore_index"
+    if kernel.name in _BUILT_IN:  # whatever is raised there comes from a signal's handler
+        return kernel.refuses(problem)
     try:
         reason = kernel.refuses(problem)
     except Exception as error:  # noqa: BLE001 - a kernel nobody asked for must not end a call
@@ -345,7 +348,7 @@ def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
             raise ValueError(_cannot_run(name, source, reason))
     library = _library_of_kernel(name, source)
     for kernel in kernels_of(problem.library):
-        inner = kernel.on_chunks and kernel.on_chunks(problem, name, library)
+        inner = _on_chunks(kernel, problem, name, library)
         if inner is not None:
             return inner
     if source != "backend":
@@ -354,6 +357,18 @@ def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
         f"backend: kernel {name!r} takes arrays of {library}, but input is of "
         f"{problem.library}; {_list()}"
     )
+
+
+def _on_chunks(kernel: Kernel, problem: Problem, name: str, library: str) -> Kernel | None:
+    """Return what takes the named kernel on every chunk, if this kernel can."""
+    if kernel.on_chunks is None or _refusal(kernel, problem) is not None:
+        return None
+    if kernel.name in _BUILT_IN:
+        return kernel.on_chunks(problem, name, library)
+    try:
+        return kernel.on_chunks(problem, name, library)
+    except Exception:  # noqa: BLE001 - nobody has asked for this one
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +409,7 @@ def explain(problem: Problem, backend: str | None) -> Explanation:
     first = False
     for kernel in (*kernels_of(problem.library), GENERIC):
         why = None
-        if kernel.name == chosen.name:
+        if kernel.name == chosen.name and not first:
             first = True
         else:
             why = _refusal(kernel, problem)
@@ -503,7 +518,8 @@ def load(library: str) -> tuple[Kernel, ...]:
             if (why := lazy.missing()) is not None:  # such as: no compiler built it
                 _keep(lazy.name, _unusable(lazy.name, library, why))
             else:
-                _loaded(lazy.name, lazy.name, library, partial(_uninterrupted, lazy.load))
+                with _signals_wait():
+                    _loaded(lazy.name, lazy.name, library, lazy.load)
         for plugin in _plugins():
             if _library(plugin) == library:
                 _loaded_plugin(plugin)
@@ -520,8 +536,26 @@ def _reorder(*new: str) -> None:
             if not kernel.direct and kernel.loss is not _never:
                 break  # what comes after it must wait for its refusal
             for kind, function in kernel.direct.items():
-                direct[kind] = (*direct.get(kind, ()), function)
+                direct[kind] = (*direct.get(kind, ()), _guarded(kernel, function))
+            if kernel.name not in _BUILT_IN:
+                break  # None, or no function for a type, needn't mean that it refuses
     _registry.orders, _registry.direct = orders, tuple(direct.items())
+
+
+def _guarded(kernel: Kernel, direct: Callable[..., Array | None]) -> Callable[..., Array | None]:
+    """Keep from a kernel's direct function what it doesn't support, and let it be unusable."""
+    if kernel.name in _BUILT_IN:
+        return direct
+
+    def guarded(input: Array, target: Array, weight: Array | None, options: Any) -> Array | None:
+        if options[3] is not None and "ignore_index" not in kernel.supports:
+            return None
+        try:
+            return direct(input, target, weight, options)
+        except Unusable:  # the road with words runs the generic implementation
+            return None
+
+    return guarded
 
 
 def _order(library: str) -> tuple[Kernel, ...]:
@@ -573,7 +607,7 @@ def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kern
                 raise
             except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
                 kernel, why = None, f"cannot be imported: {type(error).__name__}: {error}"
-            why = why or _misfit(kernel, entry, library)
+            why = why or _misfit(kernel, key, library)
             if why is not None:
                 _registry.broken = {**_registry.broken, key: why}
                 kernel = _unusable(entry, library, why)
@@ -581,19 +615,29 @@ def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kern
         return _registry.loaded[key]
 
 
-def _uninterrupted(load: Callable[[], Any]) -> Any:
-    """Load, and let Ctrl-C wait: PyTorch's operators can't be registered a second time."""
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and other signals wait until the end of a ``with`` block, in which kernels load.
+
+    What a handler raises would be taken for the kernel's failure, and PyTorch's operators can't be
+    registered a second time.
+    """
     came: list[Any] = []
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        return load()
-    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                with suppress(ValueError):  # in a sub-interpreter, which gets no signals
+                    signal.signal(number, lambda *arguments: came.append(arguments))
+                    handlers[number] = handler
     try:
-        return load()
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in came:
+            handlers[number](number, frame)
 
 
 def _keep(key: str, kernel: Any) -> None:
@@ -604,13 +648,16 @@ def _unusable(name: str, library: str, reason: str) -> Kernel:
     return Kernel(name, library, partial(_refuse, reason), _never, _never)
 
 
-def _misfit(kernel: Any, entry: str, library: str) -> str | None:
+def _misfit(kernel: Any, key: str, library: str) -> str | None:
     """Tell why what an entry point gave is not a kernel that can be used, or None."""
     if not isinstance(kernel, Kernel):
         return f"the entry point gives an object of type {type(kernel).__name__}, not a Kernel"
     if kernel.library != library:
         return f"the kernel is for {kernel.library}, the entry point's name says {library}"
-    if kernel.name != entry and kernel.name in _known():
+    names = {k.name for other, k in _registry.loaded.items() if other != key}
+    names |= {k.name for k in _registry.registered} | {"generic"}
+    names |= {lazy.name for lazy in _registry.lazy if lazy.name != key}
+    if kernel.name in names:
         return f"there is another kernel named {kernel.name!r}"
     return None
 

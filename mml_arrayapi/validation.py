@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
@@ -419,10 +420,12 @@ def _is_of_kind(library: Library, array: Array, kind: str) -> bool:
     """Tell whether an array's dtype is of a kind; real ones have 16, 32 or 64 bits."""
     xp = library.namespace
     dtype = getattr(array, "dtype", None)
+    # Outside of the try, which would take an error of a signal's handler for the dtype's.
+    if isinstance(dtype, Hashable) and library.kinds.get(dtype) == kind:
+        return True
     try:
-        name = getattr(dtype, "name", None)  # in whatever byte order
-        if library.kinds.get(dtype) == kind or (kind == REAL and name == "bfloat16"):
-            return True  # the latter is a dtype that ml_dtypes adds to NumPy
+        if kind == REAL and getattr(dtype, "name", None) == "bfloat16":
+            return True  # a dtype that ml_dtypes adds to NumPy, in whatever byte order
         return xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
     except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
         return False
@@ -503,9 +506,13 @@ def shape_of(argument: str, array: Array) -> tuple[Any, ...]:
 def _seen(argument: str, array: Array) -> tuple[tuple[Any, ...], Library]:
     """Return an array's shape and its library, or raise."""
     try:
-        shape = tuple(array.shape)
+        shape = array.shape
+        # No call here, in which a signal's handler might raise something else.
+        if not isinstance(shape, tuple):
+            shape = tuple(shape)
     except Exception:  # noqa: BLE001 (each library has its own for arrays that have no shape)
         raise TypeError(f"{argument} must be an array, but is {in_words(array)}") from None
+    shape = tuple(shape)
     library = library_of(argument, array)
     if (form := library.unsupported_layout(array)) is not None:
         raise TypeError(f"{argument} must be a dense array, but is {form}")

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import json
-import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -762,31 +762,144 @@ if not hasattr(sys, "was_interrupted"):
 
 
 INTERRUPTED = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import signal, sys
+def handler(*_):
+    raise RAISED
+signal.signal(NUMBER, handler)
 class Finder:
     def find_spec(self, name, *_):
-        if name == sys.argv[1] and self in sys.meta_path:
+        if name == MODULE and self in sys.meta_path:
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(NUMBER)
 sys.meta_path.insert(0, Finder())
-import torch, mml_arrayapi as mml
-x, y = torch.zeros(2, 3), torch.tensor([0, 1])
+import numpy, torch, mml_arrayapi as mml
+class Timeout(Exception): pass
+x, y = LIBRARY.zeros((2, 3)), LIBRARY.asarray([0, 1])
 try:
     mml.multi_margin_loss(x, y)
-except KeyboardInterrupt:
-    print("interrupted")
+except (KeyboardInterrupt, SystemExit, Timeout) as error:
+    print(type(error).__name__)
 mml.multi_margin_loss(x, y)
 print(mml.explain(x, y).considered[0])
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no signal to send to itself")
-@pytest.mark.parametrize("name", ["", ".autograd", ".cpu"])
-def test_ctrl_c_while_the_kernels_load_disables_none(name):
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "SystemExit", "Timeout"])
+@pytest.mark.parametrize("name", ["pytorch", "pytorch.autograd", "pytorch.cpu", "cpu.numpy"])
+def test_signals_while_the_kernels_load_disable_none(name, raised):
     pytest.importorskip("torch")
-    module = f"mml_arrayapi.backends.pytorch{name}"
-    made = run_python(INTERRUPTED.replace("sys.argv[1]", repr(module))).splitlines()
-    assert made[0] == "interrupted"
-    (status,) = (b for b in list_backends() if b.name == "torch-cpu")
-    assert made[1] == str(("torch-cpu", None if status.available else status.reason))
+    number = "signal.SIGINT" if raised == "KeyboardInterrupt" else "signal.SIGTERM"
+    library = "numpy" if "numpy" in name else "torch"
+    code = INTERRUPTED.replace("RAISED", raised).replace("NUMBER", number)
+    code = code.replace("MODULE", repr(f"mml_arrayapi.backends.{name}"))
+    made = run_python(code.replace("LIBRARY", library)).splitlines()
+    assert made[0] == raised
+    kernel = f"{library}-cpu"
+    (status,) = (b for b in list_backends() if b.name == kernel)
+    assert made[1] == str((kernel, None if status.available else status.reason))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers")
+def test_what_a_signals_handler_raises_is_raised():
+    class Timeout(Exception):
+        pass
+
+    def handler(*_):
+        raise Timeout
+
+    def call():
+        signal.setitimer(signal.ITIMER_REAL, 50e-6)
+        for _ in range(100):
+            multi_margin_loss(X, T)
+            multi_margin_loss_and_grad(X, T)
+            explain(X, T)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for _ in range(200):
+            with pytest.raises(Timeout):
+                call()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# The functions that may be tried before the checks.
+
+
+def quick(name, answer, **words):
+    loss, both = lambda _: answer, lambda p, _: (answer, p.input)
+    return Kernel(name, "numpy", lambda _: None, loss, both, **words)
+
+
+@pytest.mark.usefixtures("empty")
+def test_after_a_direct_function_that_declines_comes_its_own_kernel():
+    register_kernel(quick("mine", 1.0, direct={np.ndarray: lambda *_: None}))
+    register_kernel(quick("other", 2.0, direct={np.ndarray: lambda *_: 3.0}))
+    for _ in range(2):
+        assert multi_margin_loss(X, T) == 1
+        assert explain(X, T).kernel == "mine"
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_type_without_a_direct_function_gets_the_kernel():
+    register_kernel(quick("mine", 1.0, direct={np.memmap: lambda *_: 5.0}))
+    register_kernel(quick("other", 2.0, direct={np.ndarray: lambda *_: 3.0}))
+    for _ in range(2):
+        assert multi_margin_loss(X, T) == 1
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_direct_function_gets_only_what_its_kernel_supports():
+    register_kernel(quick("mine", 1.0, direct={np.ndarray: lambda *_: 1.0}))
+    assert [multi_margin_loss(X, T) for _ in range(2)] == [1, 1]
+    assert multi_margin_loss(X, T, ignore_index=5) == pytest.approx(2 / 3)
+    features = frozenset({"ignore_index"})
+    register_kernel(
+        quick("able", 2.0, direct={np.ndarray: lambda *_: 2.0}, supports=features, before="mine")
+    )
+    assert multi_margin_loss(X, T, ignore_index=5) == 2
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_direct_function_may_find_that_it_is_unusable():
+    def unusable(*_):
+        raise Unusable("no memory")
+
+    kernel = Kernel(
+        "mine", "numpy", lambda _: None, unusable, unusable, direct={np.ndarray: unusable}
+    )
+    register_kernel(kernel)
+    for _ in range(2):
+        assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
+
+
+def test_plugins_of_one_name(plugins, module):
+    for i in (1, 2):
+        module(f"same_{i}", GOOD.format(name="numpy.fast").replace("7.0", f"{i}.0"))
+    plugins(numpy__fast="same_1:KERNEL", numpy__b="same_2:KERNEL")
+    register_kernel(fixed("numpy.fast", 9.0))
+    assert names() == ["numpy.fast", "numpy.fast", "numpy.b", "generic"]
+    assert multi_margin_loss(X, T, backend="numpy.fast") == 9
+    reasons = dict(explain(X, T).considered[1:3])
+    assert set(reasons.values()) == {"there is another kernel named 'numpy.fast'"}
+
+
+def test_a_plugin_called_generic(plugins, module):
+    plugins(generic=f"{module('claims', GOOD.format(name='generic'))}:KERNEL")
+    assert [b.name for b in list_backends() if b.available] == ["generic"]
+
+
+def test_on_chunks_of_another_kernel_that_raises():
+    da = pytest.importorskip("dask.array")
+    never = lambda *_: 1 / 0  # noqa: E731
+    kernel = Kernel(
+        "theirs", "dask", lambda _: None, never, never, before="dask-blocks", on_chunks=never
+    )
+    register_kernel(kernel)
+    try:
+        loss = multi_margin_loss(da.from_array(X), T, backend="numpy-cpu", check_target="nan")
+        assert explain(da.from_array(X), T, backend="numpy-cpu").kernel == "dask-blocks"
+        assert loss.ndim == 0
+    finally:
+        unregister_kernel("theirs")

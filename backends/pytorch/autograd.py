@@ -97,7 +97,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
                     return reason
         if problem.weight is not None and problem.weight.requires_grad and is_grad_enabled():
             return "weight requires a gradient, which the generic implementation gives"
-        if problem.ignore_index is not None and abs(problem.ignore_index) > LARGEST:
+        if not _fits(problem.ignore_index):
             return "ignore_index does not fit 64 bits"
         return state.why_generic() or engine.refuses(problem)
 
@@ -110,6 +110,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
             or not readable(input)
             or not readable(target)
             or not (weight is None or readable(weight))
+            or not _fits(options[3])
         ):
             return None
         input = under_autocast(input)
@@ -139,6 +140,11 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
     on_types = dict.fromkeys(state.PLAIN, direct)
     features = frozenset({"ignore_index"})
     return Kernel(name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types)
+
+
+def _fits(ignore_index: Any) -> bool:
+    """Tell whether an operator takes an ignore_index; what is no integer has its own error."""
+    return type(ignore_index) is not int or -LARGEST - 1 <= ignore_index <= LARGEST
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,7 +201,7 @@ def _in_graph(input: Any, target: Any, weight: Any, options: Options) -> Tensor 
         or not -1e9 < margin < 1e9
         or type(reduction) is not str
         or reduction not in ("none", "mean", "sum")
-        or not (ignore_index is None or type(ignore_index) is int)
+        or not (ignore_index is None or (type(ignore_index) is int and _fits(ignore_index)))
         or type(axis) is not int
         or axis not in (-1, input.ndim - 1)
         or type(check_target) is not str

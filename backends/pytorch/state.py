@@ -171,7 +171,21 @@ def under_autocast(input: torch.Tensor) -> torch.Tensor:
 def unsupported_layout(tensor: torch.Tensor) -> str | None:
     """Tell what a tensor is that isn't dense; PyTorch has few operations for those."""
     layout = tensor.layout
-    return None if layout is torch.strided else f"a tensor of layout {layout}"
+    if layout is not torch.strided:
+        return f"a tensor of layout {layout}"
+    if not torch.compiler.is_compiling() and _is_freed(tensor):
+        return "a tensor whose storage was freed or shrunk"
+    return None
+
+
+def _is_freed(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in PLAIN
+        and not tensor._is_zerotensor()
+        and not _functorch.is_functorch_wrapped_tensor(tensor)
+        and not _functorch.is_legacy_batchedtensor(tensor)
+        and tensor.untyped_storage().nbytes() < _end(tensor)
+    )
 
 
 def on_host(tensor: torch.Tensor) -> np.ndarray:

@@ -214,13 +214,14 @@ class Evaluation:
     def __str__(self) -> str:
         lines = [f"{key:<15}{value}" for key, value in self._head()]
         shown = self.shown_classes()
-        width = max([7, *(min(len(self.name(c)), 30) for c, _ in shown)])
+        names = {c: _on_a_line(self.name(c))[:30] for c, _ in shown}
+        width = max([7, *map(len, names.values())])
         lines += [
             "",
             f"{'class':>{width}}{'samples':>15}{'mean loss':>13}{'accuracy':>11}{'inside':>11}",
         ]
         lines += [
-            f"{self.name(c)[:30]:>{width}}{f.count:>15,}{f.loss:>13.6g}{percent(f.accuracy):>11}"
+            f"{names[c]:>{width}}{f.count:>15,}{f.loss:>13.6g}{percent(f.accuracy):>11}"
             f"{percent(f.inside_margin):>11}"
             for c, f in shown
         ]
@@ -368,7 +369,8 @@ def _pair(line: dict[str, Any]) -> list[str]:
         columns = ", ".join(told.get("columns", []))
         start, stop = told["rows"]
         columns = f" [{columns if len(columns) < 60 else columns[:57] + '...'}]" if columns else ""
-        made.append(f"{told['name']}{columns} rows {start:,} to {stop - 1:,}")
+        rows = f"rows {start:,} to {stop - 1:,}" if stop > start else "no rows"
+        made.append(f"{told['name']}{columns} {rows}")
     return made
 
 
@@ -381,3 +383,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _on_a_line(name: str) -> str:
+    """Write out what would break a line, or command a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

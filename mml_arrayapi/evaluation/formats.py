@@ -467,6 +467,9 @@ class _Hdf5Dataset:
 def _hdf5_file(file: File) -> Iterator[Any]:
     h5py = require("h5py", file.name)
     with ExitStack() as stack:
+        with file.open() as opened:
+            if opened.read(3) == b"CDF":
+                raise InputError(f"{file.name}: is of NetCDF 3, which is not HDF5; convert it to 4")
         place = file.path if file.filesystem is None else stack.enter_context(file.open())
         yield stack.enter_context(h5py.File(place, "r"))
 

@@ -1,5 +1,9 @@
 """JAX: jit, grad, vmap, hessian, with and without 64-bit types."""
 
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -294,6 +298,10 @@ def test_export_with_symbolic_sizes(rng, x64, options):
 def test_eight_devices_keep_their_shards():
     code = """
 import jax, numpy as np
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as S
 from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
@@ -372,3 +380,41 @@ print("good")
 """
     printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert printed.strip() == "good"
+
+
+SEVERAL = """
+import sys, jax, numpy as np
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from jax.sharding import NamedSharding, PartitionSpec
+import mml_arrayapi as mml
+sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), ("n",)), PartitionSpec("n"))
+part = lambda array: jax.make_array_from_process_local_data(sharding, array)
+x, y = part(np.zeros((2, 3), np.float32)), part(np.zeros(2, np.int32))
+print(float(mml.multi_margin_loss(x, y)), jax.grad(mml.multi_margin_loss)(x, y).shape)
+try:
+    mml.multi_margin_loss(x, y, check_target="raise")
+except ValueError as error:
+    print("needs the values of target" in str(error))
+"""
+
+
+def test_arrays_spread_over_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SEVERAL, str(port), str(i)],
+            env={
+                **os.environ,
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "JAX_PLATFORMS": "cpu",
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        printed = process.communicate(timeout=300)[0].splitlines()  # Gloo's words come first
+        assert printed[-2:] == ["0.6666666865348816 (4, 3)", "True"]

@@ -435,3 +435,9 @@ def test_a_zip_archive_of_arrays(arrays, files, wanted):
     with zipfile.ZipFile("a.zip", "w") as archive:
         archive.write("x.npy", "part-0.npy")
     assert mml.evaluate("zip://*.npy::a.zip", "y.npy") == wanted
+
+
+def test_netcdf_3(files, fails):
+    with open("x.nc", "wb") as file:
+        file.write(b"CDF\x01" + bytes(60))
+    assert "x.nc: is of NetCDF 3, which is not HDF5; convert it to 4" in fails("x.nc", "y.npy")

@@ -356,3 +356,17 @@ def test_ties_are_no_wins(files):
     assert figures.accuracy == 0
     assert figures.bars() == [(0.0, 1.0, 100)]
     assert "in a tie, another class wins (red)" in " ".join(to_html(figures, "").split())
+
+
+def test_names_that_would_command_a_terminal(files):
+    names = ["a\nb", "\x1b[31mred", "c\u2028d"]
+    figures = mml.evaluate(np.eye(3), np.arange(3), class_names=names)
+    assert "a\\nb" in (text := str(figures))
+    assert "\\x1b[31mred" in text
+    assert "c\\u2028d" in text
+    assert figures.class_names == tuple(names)
+
+
+def test_nothing_has_no_rows(files):
+    text = str(mml.evaluate(np.zeros((0, 3)), np.zeros(0, int)))
+    assert "no rows" in text or "rows 0 to -1" not in text

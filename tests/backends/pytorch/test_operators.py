@@ -490,3 +490,41 @@ def test_parameters_and_buffers_as_arguments(kind):
     torch.testing.assert_close(compiled(*arguments), expected)
     exported = torch.export.export(model, arguments, strict=True).module()
     torch.testing.assert_close(exported(*arguments), expected)
+
+
+@pytest.mark.parametrize("index", [-(2**63) - 1, -(2**63), 2**63, 2**64 - 1, 10**30])
+def test_an_ignore_index_that_no_operator_takes(index):
+    x, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 2])
+    wanted = multi_margin_loss(x, y, p=2, backend="generic")
+    kernel = explain(x, y, p=2, ignore_index=index).kernel
+    assert kernel == ("torch-cpu" if index == -(2**63) else "generic")
+    for _ in range(2):
+        loss = multi_margin_loss(x, y, p=2, ignore_index=index)
+        torch.testing.assert_close(loss, wanted)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        grad.sum().backward()
+    compiled = torch.compile(
+        lambda x: multi_margin_loss(x, y, p=2, ignore_index=index), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(x), wanted)
+
+
+def test_the_smallest_integer_is_ignored_by_the_same_kernel_each_time():
+    lowest = torch.iinfo(torch.int64).min
+    x, y = torch.randn(301, 77), torch.randint(0, 77, (301,))
+    y[5] = lowest
+    first, *others = (
+        multi_margin_loss(x, y, p=1.5, ignore_index=lowest, reduction="none") for _ in range(3)
+    )
+    assert first[5] == 0
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("name", ["input", "target", "weight"])
+def test_storage_that_was_freed(name):
+    given = {"input": torch.randn(3, 3), "target": torch.tensor([0, 1, 2]), "weight": torch.ones(3)}
+    given[name].untyped_storage().resize_(0)
+    message = f"{name} must be a dense array, but is a tensor whose storage was freed or shrunk"
+    for function in (multi_margin_loss, multi_margin_loss_and_grad, explain):
+        with pytest.raises(TypeError, match=message):
+            function(**given)
