@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mml_arrayapi import _checkout  # noqa: F401 - before anything in those folders
 from mml_arrayapi._version import __version__
 from mml_arrayapi.accumulator import LossAccumulator
-from mml_arrayapi.kernel import Kernel, Problem, Unusable
+from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 from mml_arrayapi.registry import list_backends, register_kernel, unregister_kernel, use_backend
 from mml_arrayapi.validation import InvalidTargetError
@@ -34,7 +34,6 @@ __all__ = [
     "Kernel",
     "LossAccumulator",
     "Problem",
-    "Unusable",
     "WorkerError",
     "__version__",
     "evaluate",
