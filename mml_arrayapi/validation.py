@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
@@ -421,7 +420,7 @@ def _is_of_kind(library: Library, array: Array, kind: str) -> bool:
     xp = library.namespace
     dtype = getattr(array, "dtype", None)
     # Outside of the try, which would take an error of a signal's handler for the dtype's.
-    if isinstance(dtype, Hashable) and library.kinds.get(dtype) == kind:
+    if type(dtype).__hash__ is not None and library.kinds.get(dtype) == kind:
         return True
     try:
         if kind == REAL and getattr(dtype, "name", None) == "bfloat16":
