@@ -654,10 +654,7 @@ def _misfit(kernel: Any, key: str, library: str) -> str | None:
         return f"the entry point gives an object of type {type(kernel).__name__}, not a Kernel"
     if kernel.library != library:
         return f"the kernel is for {kernel.library}, the entry point's name says {library}"
-    names = {k.name for other, k in _registry.loaded.items() if other != key}
-    names |= {k.name for k in _registry.registered} | {"generic"}
-    names |= {lazy.name for lazy in _registry.lazy if lazy.name != key}
-    if kernel.name in names:
+    if kernel.name in _known(but=key):
         return f"there is another kernel named {kernel.name!r}"
     return None
 
@@ -681,11 +678,12 @@ def _library_of_kernel(name: str, source: str) -> str:
     return known[name]
 
 
-def _known() -> dict[str, str]:
-    """Every kernel's name, with its library."""
-    names = {lazy.name: lazy.library for lazy in _registry.lazy}
+def _known(but: str | None = None) -> dict[str, str]:
+    """Every kernel's name, with its library; but that of one which is being loaded, by its key."""
+    names = {lazy.name: lazy.library for lazy in _registry.lazy if lazy.name != but}
     names |= {kernel.name: kernel.library for kernel in _registry.registered}
-    names |= {kernel.name: kernel.library for kernel in _registry.loaded.values()}
+    loaded = _registry.loaded.items()
+    names |= {kernel.name: kernel.library for key, kernel in loaded if key != but}
     return names | {"generic": "*"}
 
 

@@ -16,6 +16,7 @@ from mml_arrayapi.accumulator import LossAccumulator
 
 Array = Any
 
+SUMS = ("sum", "sample_weights")  # of a state; the rest are parameters
 SIZE = 2048  # bytes of the state's JSON: two sums of at most 560 hexadecimal digits, ten counts
 
 
@@ -144,11 +145,11 @@ def _to_tensor(accumulator: LossAccumulator) -> torch.Tensor:
     all whose states are equal after the first batch.
     """
     state = accumulator.state()
-    sums = {name: state[name] for name in ("sum", "sample_weights")}
+    sums = {name: state[name] for name in SUMS}
     text = json.dumps({"parameters": _digest(state), **sums}).encode().ljust(SIZE)
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).clone()
 
 
 def _digest(state: dict[str, Any]) -> str:
-    parameters = [state[name] for name in ("p", "margin", "weight", "ignore_index")]
+    parameters = {name: value for name, value in state.items() if name not in SUMS}
     return hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:32]

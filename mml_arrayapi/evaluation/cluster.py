@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -157,11 +156,6 @@ def _on_dask_threads(work: Work, threads: int) -> Iterator[tuple[int, Any]]:
     """Compute batches of Dask arrays as one graph, so that whatever they share is computed once."""
     import dask
 
-    if any(_is_persisted(part) for b in work.batches.values() for parts in b[2:] for part in parts):
-        raise InputError(
-            "scheduler: there are arrays whose chunks are on a cluster (client.persist); give its "
-            "client, as in scheduler=client"
-        )
     finished: SimpleQueue[Any] = SimpleQueue()
     stop = Event()
 
@@ -206,14 +200,6 @@ def _delayed(work: Work) -> dict[int, Any]:
 
 def _is_lazy(part: Any) -> bool:
     return hasattr(part.shard.source, "dask")
-
-
-def _is_persisted(part: Any) -> bool:
-    if not _is_lazy(part) or "distributed" not in sys.modules:
-        return False
-    from distributed import futures_of
-
-    return bool(futures_of(part.shard.source))
 
 
 def _count_blocks(count: Callable[..., Any], batch: Batch, options: Any, *arrays: Any) -> Any:

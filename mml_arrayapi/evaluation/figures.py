@@ -157,7 +157,7 @@ class Evaluation:
         made["classes"] = {str(c): asdict(f) for c, f in enumerate(self.classes) if f.count}
         made["histogram"] = self.bars()
         made["worst"] = [asdict(sample) for sample in self.worst]
-        plain: dict[str, Any] = _plain(made)
+        plain: dict[str, Any] = as_json(made)
         return plain
 
     def bars(self) -> list[tuple[float, float, int]]:
@@ -374,12 +374,12 @@ def _pair(line: dict[str, Any]) -> list[str]:
     return made
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN, no infinities and no tuples."""
+def as_json(value: Any) -> Any:
+    """Return what JSON knows: it has no NaN, no infinities and no tuples."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: as_json(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [as_json(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

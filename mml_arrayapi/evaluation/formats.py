@@ -467,11 +467,16 @@ class _Hdf5Dataset:
 def _hdf5_file(file: File) -> Iterator[Any]:
     h5py = require("h5py", file.name)
     with ExitStack() as stack:
-        with file.open() as opened:
-            if opened.read(3) == b"CDF":
-                raise InputError(f"{file.name}: is of NetCDF 3, which is not HDF5; convert it to 4")
         place = file.path if file.filesystem is None else stack.enter_context(file.open())
-        yield stack.enter_context(h5py.File(place, "r"))
+        try:
+            opened = h5py.File(place, "r")
+        except OSError as error:
+            with file.open() as start:
+                if start.read(3) != b"CDF":
+                    raise
+            message = f"{file.name}: is of NetCDF 3, which is not HDF5; convert it to 4"
+            raise InputError(message) from error
+        yield stack.enter_context(opened)
 
 
 def _open_hdf5(file: File, role: str, rules: Rules) -> Array:

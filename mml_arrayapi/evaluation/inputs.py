@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -254,6 +255,18 @@ class Dataset(NamedTuple):
     def is_lazy(self) -> bool:
         """Whether any input is a Dask array."""
         return any(hasattr(s.source, "dask") for shards in self.shards.values() for s in shards)
+
+    def refuse_persisted(self) -> None:
+        """Raise if chunks of a Dask array are on a cluster already."""
+        if not self.is_lazy or "distributed" not in sys.modules:
+            return
+        from distributed import futures_of
+
+        if futures_of([s.source for shards in self.shards.values() for s in shards]):
+            raise InputError(
+                "scheduler: there are arrays whose chunks are on a cluster (client.persist); give "
+                "its client, as in scheduler=client"
+            )
 
     def largest_batch(self) -> int:
         """Return the bytes of the scores of the largest batch."""

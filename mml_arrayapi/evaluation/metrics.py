@@ -328,11 +328,11 @@ def _count(
             made.counts[row] = np.bincount(groups[odd], minlength=n)
     kept = slice(None) if finite.all() else finite
     made.sums = exact_sums(values[kept], groups[kept], n)
-    if weights is not None and len(huge):  # finite, but beyond float64: by way of smaller ones
-        smaller = losses[huge].astype(np.float64) * 2.0**-1000 * (weights[huge] * 2.0**-100)
-        for i, total in enumerate(exact_sums(smaller, groups[huge], n)):
-            made.sums[i] += total << 1100
     if weights is not None:
+        if len(huge):  # finite, but beyond float64: by way of smaller ones
+            smaller = losses[huge].astype(np.float64) * 2.0**-1000 * (weights[huge] * 2.0**-100)
+            for i, total in enumerate(exact_sums(smaller, groups[huge], n)):
+                made.sums[i] += total << 1100
         every = np.ones(len(groups), bool)
         chosen = (every, right, inside)
         made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen]

@@ -12,7 +12,7 @@ from typing import Any
 from mml_arrayapi._version import __version__
 from mml_arrayapi.evaluation import page
 from mml_arrayapi.evaluation.errors import InputError, require
-from mml_arrayapi.evaluation.figures import SCHEMA, Evaluation, percent
+from mml_arrayapi.evaluation.figures import SCHEMA, Evaluation, as_json, percent
 
 ROWS = 200  # classes that the table shows at once
 COLUMNS = 60  # classes in the plot by class; of more, the sorted curve is drawn
@@ -123,9 +123,9 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
     old = (before or {}).get("classes", {})
     data = []
     for c, f in classes:
-        row = [figures.name(c), f.count, *map(_number, (f.loss, f.accuracy, f.inside_margin))]
+        row = [figures.name(c), f.count, *map(as_json, (f.loss, f.accuracy, f.inside_margin))]
         data.append(
-            [*row, _number(old[str(c)]["loss"]) if str(c) in old else None][: 6 if old else 5]
+            [*row, as_json(old[str(c)]["loss"]) if str(c) in old else None][: 6 if old else 5]
         )
     if len(data) > ROWS:  # those without a number first, then those of highest loss
         data.sort(key=lambda row: (row[2] == "NaN", float(row[2])), reverse=True)
@@ -175,12 +175,6 @@ def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
     old = "" if before is None else f"{before['samples']:,}"
     cards.append((f"{figures.samples:,}", samples, old, ("", "")))
     return cards
-
-
-def _number(value: float) -> Any:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"  # as in JSON
 
 
 def _cell(value: Any, column: int) -> str:

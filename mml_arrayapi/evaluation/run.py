@@ -135,6 +135,8 @@ def evaluate(
     rules = Rules(loss.ignore_index, unwritten_chunks)
     chunk_size = None if chunk_size is None else int(chunk_size)
     data = inputs.open_dataset(logits, targets, sample_weight, int(axis), chunk_size, rules)
+    if isinstance(scheduler, str) and scheduler == "threads":
+        data.refuse_persisted()
     kernel = _kernel(data, loss)
     # By name: use_backend() and the environment of other threads and workers may differ.
     loss = loss._replace(backend=kernel)
