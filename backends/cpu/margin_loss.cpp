@@ -878,6 +878,74 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
 };
 
+// ---- The classes of each row's highest scores: NaN first, then by score, then by class.
+
+template <class E> struct Highest {
+    using T = One::Computing<E>;
+    using L = Lanes<T>;
+    static constexpr int64_t W = L::W, STEP = 4 * W;
+
+    const char *row;
+    int64_t *found;  // the classes, in order
+    const int wanted;
+    int count = 0;
+    T scores[MAX_HIGHEST];  // of these classes
+
+    static bool beats(T x, T y) { return x > y || (x != x && y == y); }
+
+    INLINE void take(int64_t j) {
+        const T x = widen<E>(row + j * int64_t(sizeof(E)));
+        if (count == wanted && !beats(x, scores[count - 1])) return;
+        int at = count < wanted ? count++ : count - 1;
+        for (; at && beats(x, scores[at - 1]); at--) scores[at] = scores[at - 1], found[at] = found[at - 1];
+        scores[at] = x;
+        found[at] = j;
+    }
+    // Whether one of the scores from j on, four vectors of them, may be among the highest.
+    INLINE bool has_higher(int64_t j) const {
+        const auto least = L::all(scores[count - 1]);
+        typename L::I higher{};
+        for (int v = 0; v < 4; v++) higher |= ~(load<W>(row + (j + v * W) * int64_t(sizeof(E)), E{}) <= least);
+        return L::to_bits(higher);
+    }
+    INLINE void look(int64_t n) {
+        int64_t j = 0;
+        for (; j < wanted; j++) take(j);
+        for (; j + STEP <= n; j += STEP)
+            if (has_higher(j))
+                for (int64_t k = j; k < j + STEP; k++) take(k);
+        for (; j < n; j++) take(j);
+    }
+    // As many short rows as a vector has lanes, class by class: no branch to be predicted.
+    static INLINE void look_across(const Call &c, int64_t i) {
+        const char *rows[W];
+        typename L::F scores[MAX_HIGHEST] = {};
+        typename L::I found[MAX_HIGHEST];
+        for (int k = 0; k < W; k++) rows[k] = c.x.at(i + k);
+        for (int s = 0; s < c.wanted; s++) found[s] = typename L::I{} - 1;  // nothing yet
+        for (int64_t j = 0; j < c.classes; j++) {
+            typename L::F x;
+            for (int k = 0; k < W; k++) x[k] = widen<E>(rows[k] + j * int64_t(sizeof(E)));
+            typename L::I at = typename L::I{} + typename L::Index(j), higher{};
+            for (int s = 0; s < c.wanted; s++) {
+                const auto best = scores[s];
+                const auto whose = found[s];
+                higher |= (x > best) | ((x != x) & (best == best)) | (whose < 0);
+                scores[s] = higher ? x : best, x = higher ? best : x;
+                found[s] = higher ? at : whose, at = higher ? whose : at;
+            }
+        }
+        for (int k = 0; k < W; k++)
+            for (int s = 0; s < c.wanted; s++) c.highest[(i + k) * c.wanted + s] = found[s][k];
+    }
+    static void block(const Call &c, int64_t start, int64_t stop, Result &) {
+        if (c.classes < 2 * STEP)
+            for (; start + W <= stop; start += W) look_across(c, start);
+        for (; start < stop; start++)
+            Highest{c.x.at(start), c.highest + start * c.wanted, c.wanted}.look(c.classes);
+    }
+};
+
 template <class P, class F> Block with_kernel(const Call &c, F f) {
     return with_float(c.x.type, [&](auto e) -> Block {
         using E = decltype(e);
@@ -932,6 +1000,9 @@ Block grad_block(const Call &c) {
 }
 Block bits_block(const Call &c) {
     return with_kernel<One>(c, [](auto *k) -> Block { return std::remove_pointer_t<decltype(k)>::bits_block; });
+}
+Block highest_block(const Call &c) {
+    return with_float(c.x.type, [](auto e) -> Block { return Highest<decltype(e)>::block; });
 }
 Block own_block(const Call &c) {
     return with_float(c.x.type, [](auto e) -> Block {

@@ -5,6 +5,7 @@
 namespace mml {
 
 constexpr int MAX_DIMS = 16;
+constexpr int MAX_HIGHEST = 8;
 
 enum class Type : uint8_t { f64, f32, f16, bf16, i8, i16, i32, i64, u8, u16, u32, u64, none };
 
@@ -53,6 +54,8 @@ struct Call {
     Walk own;     // computing type; NaN where the row has no value
     Walk sums;    // float64, written: each row's sum of terms
     Walk slopes;  // float64: each row's sum of slopes; written with sums if asked for, read with grad
+    int64_t *highest = nullptr;  // written: the classes of each row's highest scores, ``wanted`` a row
+    int wanted = 0;
 };
 
 // What a block of rows adds up to.
@@ -71,5 +74,6 @@ int64_t count_not_ignored(const Call &);             // looks at the targets onl
 int64_t row_bytes(Type, int64_t classes);            // bits of one row, in whole bytes
 Block loss_block(const Call &), grad_block(const Call &), bits_block(const Call &);
 Block own_block(const Call &);                       // writes Call::own, 0 where elsewhere
+Block highest_block(const Call &);                   // writes Call::highest; classes lie side by side
 
 }  // namespace mml

@@ -720,6 +720,31 @@ PyObject *part_grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return args[5];
 }
 
+// highest(input, classes, threads=None)
+PyObject *highest(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 2, 3)) return nullptr;
+    const Family *family = family_of(args[0]);
+    Array input, classes;
+    if (!family || !input.read(args[0], family) || !classes.read(args[1], family)) Py_RETURN_NONE;
+    if (input.ndim != 2 || !input.is_float() || input.strides[1] != size_of(input.type)) Py_RETURN_NONE;
+    if (classes.ndim != 2 || classes.type != Type::i64 || !classes.writable) Py_RETURN_NONE;
+    const int64_t wanted = classes.shape[1];
+    if (classes.shape[0] != input.shape[0] || wanted < 1 || wanted > input.shape[1] || wanted > MAX_HIGHEST)
+        Py_RETURN_NONE;
+    if (classes.strides[1] != 8 || classes.strides[0] != 8 * wanted) Py_RETURN_NONE;
+    if (reinterpret_cast<uintptr_t>(classes.data) % 8) Py_RETURN_NONE;
+    Call call;
+    scores(call.x, input, 1);
+    call.rows = input.shape[0];
+    call.classes = input.shape[1];
+    call.highest = reinterpret_cast<int64_t *>(classes.data);
+    call.wanted = int(wanted);
+    Result result;
+    if (!run(call, highest_block(call), argument(args, n, 2), result)) return nullptr;
+    Py_INCREF(args[1]);
+    return args[1];
+}
+
 // accept(types, source, empty=None, scalars=None)
 PyObject *accept(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 2, 4)) return nullptr;
@@ -776,7 +801,7 @@ using Method = PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t);
     {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(static_cast<Method>(name))), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(accept),    METHOD(loss),       METHOD(loss_and_grad),
                          METHOD(grad),      METHOD(bits_size), METHOD(row_bytes),  METHOD(own_scores),
-                         METHOD(part_sums), METHOD(part_grad),  METHOD(best_build), METHOD(set_limit),
+                         METHOD(part_sums), METHOD(part_grad),  METHOD(highest),    METHOD(best_build), METHOD(set_limit),
                          METHOD(supports),  METHOD(source_hash), {nullptr, nullptr, 0, nullptr}};
 
 #ifndef MODULE

@@ -141,6 +141,14 @@ def part_grad(
     ``-slopes * scale``.
     """
 
+def highest(input: Array, classes: Array, threads: Threads = None, /) -> Array | None:
+    """Write the classes of each row's highest scores; return ``classes``.
+
+    ``input``: ``(N, C)``, any float dtype, the classes side by side in memory. ``classes``: int64,
+    ``(N, k)``, contiguous, k at most 8 and C. NaN comes first, then the highest score; of equal
+    ones the lower class.
+    """
+
 def set_limit(limit: Callable[[int | None], int], /) -> None:
     """Name the function that a large call asks for its number of threads.
 

@@ -14,11 +14,9 @@ from mml_arrayapi.validation import raise_invalid_target
 if TYPE_CHECKING:
     import numpy as np
 
-TILE = 2**17  # scores looked at together: what is derived from them stays in the cache
+TILE = 2**20  # scores looked at together: they stay in the cache
 ROWS = 2**17  # rows counted together: what is kept of each is about 100 bytes
 BLOCK = 2**23  # scores counted together: a kernel may need several times their memory
-MANY_CLASSES = 2**12  # from here on a look at each row costs less than a copy of it
-FEW_CLASSES = 16  # up to here the highest score is found class by class, for all rows at once
 STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
 WORST = 20  # samples that are kept as the worst, and as the first that are NaN
 SHOWN_SCORES = 3  # highest scores that are kept of each of the worst samples
@@ -307,7 +305,7 @@ def _count(
 ) -> MetricState:
     import numpy as np
 
-    losses, lead, inside, rival = _look_at(scores, target, loss)
+    losses, lead, inside, rival, highest = _look_at(scores, target, loss)
     made = MetricState(scores.shape[1], weighted=weights is not None)
     made.classes, groups = _classes(target, scores.shape[1])
     n = len(made.classes)
@@ -342,7 +340,17 @@ def _count(
         losses = np.where(nan, math.nan, losses)  # weight 0 times an infinite loss
     wrong = np.flatnonzero(lead <= 0)
     made.confusions = _frequencies(target[wrong] * scores.shape[1] + rival[wrong])
-    made.worst = _worst(scores, target, losses, places)
+    rows = _worst(losses)
+    made.worst = [
+        Sample(
+            -float(losses[row]),
+            int(places[row]),
+            int(target[row]),
+            float(scores[row, target[row]]),
+            tuple((k, float(scores[row, k])) for k in highest[row].tolist()),
+        )
+        for row in rows.tolist()
+    ]
     return made
 
 
@@ -372,9 +380,8 @@ def _frequencies(values: np.ndarray) -> Counter[int]:
     return Counter(dict(zip(kept.tolist(), counts.tolist(), strict=True)))
 
 
-def _worst(
-    scores: np.ndarray, target: np.ndarray, losses: np.ndarray, places: np.ndarray
-) -> list[Sample]:
+def _worst(losses: np.ndarray) -> np.ndarray:
+    """Return the rows of the highest losses, NaN left out."""
     import numpy as np
 
     # The least of the 20 highest maxima of groups is a bound that costs one look at each loss.
@@ -385,19 +392,7 @@ def _worst(
     )
     bound = highest[-WORST] if len(highest) >= WORST else -math.inf
     rows = np.flatnonzero(losses >= bound)
-    rows = rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
-    made = []
-    for row in rows.tolist():
-        left, c = scores[row].copy(), int(target[row])
-        score, shown = float(left[c]), dict[int, float]()
-        while len(shown) < min(SHOWN_SCORES, len(left)):
-            best = int(np.argmax(left))
-            if best in shown:  # all others are minus infinity too
-                best = next(k for k in range(len(left)) if k not in shown)
-            shown[best] = float(left[best])
-            left[best] = -math.inf
-        made.append(Sample(-float(losses[row]), int(places[row]), c, score, (*shown.items(),)))
-    return made
+    return rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
 
 
 def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
@@ -430,79 +425,57 @@ def bin_start(number: int) -> float:
 
 def _look_at(
     scores: np.ndarray, target: np.ndarray, loss: Loss
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return each sample's loss, lead, whether it is inside the margin, and its rival.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return each sample's loss, lead, whether it is inside the margin, rival, and highest classes.
 
-    The lead is the target's score less the highest other one; the rival is the class of that.
-
-    The scores are walked in tiles, so that what is derived from them stays in the cache.
+    The rival is the class of the highest score but the target's; the lead is the target's score
+    less that. The scores are walked in tiles, so that each is in the cache when it is looked at
+    for the second time.
     """
     import numpy as np
 
     n, n_classes = scores.shape
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    own, highest = np.empty((2, n), dtype)
+    losses, own, other = np.empty((3, n), dtype)
+    highest = np.empty((n, min(SHOWN_SCORES, n_classes)), np.int64)
     rival = np.empty(n, np.int64)
-    step = max(4, TILE // n_classes)
-    others = _others_by_class if n_classes <= FEW_CLASSES else _others_by_row
+    step = max(1, TILE // n_classes)
     options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
     with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
-        scores = np.ascontiguousarray(scores, dtype=dtype)  # each row is summed in the same order
-        losses = np.asarray(sample_losses(scores, target, check_target="nan", **options))
         for start in range(0, n, step):
             rows = slice(start, start + step)
-            own[rows], highest[rows], rival[rows] = others(scores[rows], target[rows])
+            # Contiguous: each row is summed in the same order, however its file stores it.
+            tile, classes = np.ascontiguousarray(scores[rows], dtype=dtype), target[rows]
+            losses[rows] = sample_losses(tile, classes, check_target="nan", **options)
+            highest[rows] = top = _highest(tile)
+            second = top[:, min(1, n_classes - 1)]
+            rival[rows] = rivals = np.where(top[:, 0] == classes, second, top[:, 0])
+            every = np.arange(len(tile))
+            own[rows], other[rows] = tile[every, classes], tile[every, rivals]
         if n_classes == 1:  # there is no other, however low the score
             nan = np.isnan(own)
-            return losses, np.where(nan, math.nan, math.inf), nan, rival
+            return losses, np.where(nan, math.nan, math.inf), nan, rival, highest
         # In the loss's own order of operations; a sample with a NaN counts as inside.
-        inside = ~((highest - own) + dtype(loss.margin) <= 0)
-        return losses, own - highest, inside, rival
+        inside = ~((other - own) + dtype(loss.margin) <= 0)
+        return losses, own - other, inside, rival, highest
 
 
-def _others_by_row(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]:
-    """Return the target's score, the highest other one (or NaN), and the first class of that."""
+def _highest(tile: np.ndarray) -> np.ndarray:
+    """Return the classes of each row's highest scores: NaN first, of equal ones the lower class."""
     import numpy as np
 
-    rows = np.arange(len(tile))
-    if tile.shape[1] < MANY_CLASSES:
-        others = tile.copy()
-        others[rows, target] = -math.inf
-        rival = others.argmax(axis=1)
-        return tile[rows, target], others[rows, rival], rival
-    rival = tile.argmax(axis=1)
-    for row in np.flatnonzero(rival == target).tolist():
-        rival[row] = _highest_other(tile[row], int(target[row]))
-    return tile[rows, target], tile[rows, rival], rival
+    from mml_arrayapi.backends import cpu
 
-
-def _highest_other(row: np.ndarray, target: int) -> int:
-    """Return the class of the highest score but the target's, or of a NaN, without a copy."""
-    found = []
-    if target:
-        found.append(int(row[:target].argmax()))
-    if target + 1 < len(row):
-        found.append(target + 1 + int(row[target + 1 :].argmax()))
-    first, last = found[0], found[-1]
-    return first if row[first] >= row[last] or row[first] != row[first] else last
-
-
-def _others_by_class(tile: np.ndarray, target: np.ndarray) -> tuple[Any, Any, Any]:
-    """Return the same (but no class beside NaN) without a reduction of each short row."""
-    import numpy as np
-
-    others = tile.T.copy()
-    flat, places = others.reshape(-1), target * len(tile) + np.arange(len(tile))
-    own = flat[places]
-    flat[places] = -math.inf
-    highest = others.max(axis=0)
-    first = np.zeros(len(tile), np.int8)  # 127 less the first class that has the highest score
-    for c, column in enumerate(others):
-        mask = (column == highest).view(np.int8)
-        np.negative(mask, out=mask)
-        mask &= np.int8(127 - c)
-        np.maximum(first, mask, out=first)
-    return own, highest, 127 - first
+    found = np.empty((len(tile), min(SHOWN_SCORES, tile.shape[1])), np.int64)
+    if cpu.native is not None and cpu.native.highest(tile, found) is not None:
+        return found
+    keys = (tile + 0.0).view(f"i{tile.itemsize}")  # -0.0 is 0.0
+    keys ^= (keys >> 63) & np.iinfo(keys.dtype).max  # integers of the scores' order
+    keys[np.isnan(tile)] = np.iinfo(keys.dtype).max
+    for column in found.T:
+        column[:] = keys.argmax(axis=1)
+        keys[np.arange(len(keys)), column] = np.iinfo(keys.dtype).min
+    return found
 
 
 def count_batch(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from mml_arrayapi.backends import cpu
 from mml_arrayapi.evaluation.metrics import MetricState, bin_start
 from mml_arrayapi.loss import sample_losses
 
@@ -146,8 +147,11 @@ def test_confusions(arrays):
     assert tie.confusions == ((0, 1, 1), (2, 0, 1))  # a tie is lost to the first of the others
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["with kernels", "without"])
 @pytest.mark.parametrize("n_classes", [2, 16, 17, 5000])
-def test_the_highest_other_score_of_few_and_of_many_classes(n_classes):
+def test_the_highest_other_score_of_few_and_of_many_classes(n_classes, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(cpu, "native", None)
     rng = np.random.default_rng(0)
     target = rng.integers(0, n_classes, 90)
     target[:2] = 0, n_classes - 1
@@ -156,13 +160,16 @@ def test_the_highest_other_score_of_few_and_of_many_classes(n_classes):
     scores[7, n_classes - 1], scores[9, 0], scores[11, 1] = np.nan, np.inf, -np.inf
     with np.errstate(invalid="ignore"):
         lead, rival = leads(scores, target)
-    figures = mml.evaluate(scores, target, chunk_size=70)
+    figures = mml.evaluate(scores, target, chunk_size=70, backend=None if kernels else "generic")
     assert figures.accuracy == np.mean(lead > 0)
     wrong = lead <= 0
     counted = Counter(zip(target[wrong].tolist(), rival[wrong].tolist(), strict=True))
     first = sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:50]
     assert figures.confusions == tuple((t, o, n) for (t, o), n in first)
     assert figures.undefined == 90 - np.sum(~np.isnan(lead))
+    for one in figures.worst:
+        order = np.argsort(-scores[one.row], kind="stable")[:3].tolist()
+        assert [(c, s) for c, s in one.highest] == [(c, scores[one.row, c]) for c in order]
 
 
 def test_too_many_confusions_are_not_kept(monkeypatch):

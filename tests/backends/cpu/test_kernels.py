@@ -402,6 +402,63 @@ def test_classes_in_parts(native, rng, dtype, p):
     assert (grad[8] == 0).all()
 
 
+def in_order(row, wanted):
+    """The classes of the highest scores: NaN first, then by score, then by class."""
+    return sorted(range(len(row)), key=lambda j: (row[j] == row[j], -row[j], j))[:wanted]
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 8])
+@pytest.mark.parametrize("c", [1, 2, 8, 9, 33, 63, 64, 100, 1031])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_highest_scores(native, rng, dtype, c, wanted):
+    n, wanted = 37, min(wanted, c)
+    x = rng.normal(size=(n, c))
+    x[::3] = np.round(x[::3])  # ties, and zeros of both signs
+    x[::4][rng.random(x[::4].shape) < 0.3] = -np.inf
+    x[::5][rng.random(x[::5].shape) < 0.1] = np.nan
+    x[7] = -np.inf
+    x[8] = np.sort(x[8])  # each score is higher than all before
+    x = x.astype(DTYPES[dtype][0])
+    want = [in_order(row, wanted) for row in wide(x).tolist()]
+    for made in (x, np.repeat(x, 2, 0)[::2], x[::-1].copy()[::-1], unaligned(x)):
+        found = np.full((n, wanted), -1)
+        assert native.highest(made, found) is found
+        assert found.tolist() == want
+
+
+def test_the_highest_scores_are_the_same_on_threads(native, rng):
+    x = rng.normal(size=(70_000, 10)).astype(np.float32)
+    one, more = np.empty((2, len(x), 3), np.int64)
+    native.highest(x, one, 1)
+    native.highest(x, more, 2)
+    assert np.array_equal(one, more)
+    assert np.array_equal(more, np.argsort(-x, axis=1, kind="stable")[:, :3])
+
+
+def test_what_has_no_highest_scores_is_declined(native):
+    x, found = np.zeros((4, 3)), np.zeros((4, 2), np.int64)
+    assert native.highest(x, found) is found
+    fixed = found.copy()
+    fixed.setflags(write=False)
+    for other in (x.view(Sub), x.astype(">f8"), x.astype(int), x[0], x[:, ::-1], x[:3], x.tolist()):
+        assert native.highest(other, found) is None, other
+    for other in (
+        found.astype(np.int32),
+        found[:3],
+        found[0],
+        np.zeros((4, 0), int),
+        np.zeros((4, 4), int),
+        found.T.copy().T,
+        unaligned(found),
+        fixed,
+        [[0, 0]] * 4,
+    ):
+        assert native.highest(x, other) is None, other
+    assert native.highest(np.zeros((1, 9)), np.zeros((1, 9), int)) is None
+    with pytest.raises(TypeError, match="takes 2 to 3 positional arguments, but got 1"):
+        native.highest(x)
+
+
 class Sub(np.ndarray):
     """A subclass, which may mean something else."""
 
