@@ -11,6 +11,7 @@ decide which kernel runs or how it adds.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -50,11 +51,18 @@ class Call(NamedTuple):
     n_classes: int
     dtype: Any  # the scores'
     backend: str | None  # the kernel that the chunks must take
+    sizes: tuple[int, ...]  # how many classes each chunk has
 
     @property
     def axis(self) -> int:
         """Where the classes are."""
         return self.options.axis
+
+    @property
+    def parts(self) -> list[slice]:
+        """Which classes each chunk has."""
+        stops = itertools.accumulate(self.sizes)
+        return [slice(stop - n, stop) for n, stop in zip(self.sizes, stops, strict=True)]
 
 
 class Rows(NamedTuple):
@@ -81,7 +89,7 @@ class Sum(NamedTuple):
     ran: frozenset[Ran]
 
 
-# Whole rows in a chunk.
+# Whole rows in a chunk, or in several that one task takes together.
 
 
 @QUIETLY
@@ -90,7 +98,19 @@ def loss_of_rows(
 ) -> Array | Sum:
     """Return the losses of a block, or their sum."""
     target = _checked(block, target, place, call)
-    return close(_run(block, target, weight, call)[0], call=call)
+    return close(_run([block], target, weight, call)[0], call=call)
+
+
+@QUIETLY
+def loss_of_joined_rows(
+    blocks: list[Array], rows: Any, target: Array, weight: Any, *, call: Call
+) -> Array | Sum:
+    """Return the losses of the rows that these blocks hold together, or their sum.
+
+    ``rows`` is their place without the classes' axis.
+    """
+    target = _checked_together(blocks, target, rows, call)
+    return close(_run(blocks, target, weight and weight[0], call)[0], call=call)
 
 
 @QUIETLY
@@ -106,8 +126,32 @@ def loss_and_grad_of_rows(
 ) -> tuple[Array | Sum, Array]:
     """Return what :func:`loss_of_rows` does, and the gradient."""
     target = _checked(block, target, place, call)
-    rows, grad = _run(block, target, weight, call, _scale(block, target, upstream, share, call))
+    scale = _scale(block, target, upstream, share, call)
+    rows, (grad,) = _run([block], target, weight, call, scale)
     return close(rows, call=call), grad
+
+
+@QUIETLY
+def loss_and_grad_of_joined_rows(
+    blocks: list[Array],
+    rows: Any,
+    target: Array,
+    upstream: Any,
+    share: Any,
+    weight: Any,
+    *,
+    call: Call,
+) -> tuple[Array | Sum, list[Array]]:
+    """Return what :func:`loss_of_joined_rows` does, and each block's gradient."""
+    target = _checked_together(blocks, target, rows, call)
+    scale = _scale(blocks[0], target, upstream, share, call)
+    losses, grads = _run(blocks, target, weight and weight[0], call, scale)
+    return close(losses, call=call), grads
+
+
+def of_part(pair: list[Any], place: Any, *, call: Call) -> Array:
+    """Return a block's gradient of those of the whole rows."""
+    return pair[0][1][call.parts.index(place[call.axis])]
 
 
 def first(pair: Any, *, call: Call) -> Any:  # noqa: ARG001
@@ -126,32 +170,62 @@ def only(blocks: list[Array], *, call: Call) -> Array:  # noqa: ARG001
 
 
 def _run(
-    block: Array, target: Array, weight: Array | None, call: Call, scale: Array | None = None
-) -> tuple[Rows, Array | None]:
-    """Run the kernel that is chosen for a call on this block; with a scale, for the gradient too.
+    blocks: list[Array],
+    target: Array,
+    weight: Array | None,
+    call: Call,
+    scale: Array | None = None,
+) -> tuple[Rows, list[Array]]:
+    """Run the kernel that is chosen for a call on rows; with a scale, for their gradients too.
 
-    A kernel takes the block as it is. What makes temporaries (the generic implementation, and
-    16-bit scores, whose losses must not be rounded one by one) goes through it in tiles.
+    A kernel takes a block of whole rows as it is. Blocks of some classes each go through it in
+    tiles, and so does what makes temporaries: the generic implementation, and 16-bit scores, whose
+    losses must not be rounded one by one.
     """
-    xp = library_of("input", block).namespace
-    dtype, n_ignored = _computing(xp, block), _count(ignored(target, call.options.ignore_index))
+    xp = library_of("input", blocks[0]).namespace
+    dtype, n_ignored = _computing(xp, blocks[0]), _count(ignored(target, call.options.ignore_index))
     weight = None if weight is None else xp.asarray(weight)
-    problem, kernel = _chosen(block, target, weight, call)
-    if kernel is not GENERIC and block.dtype == dtype:
-        if scale is None:
-            return Rows(kernel.loss(problem), n_ignored, ran(kernel.name)), None
-        losses, whole = kernel.loss_and_grad(problem, scale)
-        return Rows(losses, n_ignored, ran(kernel.name)), whole
+    if len(blocks) == 1 and blocks[0].dtype == dtype:
+        problem, kernel = _chosen(blocks[0], target, weight, call)
+        if kernel is not GENERIC:
+            if scale is None:
+                return Rows(kernel.loss(problem), n_ignored, ran(kernel.name)), []
+            losses, whole = kernel.loss_and_grad(problem, scale)
+            return Rows(losses, n_ignored, ran(kernel.name)), [whole]
     losses = xp.empty(target.shape, dtype=dtype)
-    grad: Any = None if scale is None else xp.empty_like(block)
-    for where, rows in _tiles(block.shape, call.axis):
-        tile = xp.astype(block[where], dtype, copy=False)
+    grads = [] if scale is None else [xp.empty_like(block) for block in blocks]
+    name = GENERIC.name
+    for where, rows, tile in _joined_tiles(xp, blocks, dtype, call):
         problem, kernel = _chosen(tile, target[rows], weight, call)
+        name = kernel.name
         if scale is None:
             losses[rows] = kernel.loss(problem)
-        else:
-            losses[rows], grad[where] = kernel.loss_and_grad(problem, scale[rows])
-    return Rows(losses, n_ignored, ran(kernel.name)), grad
+            continue
+        losses[rows], made = kernel.loss_and_grad(problem, scale[rows])
+        for grad, part in zip(grads, call.parts, strict=True):
+            grad[where] = made[(*(slice(None),) * call.axis, part)]
+    return Rows(losses, n_ignored, ran(name)), grads
+
+
+def _joined_tiles(
+    xp: Any, blocks: list[Array], dtype: Any, call: Call
+) -> Iterator[tuple[Any, Any, Array]]:
+    """Yield what :func:`_tiles` does, and the scores there, of all classes."""
+    axis, room = call.axis, None
+    for where, rows in _tiles(
+        (*blocks[0].shape[:axis], call.n_classes, *blocks[0].shape[axis + 1 :]), axis
+    ):
+        pieces = [block[where] for block in blocks]
+        if len(pieces) == 1:
+            yield where, rows, xp.astype(pieces[0], dtype, copy=False)
+            continue
+        shape = tuple(call.n_classes if i == axis else n for i, n in enumerate(pieces[0].shape))
+        if room is None:  # the first tile is the largest; fresh memory for each takes longer
+            room = xp.empty(shape, dtype=dtype)
+        tile = room[tuple(map(slice, shape))]
+        for piece, part in zip(pieces, call.parts, strict=True):
+            tile[(*(slice(None),) * axis, part)] = piece
+        yield where, rows, tile
 
 
 def _chosen(
@@ -453,6 +527,15 @@ def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool =
     _, target = _namespace(block, target)
     if raises:
         check_targets(target, without(place, call.axis), call.n_classes, call.options)
+    return target
+
+
+def _checked_together(blocks: list[Array], target: Array, rows: Any, call: Call) -> Array:
+    """Do what :func:`_checked` does, for blocks that hold rows together."""
+    axis = call.axis
+    for block, part in zip(blocks, call.parts, strict=True):
+        place = (*rows[:axis], part, *rows[axis:])
+        target = _checked(block, target, place, call, raises=not part.start)
     return target
 
 

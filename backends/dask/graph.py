@@ -1,8 +1,9 @@
 """The Dask kernel: a call's graph. What runs in its tasks is in ``chunks.py``.
 
 With whole rows in a chunk there is one task per chunk, and a tree that merges sums. Where the
-classes are chunked too, a target's score is first found in whichever chunk holds it and sent to
-the other chunks of its rows; then each chunk sums its own classes.
+classes are chunked too, one task takes the chunks of the same rows, if they are small enough. Else a
+target's score is first found in whichever chunk holds it and sent to the other chunks of its rows;
+then each chunk sums its own classes.
 
 The losses of the samples are added without rounding (see :mod:`mml_arrayapi.exact_sum`): the
 total does not depend on the chunks of the rows, nor on the order in which workers finish.
@@ -14,13 +15,16 @@ And ``concatenate=None`` must stay Dask's default, since layers that differ in i
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 from dask.array.reductions import _tree_reduce
+from dask.utils import parse_bytes
 
 from mml_arrayapi.backends.dask import chunks
 from mml_arrayapi.backends.dask.alignment import (
@@ -91,13 +95,19 @@ class _Graph:
         # One block of weights beside every block of scores.
         weight = None if problem.weight is None else in_one_chunk(problem.weight)
         self.weight = (None, None) if weight is None else (weight, (axis,))
-        self.call = chunks.Call(options_of(problem), x.shape[axis], x.dtype, backend)
+        self.call = chunks.Call(
+            options_of(problem), x.shape[axis], x.dtype, backend, x.chunks[axis]
+        )
+        # The indices of what a task gets as a list of all blocks along the classes.
+        self._along_classes = tuple(-1 if i == axis else i for i in self.all)
 
     def loss(self) -> da.Array:
         if self.x.numblocks[self.call.axis] == 1:
             return self._reduced(
                 self._blockwise(chunks.loss_of_rows, self.all, *self.scores, *self.weight)
             )
+        if self._fit_together():
+            return self._reduced(self._together(chunks.loss_of_joined_rows))
         rows = self._over_parts(self._own(), slopes=False)
         return self._reduced(self._blockwise(chunks.close, self.all, rows, self.all, classes=(1,)))
 
@@ -115,6 +125,14 @@ class _Graph:
             losses = self._blockwise(chunks.first, self.all, pair, self.all)
             grad = self._blockwise(chunks.second, self.all, pair, self.all, name="_grad")
             return self._reduced(losses), grad
+        if self._fit_together():
+            pair = self._together(chunks.loss_and_grad_of_joined_rows, *upstream, name="_and_grad")
+            losses = self._blockwise(chunks.first, self.all, pair, self.all, classes=(1,))
+            place = slices(self.x), self.all
+            grad = self._blockwise(
+                chunks.of_part, self.all, pair, self._along_classes, *place, name="_grad"
+            )
+            return self._reduced(losses), grad
         own = self._own()
         rows = self._over_parts(own, slopes=True)
         losses = self._blockwise(chunks.close, self.all, rows, self.all, classes=(1,))
@@ -126,10 +144,35 @@ class _Graph:
         )
         return self._reduced(losses), grad
 
+    def _fit_together(self) -> bool:
+        """Tell whether the chunks of the same rows are together no larger than Dask likes a chunk.
+
+        Then one task takes them all.
+        """
+        if unknown(self.x):
+            return False
+        rows = math.prod(max(self.x.chunks[i]) for i in self.rows)
+        size = rows * self.call.n_classes * self.x.dtype.itemsize
+        return size <= parse_bytes(dask.config.get("array.chunk-size"))
+
+    def _together(self, function: Any, *upstream: Any, name: str = "") -> da.Array:
+        """Run a function over the blocks of the same rows; the classes' axis becomes one block."""
+        weight, _ = self.weight
+        return self._blockwise(
+            function,
+            self.all,
+            *(self.x, self._along_classes, slices(self.target), self.rows),
+            *(self.target, self.rows, *upstream),
+            *((None, None) if weight is None else (weight, (-2,))),
+            name=name,
+            new_axes={self.call.axis: 1},
+            classes=(1,),
+        )
+
     def _own(self) -> tuple[Any, ...]:
         """Arguments that hold the scores of the targets of a block's rows, as a list."""
         found = self._blockwise(chunks.own_scores, self.all, *self.scores, name="-own")
-        return found, tuple(-1 if i == self.call.axis else i for i in self.all)
+        return found, self._along_classes
 
     def _upstream(self, problem: Problem, grad_output: Array | None) -> tuple[Any, ...]:
         """Arguments that hold what the gradient is multiplied with, and each sample's share."""
@@ -165,7 +208,7 @@ class _Graph:
         return self._blockwise(
             chunks.rows_of_parts,
             self.all,
-            *(parts, tuple(-1 if i == axis else i for i in self.all), self.target, self.rows),
+            *(parts, self._along_classes, self.target, self.rows),
             *((None, None) if weight is None else (weight, (-2,))),
             name="-rows",
             new_axes={axis: 1},

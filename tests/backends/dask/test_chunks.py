@@ -14,6 +14,7 @@ from mml_arrayapi.validation import Options
 
 RNG = np.random.default_rng(0)
 N, C = 60, 33
+IN_CHUNKS = pytest.mark.usefixtures("chunks_of_classes")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def journey(array):
 
 def call(reduction="none", backend=None, **options):
     made = Options(1.0, 1.0, reduction, None, 1, "raise")._replace(**options)
-    return chunks.Call(made, C, np.dtype("f4"), backend)
+    return chunks.Call(made, C, np.dtype("f4"), backend, (C,))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -69,14 +70,14 @@ def test_bits_and_kernel_do_not_depend_on_a_journey(layout, backend, dtype):
     place = (slice(0, N), slice(0, C))
     how = call(backend=backend)._replace(dtype=scores.dtype)
     here = chunks.loss_and_grad_of_rows(scores, place, target, None, 1.0, weight, call=how)
-    kernel = chunks._run(scores, target, weight, how)[0].ran
+    kernel = chunks._run([scores], target, weight, how)[0].ran
     for sent in journey(scores).values():
         there = chunks.loss_and_grad_of_rows(
             sent, place, unaligned(target), None, 1.0, unaligned(weight), call=how
         )
         for a, b in zip(here, there, strict=True):
             assert a.tobytes() == b.tobytes()
-        assert chunks._run(sent, target, weight, how)[0].ran == kernel
+        assert chunks._run([sent], target, weight, how)[0].ran == kernel
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,7 +105,7 @@ def test_an_unaligned_chunk_keeps_the_kernel():
     scores, target = RNG.standard_normal((N, C)).astype(np.float32), RNG.integers(0, C, N)
     wanted = mml.explain(scores, target).kernel
     for backend in (None, wanted):
-        rows, _ = chunks._run(unaligned(scores), target, None, call(backend=backend))
+        rows, _ = chunks._run([unaligned(scores)], target, None, call(backend=backend))
         assert [report.kernel for report in rows.ran] == [wanted]
 
 
@@ -122,7 +123,7 @@ def test_a_kernel_that_refuses_unaligned_arrays_gets_a_copy():
     try:
         scores, target = RNG.standard_normal((N, C)).astype(np.float32), RNG.integers(0, C, N)
         moved = unaligned(scores)
-        rows, _ = chunks._run(moved, target, None, call(backend="choosy"))
+        rows, _ = chunks._run([moved], target, None, call(backend="choosy"))
     finally:
         mml.unregister_kernel("choosy")
     assert seen[0].flags.aligned
@@ -130,6 +131,7 @@ def test_a_kernel_that_refuses_unaligned_arrays_gets_a_copy():
     assert rows.losses.shape == (N,)
 
 
+@IN_CHUNKS
 @pytest.mark.parametrize("backend", [None, "generic"])
 @pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])
 @pytest.mark.parametrize("which", ["input", "target"])
@@ -156,6 +158,7 @@ def test_arrays_that_say_they_are_masked_are_refused_at_once(which):
         mml.multi_margin_loss(lazy["input"], lazy["target"], weight=lazy["weight"])
 
 
+@IN_CHUNKS
 @pytest.mark.parametrize("backend", [None, "generic"])
 @pytest.mark.parametrize("cut", [(7, C), (7, 5), (N, 5)], ids=["rows", "both", "classes"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -187,6 +190,7 @@ def test_ignore_index(backend, cut, reduction, index):
     np.testing.assert_allclose(grad, gradient * scale, rtol=1e-5, atol=1e-8)
 
 
+@IN_CHUNKS
 @pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])
 def test_all_samples_are_ignored(cut):
     lazy = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
@@ -197,6 +201,7 @@ def test_all_samples_are_ignored(cut):
     assert mml.multi_margin_loss(lazy, target, ignore_index=-100, reduction="sum").compute() == 0
 
 
+@IN_CHUNKS
 def test_a_target_out_of_range_is_found_beside_ignored_ones():
     lazy = da.from_array(RNG.standard_normal((N, C)), chunks=(7, 5))
     target = np.full(N, -100)
@@ -213,6 +218,7 @@ def test_a_value_that_the_targets_cannot_hold_ignores_nothing():
         assert ours.compute() == mml.multi_margin_loss(lazy, target).compute()
 
 
+@IN_CHUNKS
 @pytest.mark.parametrize("backend", [None, "generic"])
 @pytest.mark.parametrize(("dtype", "large"), [("f4", 3e37), ("f8", 1.6e307)])
 @pytest.mark.parametrize("p", [1, 2])
@@ -238,6 +244,7 @@ def test_large_scores_whose_mean_is_finite(backend, dtype, large, p, cut):
 BOTH_CUTS = pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 @pytest.mark.parametrize("which", ["weight", "grad_output", "grad_output of each"])
 def test_masked_weights_and_gradients_are_refused(cut, which):
@@ -255,6 +262,7 @@ def test_masked_weights_and_gradients_are_refused(cut, which):
         grad.compute()
 
 
+@IN_CHUNKS
 @pytest.mark.parametrize("backend", [None, "generic"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("p", [1, 2, 1.5])
@@ -268,9 +276,10 @@ def test_margins_beyond_the_dtype(margin, p, dtype, backend):
     )
     assert (whole[0] == (math.inf if margin > 0 else 0)).all()
     for one, other in zip(whole, parts, strict=True):
-        np.testing.assert_array_equal(one, other.compute())
+        np.testing.assert_allclose(one, other.compute(), rtol=1e-6)
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 def test_chunks_with_fewer_classes_than_declared(cut):
     x = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
@@ -279,6 +288,7 @@ def test_chunks_with_fewer_classes_than_declared(cut):
         mml.multi_margin_loss(cropped, da.zeros(N, dtype=int, chunks=7)).compute()
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 @pytest.mark.parametrize("dtype", ["float64", "bool"])
 def test_targets_of_another_dtype_than_declared(cut, dtype):
@@ -288,6 +298,7 @@ def test_targets_of_another_dtype_than_declared(cut, dtype):
         mml.multi_margin_loss(x, y).compute()
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 def test_chunks_with_fewer_rows_than_declared(cut):
     x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
@@ -298,6 +309,7 @@ def test_chunks_with_fewer_rows_than_declared(cut):
             result.compute()
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -317,6 +329,7 @@ def test_weights_other_than_declared(cut, change, message):
             result.compute()
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(
@@ -340,6 +353,7 @@ def test_grad_output_other_than_declared(cut, reduction, change, message):
         grad.compute()
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("p", [1, 2])
@@ -364,6 +378,7 @@ def test_scalars_of_numpy_beside_dask():
     np.testing.assert_array_equal(parts.compute(), whole)
 
 
+@IN_CHUNKS
 @BOTH_CUTS
 def test_factors_of_bfloat16(cut):
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -377,3 +392,41 @@ def test_factors_of_bfloat16(cut):
         )
         for one, other in zip(whole, parts, strict=True):
             np.testing.assert_allclose(one, other.compute(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("tile", [2**20, 50])
+def test_rows_in_several_chunks_have_the_bits_of_whole_rows(
+    axis, dtype, backend, tile, monkeypatch
+):
+    monkeypatch.setattr(chunks, "TILE", tile)
+    scores = np.moveaxis(RNG.standard_normal((9, 5, C)).astype(dtype), -1, axis)
+    target, upstream = RNG.integers(0, C, (9, 5)), RNG.standard_normal((9, 5))
+    how = {"p": 1.5, "axis": axis, "weight": RNG.random(C), "backend": backend}
+    several, whole = (
+        da.from_array(scores, chunks=tuple(of_classes if i == axis else 4 for i in range(3)))
+        for of_classes in ((10, 0, 23), C)
+    )
+    for reduction, grad_output in (("mean", None), ("none", upstream)):
+        how |= {"reduction": reduction}
+        alone = [mml.multi_margin_loss(x, target, **how) for x in (several, whole)]
+        pairs = [
+            mml.multi_margin_loss_and_grad(x, target, grad_output=grad_output, **how)
+            for x in (several, whole)
+        ]
+        assert pairs[0][1].chunks == several.chunks
+        for ours, wanted in (alone, *zip(*pairs, strict=True)):
+            assert ours.compute().tobytes() == wanted.compute().tobytes()
+
+
+@pytest.mark.parametrize(("limit", "own"), [("48B", 0), ("47B", 6)], ids=["together", "apart"])
+def test_dasks_size_of_a_chunk_limits_what_one_task_takes(limit, own):
+    lazy = da.from_array(np.zeros((5, 6), np.float32), chunks=(2, 3))  # 2 x 6 scores: 48 bytes
+    with dask.config.set({"array.chunk-size": limit}):
+        loss = mml.multi_margin_loss(lazy, np.zeros(5, int))
+        grad = mml.multi_margin_loss_and_grad(lazy, np.zeros(5, int))[1]
+    for made in (loss, grad):
+        names = [dask.utils.key_split(key) for key in dict(made.__dask_graph__())]
+        assert names.count("multi_margin_loss-own") == own

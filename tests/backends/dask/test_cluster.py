@@ -120,8 +120,8 @@ def test_most_chunks_that_a_client_scatters_are_not_aligned(client):
 def kernels_of(block, target, options):
     from mml_arrayapi.backends.dask import chunks
 
-    call = chunks.Call(options, C, block.dtype, None)
-    rows, _ = chunks._run(block, target, None, call)
+    call = chunks.Call(options, C, block.dtype, None, (C,))
+    rows, _ = chunks._run([block], target, None, call)
     return is_aligned(block), {(report.worker, report.kernel) for report in rows.ran}
 
 

@@ -19,6 +19,9 @@ C = 12
 EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()  # arrays of the query planner
 
 
+pytestmark = pytest.mark.usefixtures("chunks_of_classes")
+
+
 @pytest.fixture(autouse=True)
 def _synchronous():
     with dask.config.set(scheduler="synchronous"):

@@ -1,0 +1,11 @@
+"""What the tests of Dask share."""
+
+import dask
+import pytest
+
+
+@pytest.fixture(params=["128MiB", "1B"], ids=["together", "apart"])
+def chunks_of_classes(request):
+    """Whether one task takes all chunks of the same rows, or there are tasks for each."""
+    with dask.config.set({"array.chunk-size": request.param}):
+        yield
