@@ -276,7 +276,7 @@ def figures_of(
     Parameters
     ----------
     state : MetricState
-        What was counted, with all classes.
+        What was counted.
     data : Dataset
         What was evaluated.
     loss, reduction, kernel, class_names
@@ -333,10 +333,12 @@ def _worst(sample: Any, data: Dataset) -> WorstSample:
 def _class_figures(state: MetricState) -> tuple[ClassFigures, ...]:
     made = [ClassFigures(0, math.nan, math.nan, math.nan)] * state.n_classes
     weighted = bool(state.weights)
-    for c in state.counts[0].nonzero()[0].tolist():
-        count, right, inside, *odd = state.counts[:, c].tolist()
-        weight, right, inside = [row[c] for row in state.weights] or (count, right, inside)
-        mean = _over(ExactSum(state.sums[c], count, *odd), weight, weighted=weighted)
+    for i, (c, counts) in enumerate(
+        zip(state.classes.tolist(), state.counts.T.tolist(), strict=True)
+    ):
+        count, right, inside, *odd = counts
+        weight, right, inside = [row[i] for row in state.weights] or (count, right, inside)
+        mean = _over(ExactSum(state.sums[i], count, *odd), weight, weighted=weighted)
         made[c] = ClassFigures(count, mean, _share(right, weight), _share(inside, weight))
     return tuple(made)
 

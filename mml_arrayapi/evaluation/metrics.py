@@ -81,7 +81,7 @@ class MetricState:
     Attributes
     ----------
     classes : numpy array of int64, shape (K,)
-        The classes that have samples, in order; or all.
+        The classes that have samples, in order.
     counts : numpy array of int64, shape (6, K)
         Per class: samples; those whose target has the highest score; those with another class
         within the margin; losses that are NaN, infinite, minus infinite.
@@ -116,14 +116,14 @@ class MetricState:
         "worst",
     )
 
-    def __init__(self, n_classes: int, *, weighted: bool = False, dense: bool = False) -> None:
+    def __init__(self, n_classes: int, *, weighted: bool = False) -> None:
         import numpy as np
 
         self.n_classes = n_classes
-        self.classes = np.arange(n_classes if dense else 0)
-        self.counts = np.zeros((KINDS, len(self.classes)), dtype=np.int64)
-        self.sums = [0] * len(self.classes)
-        self.weights = [[0] * len(self.classes) for _ in range(3 if weighted else 0)]
+        self.classes = np.arange(0)
+        self.counts = np.zeros((KINDS, 0), dtype=np.int64)
+        self.sums: list[int] = []
+        self.weights: list[list[int]] = [[] for _ in range(3 if weighted else 0)]
         self.histogram: Counter[int] = Counter()
         self.confusions: Counter[int] | None = Counter()
         self.worst: list[Sample] = []
@@ -212,11 +212,7 @@ class MetricState:
 
         if len(classes) == len(self.classes) and (classes == self.classes).all():
             return np.arange(len(classes))
-        union = (
-            np.union1d(self.classes, classes)
-            if len(self.classes) < self.n_classes
-            else self.classes
-        )
+        union = np.union1d(self.classes, classes)
         if len(union) > len(self.classes):
             old = np.searchsorted(union, self.classes)
             counts = np.zeros((KINDS, len(union)), dtype=np.int64)

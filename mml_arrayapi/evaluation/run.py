@@ -143,7 +143,7 @@ def evaluate(
     names = _class_names(class_names, data.n_classes)
 
     weighted = sample_weight is not None
-    total = MetricState(data.n_classes, weighted=weighted, dense=True)
+    total = MetricState(data.n_classes, weighted=weighted)
     nan: dict[str, int] = {}
     done = 0
 
