@@ -118,6 +118,11 @@ def scaled(slope: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(slope > 0, slope * scale, inactive)
 
 
+def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
+    """Return ``x``, NaN where a condition does not hold: no NaN is made where it does."""
+    return jnp.where(condition, x, 0) / condition.astype(x.dtype)
+
+
 def shrunk(terms: jax.Array, factor: float) -> jax.Array:
     """Return the product, by a selection: XLA's sums take a factor only as an array of its own.
 
@@ -232,6 +237,8 @@ ROW: dict[str, Any] = {
     "look_up": look_up,
     "relu": relu,
     "scaled": scaled,
+    "nan_unless": nan_unless,
+    "divisor": lambda count: count,  # of 0: 0 / 0 is NaN
     "shrunk": shrunk,
     "sum": total,
     "runs": lambda _: True,

@@ -121,11 +121,11 @@ def _write(arguments: argparse.Namespace, runs: list[Run]) -> bool:
     return whole
 
 
-def _checks(names: Sequence[str] | None) -> list[Check]:
+def _checks(names: Sequence[str] | None, option: str = "--check") -> list[Check]:
     known = {check.name: check for check in all_checks()}
     for name in names or ():
         if name not in known:
-            raise ValueError(f"--check: no check is named {name!r}; known are: {', '.join(known)}")
+            raise ValueError(f"{option}: no check is named {name!r}; known are: {', '.join(known)}")
     return [known[name] for name in names or known]
 
 
@@ -135,7 +135,7 @@ def _expected(given: Sequence[str]) -> dict[str, str]:
         name, equals, reason = text.partition("=")
         if not (equals and reason.strip()):
             raise ValueError(f"--expect: {text!r} is not CHECK=REASON")
-        expected[_checks([name])[0].name] = reason.strip()
+        expected[_checks([name], "--expect")[0].name] = reason.strip()
     return expected
 
 

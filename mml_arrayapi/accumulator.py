@@ -60,7 +60,8 @@ class LossAccumulator:
     -----
     Each sample's loss is what ``multi_margin_loss(..., reduction="none")`` gives, rounded to the
     scores' dtype, but for 16-bit scores, whose losses are kept in float32. With ``sample_weight``,
-    it is that loss times the weight, rounded to float64.
+    it is that loss times the weight, rounded to float64's precision; it may be larger than float64
+    can hold.
 
     Examples
     --------
@@ -154,7 +155,7 @@ class LossAccumulator:
             batch.losses.add(losses)
             batch.weights.add_ones(losses.size)
         else:
-            batch.losses.add(_product(losses, factors))
+            batch.losses.add_weighted(losses, factors)
             batch.weights.add(factors)
         with self._lock:
             self._totals = self._totals.plus(batch)
@@ -258,12 +259,14 @@ class LossAccumulator:
 
         try:
             weight = state["weight"]
+            if isinstance(weight, str):
+                raise TypeError("weight is a string")  # noqa: TRY301
             weight = None if weight is None else np.asarray(list(map(float, weight)))
             options = {name: state[name] for name in ("p", "margin", "ignore_index")}
             made = cls(**options, weight=weight)
             parts = (ExactSum.from_state(state[name]) for name in ("sum", "sample_weights"))
             made._totals = _Totals(*parts)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"state must be what LossAccumulator.state() returned, but reading it gives "
                 f"{type(error).__name__}: {error}"
@@ -320,13 +323,6 @@ def _checked_factors(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
             f"position {tuple(first)}"
         )
     return weights
-
-
-def _product(losses: Any, factors: Any) -> Any:
-    import numpy as np
-
-    with np.errstate(all="ignore"):  # infinite losses, and those beyond float64
-        return losses * factors
 
 
 def weight_to_numpy(weight: Array) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            arguments = parser().parse_args(argv)
+            arguments = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
             return int(arguments.run(arguments))
         finally:
             _flush()
@@ -89,6 +90,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _OutputError as error:
         print(f"mml-arrayapi: error: the output cannot be written ({error})", file=sys.stderr)
         return BAD_OUTPUT
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Write ``--margin -1e-3`` as ``--margin=-1e-3``, which argparse would take for an option."""
+    made: list[str] = []
+    for one in argv:
+        numbers = re.fullmatch(r"-[0-9.][0-9.,eE+-]*", one)
+        if numbers and made and re.fullmatch(r"--[a-z][a-z-]*", made[-1]):
+            made[-1] += f"={one}"
+        else:
+            made.append(one)
+    return made
 
 
 class _OutputError(Exception):
@@ -126,7 +139,9 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*headings, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     for name, library, available, reason in rows:
         colour = "green" if available == "yes" else "red"
         table.add_row(Text(name, "bold"), library, Text(available, colour), Text(reason))

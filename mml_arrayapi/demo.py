@@ -194,28 +194,40 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        import numpy as np
+        import numpy  # noqa: F401
         import rich  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
-        print(f"demo: {error}; install with: pip install 'mml_arrayapi[demo]'", file=sys.stderr)
+        print(
+            f"demo: {error}; install with: pip install 'mml_arrayapi[demo]' "
+            "(in a clone: pip install '.[demo]')",
+            file=sys.stderr,
+        )
         return 2
     images = load_digits()
+    logits, targets = arguments.output / "logits.npy", arguments.output / "targets.npy"
+    if not _save(targets, images.test_digits):  # before the work
+        return 2
     results = _train_everywhere(images)
-    scores = next(iter(results.values())).test_scores
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        logits, targets = arguments.output / "logits.npy", arguments.output / "targets.npy"
-        np.save(logits, scores)
-        np.save(targets, images.test_digits)
-    except OSError as error:
-        print(f"demo: cannot write to {arguments.output}: {error}", file=sys.stderr)
+    if not _save(logits, next(iter(results.values())).test_scores):
         return 2
     command = ["evaluate", str(logits), str(targets), "--p", str(P)]
     print(f"\nThe held-out images' scores are in {logits}. Evaluating them:")
     print(f"$ mml-arrayapi {shlex.join(command)}\n", flush=True)
     print(evaluate(str(logits), str(targets), p=P))
     return 0
+
+
+def _save(path: Path, array: Array) -> bool:
+    import numpy as np
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array)
+    except OSError as error:
+        print(f"demo: cannot write to {path.parent}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _train_everywhere(images: Digits) -> dict[str, Result]:

@@ -8,6 +8,7 @@ workers can change a bit; the result is rounded once, when it is asked for.
 from __future__ import annotations
 
 import math
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 UNIT = 1130  # 1074 for the smallest float64, and the 53 bits below the exponent of frexp
 BLOCK = 2**16  # values looked at together: their temporaries stay in the cache
+LARGEST = 4096  # exponent of a sum: a product of two float64 has 2048
+HUGE = 1100  # bits by which products beyond float64 are shifted down
 EXACT = 2**25  # so many 27-bit integers can be added in a float64 without rounding
 
 
@@ -62,6 +65,33 @@ def exact_sums(
             for group in np.flatnonzero(sums):
                 totals[group] += int(sums[group]) << unit
     return totals
+
+
+def weighted(losses: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Multiply losses by weights, finite ones also where the product is beyond float64.
+
+    Parameters
+    ----------
+    losses, weights : numpy array, shape (N,), float32 or float64
+        The factors; the weights are finite.
+
+    Returns
+    -------
+    products : numpy array of float64, shape (N,)
+        Rounded; 0 where that is beyond float64.
+    where : numpy array of int64, shape (K,)
+        The places of those.
+    smaller : numpy array of float64, shape (K,)
+        These products, in units of ``2 ** HUGE``.
+    """
+    import numpy as np
+
+    with np.errstate(all="ignore"):  # infinite losses, and those beyond float64
+        products = losses.astype(np.float64) * weights
+    where = np.flatnonzero(np.isinf(products) & np.isfinite(losses))
+    products[where] = 0
+    factors = losses[where].astype(np.float64) * 2.0**-1000, weights[where] * 2.0 ** (1000 - HUGE)
+    return products, where, factors[0] * factors[1]
 
 
 def _sum_of_near(values: np.ndarray) -> tuple[int, np.ndarray]:
@@ -152,6 +182,12 @@ class ExactSum:
         self.count += len(values)
         self.total += exact_sums(values if finite.all() else values[finite])[0]
 
+    def add_weighted(self, losses: np.ndarray, weights: np.ndarray) -> None:
+        """Add each loss times its weight, rounded to float64's precision."""
+        products, _, smaller = weighted(losses.reshape(-1), weights.reshape(-1))
+        self.add(products)
+        self.total += exact_sums(smaller)[0] << HUGE
+
     def add_ones(self, count: int) -> None:
         """Add the number 1 so many times."""
         self.total += count << UNIT
@@ -194,7 +230,9 @@ class ExactSum:
         """Make the sum that :meth:`state` described; raise an error for what is none."""
         total, *counts = state
         digits, _, exponent = total.partition("p")
-        count, nan, plus, minus = map(int, counts)
+        count, nan, plus, minus = map(index, counts)
         if min(count, nan, plus, minus) < 0:
             raise ValueError(f"counts can't be negative: {counts}")
+        if not -UNIT <= int(exponent) <= LARGEST:
+            raise ValueError(f"no sum has the exponent {exponent}")
         return cls(int(digits, 16) << (int(exponent) + UNIT), count, nan, plus, minus)

@@ -95,7 +95,7 @@ def reduce(problem: Problem, losses: Array) -> Array:
         losses = losses[_along(problem.axis, 0)]
     else:
         library = library_of("input", problem.input)
-        n = _count(problem, math.nan) if problem.reduction == "mean" else 1
+        n = library.divisor(_count(problem)) if problem.reduction == "mean" else 1
         losses = divided_sum(library, losses, None, n, small=losses.dtype == xp.float64 != dtype)
     return cast(xp, losses, dtype)
 
@@ -108,7 +108,14 @@ def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
         upstream = cast(xp, grad_output, wide)
         if problem.reduction == "none":
             upstream = upstream[_along(problem.axis, None)]
-    return upstream / _count(problem, 1.0) if problem.reduction == "mean" else upstream
+    if problem.reduction != "mean":
+        return upstream
+    count = _count(problem)
+    if isinstance(count, int):  # a symbolic size is none
+        count = max(count, 1)
+    elif hasattr(count, "dtype"):
+        count = xp.where(count > 0, count, xp.ones_like(count))
+    return upstream / count
 
 
 def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | None, Array]:
@@ -153,7 +160,7 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
         losses = losses * weight
     if known is not None:
         known = known if ignored is None else known | ignored
-        losses = xp.where(known, losses, xp.full_like(losses, math.nan))
+        losses = library.nan_unless(known, losses)
     if ignored is not None:
         losses = xp.where(ignored, xp.zeros_like(losses), losses)
     return places, hinge, weight, losses
@@ -182,14 +189,12 @@ def _ignored(problem: Problem) -> Array | None:
     return cast(xp, target, integer) == (wanted + half) % (2 * half) - half
 
 
-def _count(problem: Problem, empty: float) -> Any:
-    """Return the number of samples that count, ``empty`` if it is 0."""
+def _count(problem: Problem) -> Any:
+    """Return the number of samples that count: an integer, a symbolic size or an array."""
     xp, shape, ignored = problem.xp, problem.target.shape, _ignored(problem)
     if ignored is None and all(n is not None and n == n for n in shape):  # Dask says NaN
-        count = math.prod(shape)
-        return empty if isinstance(count, int) and count == 0 else count
+        return math.prod(shape)
     library = library_of("input", problem.input)
     wide = library.widest(problem.input)[1]
     ones = xp.ones_like(problem.target, dtype=wide)
-    count = divided_sum(library, ones if ignored is None else xp.astype(~ignored, wide), None, 1)
-    return xp.where(count > 0, count, xp.full_like(count, empty))
+    return divided_sum(library, ones if ignored is None else xp.astype(~ignored, wide), None, 1)

@@ -11,6 +11,7 @@ type does neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,11 @@ class Library:
         ``slope``.
     shrunk : callable
         ``shrunk(terms, factor)``: the product with a number.
+    nan_unless : callable
+        ``nan_unless(condition, x)``: ``x``, but NaN where a condition does not hold.
+    divisor : callable
+        ``divisor(count)``: what a sum, of nothing if that is 0, is divided by for the mean; NaN
+        or 0 for 0. An array, an integer or a symbolic size.
     sum : callable
         ``sum(x, axis, dtype)``: the sum in a dtype; the axis is kept, None stands for all.
     in_range : callable
@@ -110,6 +116,8 @@ class Library:
     look_up: Callable[[Array, Array, int], Array]
     relu: Callable[[Array], Array]
     scaled: Callable[[Array, Array], Array]
+    nan_unless: Callable[[Array, Array], Array]
+    divisor: Callable[[Any], Any]
     sum: Callable[[Array, int | None, Any], Array]
     in_range: Callable[[Array, int], bool]
     kinds: Mapping[Any, str]
@@ -160,6 +168,12 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
         return xp.where(slope > 0, slope * scale, inactive)
 
+    def nan_unless(condition: Array, x: Array) -> Array:
+        return xp.where(condition, x, xp.full_like(x, math.nan))
+
+    def divisor(count: Any) -> Any:
+        return nan_unless(count > 0, count) if hasattr(count, "dtype") else count or math.nan
+
     def total(x: Array, axis: int | None, dtype: Any) -> Array:
         return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
 
@@ -179,6 +193,8 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         look_up=look_up,
         relu=relu,
         scaled=scaled,
+        nan_unless=nan_unless,
+        divisor=divisor,
         sum=total,
         in_range=in_range,
         kinds=_kinds(xp),
@@ -374,5 +390,8 @@ def widest(xp: Namespace, array: Array) -> tuple[Any, Any]:
         # ndonnx wants the kind to be said, though the standard doesn't.
         dtypes = xp.__array_namespace_info__().dtypes(device=device_of(array), kind=None)
     except (AttributeError, RuntimeError):  # older than the standard's version 2023.12
-        return xp.int64, xp.float64
+        try:
+            return xp.int64, xp.zeros((), dtype=xp.float64, device=device_of(array)).dtype
+        except ValueError:  # the device has no float64
+            return xp.int64, xp.float32
     return dtypes.get("int64", dtypes.get("int32")), dtypes.get("float64", xp.float32)

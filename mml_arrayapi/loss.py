@@ -157,7 +157,7 @@ def multi_margin_loss_and_grad(
     if input.ndim == 0:
         grad = problem.xp.reshape(grad, ())
     if problem.input.dtype != input.dtype:
-        grad = problem.xp.astype(grad, input.dtype)
+        grad = problem.xp.astype(grad, input.dtype, copy=False)
     return _in_targets_shape(problem, target, loss), grad
 
 

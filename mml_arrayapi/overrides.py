@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from types import FrameType
 
+from mml_arrayapi import overrides as this_module
+
 ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
 # Read once: looking into os.environ takes a microsecond, as long as a small loss.
 environment = os.environ.get(ENVIRONMENT) or None
@@ -84,6 +86,17 @@ def in_context() -> str | None:
     return None
 
 
+def __getattr__(name: str) -> str | None:
+    """Give ``name_in_context``, what :func:`in_context` returns, as an attribute of the module.
+
+    torch.compile can't read a ContextVar. It reads this once and takes it for a constant, but looks
+    at it again before each call of the compiled code: so that each context has its own.
+    """
+    if name == "name_in_context":
+        return in_context()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def asked_for(backend: str | None) -> tuple[str | None, str]:
     """Return the name of the kernel that is asked for, and who asks.
 
@@ -99,6 +112,6 @@ def asked_for(backend: str | None) -> tuple[str | None, str]:
     """
     if backend is not None:
         return backend, "backend"
-    if open_names and (name := in_context()) is not None:
+    if open_names and (name := this_module.name_in_context) is not None:
         return name, "use_backend"
     return environment, ENVIRONMENT

@@ -14,8 +14,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from mml_arrayapi import loss as _loss
+from mml_arrayapi.backends.pytorch import library  # noqa: F401  (what exported programs call)
 from mml_arrayapi.backends.pytorch.state import reduction_name
-from mml_arrayapi.validation import check_parameters
+from mml_arrayapi.validation import check_parameters, check_weight
 
 __all__ = ["MultiMarginLoss", "multi_margin_loss"]
 
@@ -118,8 +119,11 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(1, margin, weight, size_average, reduce, reduction)
-        check_parameters(self.reduction, p, margin)
+        name = reduction_name(size_average, reduce, reduction)
+        check_parameters(name, p, margin)
+        if weight is not None:
+            check_weight(weight)
+        super().__init__(1, margin, weight, reduction=name)
         self.p = p
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

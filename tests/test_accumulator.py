@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mml_arrayapi import InvalidTargetError, LossAccumulator
+from mml_arrayapi import InvalidTargetError, LossAccumulator, evaluate
 from mml_arrayapi.exact_sum import UNIT, ExactSum, exact_sums
 from mml_arrayapi.loss import sample_losses
 
@@ -281,7 +281,7 @@ def test_sample_weights_of_pytorch_and_jax_that_cannot_be_read():
     jax = pytest.importorskip("jax")
     wrong = [*wrong.items(), (jax.random.split(jax.random.key(0)), "must have a real dtype, but")]
     masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
-    wrong.append((masked, "must have values that can be read, but .* tensors that hold others"))
+    wrong.append((masked, "must be a dense array, but is a MaskedTensor, whose mask would be lost"))
     for factors, message in wrong:
         with pytest.raises((TypeError, ValueError), match=f"^sample_weight {message}"):
             LossAccumulator().update(scores, target, factors)
@@ -570,3 +570,33 @@ def test_weights_beyond_float32_are_infinite_there():
     with np.errstate(all="raise"):
         made.update(jnp.zeros((1, 2)), jnp.array([1]))
     assert made.compute() == math.inf
+
+
+def test_weighted_losses_beyond_float64_have_a_finite_mean():
+    scores, target, weights = np.asarray([[1e307, 0.0]] * 2), np.asarray([1, 1]), [1e10, 3e10]
+    stream = LossAccumulator()
+    stream.update(scores, target, np.asarray(weights))
+    assert stream.count == 2
+    assert stream.compute("sum") == math.inf
+    assert stream.compute() == pytest.approx(5e306, rel=1e-15)
+    again = LossAccumulator.from_state(json.loads(json.dumps(stream.state())))
+    assert again.compute() == stream.compute()
+    assert stream.compute() == evaluate(scores, target, sample_weight=np.asarray(weights)).loss
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": [10**400]},
+        {"weight": "123"},
+        {"sum": ["0x1p0", math.inf, 0, 0, 0]},
+        {"sum": ["0x1p5", 1.5, 0, 0, 0]},
+        {"sum": ["0x1p99999999999", 1, 0, 0, 0]},
+        {"sum": ["0x1p-99999", 1, 0, 0, 0]},
+    ],
+    ids=["large weight", "text", "infinite count", "no count", "large", "small"],
+)
+def test_states_that_no_accumulator_has(change):
+    state = LossAccumulator().state() | change
+    with pytest.raises(ValueError, match=r"state must be what LossAccumulator.state\(\) returned"):
+        LossAccumulator.from_state(state)

@@ -182,3 +182,24 @@ def test_demo_without_what_it_needs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert cli.main(["demo"]) == 2
     assert "install with: pip install 'mml_arrayapi[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-1,2,-3e4"])
+def test_negative_numbers_are_no_options(value):
+    assert cli._joined(["evaluate", "x", "--margin", value, "y"]) == [
+        *("evaluate", "x", f"--margin={value}", "y")
+    ]
+
+
+@pytest.mark.parametrize("given", [["x", "-1"], ["--json", "-h"], ["--margin", "--p"]], ids=str)
+def test_what_is_no_negative_number_stays(given):
+    assert cli._joined(given) == given
+
+
+def test_a_negative_margin(tmp_path, capsys):
+    np = pytest.importorskip("numpy")
+    for name, values in (("x", np.eye(2)), ("y", np.asarray([0, 1]))):
+        np.save(tmp_path / f"{name}.npy", values)
+    files = [str(tmp_path / f"{name}.npy") for name in "xy"]
+    assert cli.main(["evaluate", *files, "--margin", "-1e-3", "--weight", "-1,2"]) == 0
+    assert "margin -0.001" in capsys.readouterr().out

@@ -145,6 +145,9 @@ def test_more_than_pytorch_has(batch):
         ({"p": "1"}, "p must be"),
         ({"margin": float("inf")}, "margin must be"),
         ({"reduction": "max"}, "reduction must be one of"),
+        ({"p": 0.5, "weight": torch.ones(2, 2)}, "p must be"),
+        ({"weight": torch.ones(2, 2)}, r"weight must have shape \(C,\), but has shape \(2, 2\)"),
+        ({"weight": [1.0, 2.0]}, "weight must be an array, but is"),
     ],
 )
 def test_errors_when_constructed(options, message):
@@ -174,3 +177,9 @@ def test_torch_fx_traces_it(batch, criterion):
     traced = torch.fx.symbolic_trace(model)
     assert any(node.target is mine.multi_margin_loss for node in traced.graph.nodes)
     torch.testing.assert_close(traced(*batch), model(*batch))
+
+
+@pytest.mark.filterwarnings("ignore:reduction='elementwise_mean' is deprecated")
+def test_the_oldest_name_of_the_mean(batch):
+    module = mine.MultiMarginLoss(reduction="elementwise_mean")
+    assert module(*batch) == mine.multi_margin_loss(*batch, reduction="elementwise_mean")

@@ -478,9 +478,10 @@ def _for_upstream(
     options: Options,
 ) -> Tensor:
     """Return the gradient of ``sum(tangent * gradient)`` for ``grad_output``."""
-    unit = _gradient(torch.ones_like(grad_output), input, target, weight, None, *options)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    products = tangent.to(wide) * unit.to(wide)
+    wide = torch.promote_types(input.dtype, torch.float32)  # 16 bits would round each addend
+    ones = torch.ones_like(grad_output, dtype=wide)
+    unit = _gradient(ones, input.to(wide), target, weight, None, *options)
+    products = tangent.to(wide) * unit
     total = products.sum(options[4]) if options[2] == "none" else products.sum()
     return total.to(grad_output.dtype)
 
@@ -535,16 +536,17 @@ def _map_loss(
     info: Any, in_dims: Any, input: Any, target: Any, weight: Any, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
     options = options[:-1]
-    if in_dims[2] is not None:
+    if in_dims[2] is not None and info.batch_size:
         calls = _split(info, in_dims, (input, target, weight))
         losses = torch.stack([_loss(*call, *options, False)[0] for call in calls])
         return (losses, _no_mask(input)), (0, None)
+    weight = weight if in_dims[2] is None else None
     x, y = _first(info, in_dims[0], input), _first(info, in_dims[1], target)
     if x.itemsize == 2 and options[2] != "none":
         x = x.float()
-    losses, _ = _loss(x, y, weight, *_per_sample(options), False)
+    losses, _ = _loss(x, y, weight, *_per_sample(options, x.ndim - 1), False)
     if options[2] != "none":
-        rows = losses.reshape(info.batch_size, -1)
+        rows = _rows(losses)
         divisor = _count(y, options[3]) if options[2] == "mean" else 1
         losses = divided_sum(library_of("input", rows), rows, 1, divisor).squeeze(1)
     return (losses.to(input.dtype), _no_mask(input)), (0, None)
@@ -560,17 +562,18 @@ def _map_gradient(
     mask: Any,  # noqa: ARG001
     *options: Any,
 ) -> tuple[Tensor, int]:
-    if in_dims[3] is not None:
+    if in_dims[3] is not None and info.batch_size:
         calls = _split(info, in_dims, (grad_output, input, target, weight))
         return torch.stack([_gradient(*call, None, *options) for call in calls]), 0
+    weight = weight if in_dims[3] is None else None
     x, y = _first(info, in_dims[1], input), _first(info, in_dims[2], target)
     upstream = _first(info, in_dims[0], grad_output)
     if options[2] != "none":
         upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
         if options[2] == "mean":
-            upstream = upstream.reshape(-1, 1) / _count(y, options[3])
-        upstream = upstream.reshape(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
-    return _gradient(upstream, x, y, weight, None, *_per_sample(options)), 0
+            upstream = upstream.unsqueeze(1) / _count(y, options[3])
+        upstream = upstream.reshape(len(y), *(1,) * (y.ndim - 1)).expand(y.shape)
+    return _gradient(upstream, x, y, weight, None, *_per_sample(options, x.ndim - 1)), 0
 
 
 def _map_loss_and_grad(
@@ -610,15 +613,20 @@ def _first(info: Any, dim: int | None, tensor: Tensor) -> Tensor:
     return tensor.movedim(dim, 0)
 
 
-def _per_sample(options: Options) -> Options:
-    """Return the options for one more batch axis in front, without reduction."""
+def _per_sample(options: Options, ndim: int) -> Options:
+    """Return the options for one more batch axis in front of ``ndim``, without reduction."""
     p, margin, _, ignore_index, axis, check_target = options
-    return p, margin, "none", ignore_index, axis + 1, check_target
+    return p, margin, "none", ignore_index, axis % ndim + 1, check_target
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return one row for each of the mapped calls, of which there may be none."""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1)
 
 
 def _count(target: Tensor, ignore_index: int | None) -> Any:
     """Count the samples of each mean: one number, or shape ``(calls, 1)``."""
-    rows = target.reshape(target.shape[0], -1)
+    rows = _rows(target)
     if ignore_index is None:
         return rows.shape[1]
     return (~_ignored(rows.to(torch.int64), target.dtype, ignore_index)).sum(1, keepdim=True)

@@ -88,6 +88,8 @@ def total(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
 
 def runs(terms: Tensor) -> bool:
     """Tell whether a sum in float64 is slow: where the wide copy is large, or compiled."""
+    if state.is_exporting():  # sizes may be symbolic, and can't be compared
+        return False
     return torch.compiler.is_compiling() or terms.numel() > FEW
 
 
@@ -174,10 +176,10 @@ def _followed(problem: Problem) -> bool:
 
 def loss(problem: Problem) -> Tensor:
     """Compute the loss, followed by autograd and every transform of PyTorch."""
-    # PyTorch differentiates no Function's jvp in forward mode once more, and torch.jit.trace saves
-    # no Function.
+    # PyTorch differentiates no Function's jvp in forward mode once more, torch.jit.trace saves no
+    # Function, and torch.export(strict=True) saves one without its backward pass.
     compiling = torch.compiler.is_compiling()
-    simply = not compiling and state.is_tracing()
+    simply = state.is_exporting() or (not compiling and state.is_tracing())
     if _followed(problem) and state.forward_levels() < 2 and not simply:
         function = _Compiled if compiling else _Loss
         tensors = problem.input, problem.target, problem.weight
@@ -200,6 +202,7 @@ ROW: dict[str, Any] = {
     "look_up": look_up,
     "relu": relu,
     "scaled": scaled,
+    "divisor": lambda count: count,  # of 0: 0 / 0 is NaN, and a symbolic size can't be compared
     "sum": total,
     "runs": runs,
     "loss": loss,

@@ -11,19 +11,17 @@ from dataclasses import replace
 
 import array_api_compat.torch as xp
 
-from mml_arrayapi import overrides, registry
+from mml_arrayapi import registry
 from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.libraries import plain
 
 LIBRARY = replace(
     plain("torch", xp, state.value_access),
     on_host=state.on_host,
+    device_key=state.device_key,
     unsupported_layout=state.unsupported_layout,
     **generic.ROW,
     cast=state.under_autocast,
 )
 
 registry.load("torch")
-# It can't read a ContextVar either. The result may be taken as a constant: the caller reads
-# overrides.open_names first, which compiled code is checked against.
-state.assume_constant_result(overrides.in_context)

@@ -27,6 +27,7 @@ _RECORDED = (*PLAIN, FakeTensor, FunctionalTensor)  # what compilers trace with
 
 # A call of a name with dots costs half as much again as one without: of 3 microseconds.
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+is_exporting = torch.compiler.is_exporting
 is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -44,15 +45,6 @@ class SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
     """A Function whose ``apply`` knows nothing of torch.func, which saves 2 microseconds."""
 
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
-
-def assume_constant_result(function: Callable[..., object]) -> None:
-    """Do what ``torch.compiler.assume_constant_result`` does, which imports the compiler first.
-
-    That takes 1.5 seconds, and makes default arguments of the process group that stands then, which
-    is not destroyed any more.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def ordinary() -> bool:
@@ -173,9 +165,19 @@ def unsupported_layout(tensor: torch.Tensor) -> str | None:
     layout = tensor.layout
     if layout is not torch.strided:
         return f"a tensor of layout {layout}"
+    if type(tensor) not in _RECORDED and isinstance(tensor, torch.masked.MaskedTensor):
+        return "a MaskedTensor, whose mask would be lost; call its to_tensor() or get_data()"
     if not torch.compiler.is_compiling() and _is_freed(tensor):
         return "a tensor whose storage was freed or shrunk"
     return None
+
+
+def device_key(tensor: torch.Tensor) -> object:
+    """Return what must be equal for tensors to be used together: the device, and a mesh of them."""
+    if type(tensor) in PLAIN:
+        return tensor.device
+    mesh = getattr(tensor, "device_mesh", None)
+    return tensor.device if mesh is None else f"{mesh} (a {type(tensor).__name__})"
 
 
 def _is_freed(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from queue import Empty, SimpleQueue
 from threading import TIMEOUT_MAX, Event, Thread, current_thread, main_thread
 from typing import Any, NamedTuple
@@ -241,8 +241,9 @@ def _client(stack: ExitStack, work: Work, scheduler: Any, workers: int | None) -
 
 def _local_cluster(stack: ExitStack, distributed: Any, work: Work, workers: int | None) -> Any:
     try:
-        _start_a_process()  # the first one unblocks Ctrl-C (multiprocessing's resource tracker)
+        resource_tracker.ensure_running()  # which unblocks Ctrl-C
         with _interrupts(), _uninterrupted_workers():
+            _start_a_process()
             cluster = distributed.LocalCluster(
                 n_workers=workers or _affordable(work.largest, PER_PROCESS),
                 threads_per_worker=1,
@@ -254,8 +255,9 @@ def _local_cluster(stack: ExitStack, distributed: Any, work: Work, workers: int 
             return stack.enter_context(cluster)
     except (AssertionError, RuntimeError) as error:  # the former where there may be no children
         raise WorkerError(
-            f"the worker processes do not start ({one_line(error)}); a program that uses them must "
-            'call evaluate() below `if __name__ == "__main__":`, since each of them imports it'
+            f"the worker processes do not start ({one_line(error)}); there must be memory for them "
+            'and a program must call evaluate() below `if __name__ == "__main__":`, since each of '
+            "them imports it"
         ) from error
 
 

@@ -8,7 +8,13 @@ import shlex
 import sys
 from typing import Any
 
-from mml_arrayapi.evaluation.errors import InputError, WorkerError, require
+from mml_arrayapi.evaluation.errors import (
+    InputError,
+    WorkerError,
+    on_a_line,
+    one_line,
+    require,
+)
 from mml_arrayapi.evaluation.run import TIMEOUT, check_path, evaluate
 from mml_arrayapi.validation import InvalidTargetError
 
@@ -97,6 +103,12 @@ def _command(arguments: Any) -> int:
         return _fail(f"{arguments.targets}: {error}; check the labels, or --axis", BAD_INPUT)
     except WorkerError as error:
         return _fail(str(error), FAILED)
+    except MemoryError as error:
+        return _fail(
+            f"{arguments.logits}: there is not enough memory for a batch ({one_line(error)}); check "
+            "the file's shape, or give a smaller --chunk-size",
+            BAD_INPUT,
+        )
     except (InputError, ValueError, TypeError) as error:
         return _fail(str(error), BAD_INPUT)
     return 0
@@ -174,5 +186,5 @@ def _weight(text: str | None) -> Any:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"mml-arrayapi evaluate: error: {message}", file=sys.stderr)
+    print(f"mml-arrayapi evaluate: error: {on_a_line(message)}", file=sys.stderr)
     return code

@@ -45,8 +45,13 @@ def require(module: str, what: str) -> Any:
         missing = error.name or module
         raise InputError(
             f"{what}: needs {missing}, which cannot be imported; "
-            "pip install 'mml_arrayapi[evaluate]'"
+            "pip install 'mml_arrayapi[evaluate]' (in a clone: pip install '.[evaluate]')"
         ) from error
+
+
+def on_a_line(text: str) -> str:
+    """Write out what would break a line, or command a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
+from mml_arrayapi.evaluation.errors import on_a_line
 from mml_arrayapi.evaluation.inputs import Dataset, printable
 from mml_arrayapi.evaluation.metrics import Loss, MetricState, bin_start
 from mml_arrayapi.exact_sum import UNIT, ExactSum
@@ -214,7 +215,7 @@ class Evaluation:
     def __str__(self) -> str:
         lines = [f"{key:<15}{value}" for key, value in self._head()]
         shown = self.shown_classes()
-        names = {c: _on_a_line(self.name(c))[:30] for c, _ in shown}
+        names = {c: on_a_line(self.name(c))[:30] for c, _ in shown}
         width = max([7, *map(len, names.values())])
         lines += [
             "",
@@ -242,13 +243,13 @@ class Evaluation:
             ("kernel", self.kernel),
         ]
         if self.nan:
-            first = ", ".join(f"{file} row {row}" for file, row in self.nan_samples[:3])
+            first = ", ".join(f"{on_a_line(file)} row {row}" for file, row in self.nan_samples[:3])
             made.append(("loss is NaN", f"{self.nan:,} samples, first {first}"))
         return made + [("read" if not i else "", line) for i, line in enumerate(self.pairs())]
 
     def pairs(self, most: int = SHOWN_FILES) -> list[str]:
         """Return which files and columns were read together, in order: a line for each."""
-        lines = [" with ".join(_pair(line)) for line in self.pairing]
+        lines = [on_a_line(" with ".join(_pair(line))) for line in self.pairing]
         if len(lines) > most:
             lines[most - 1 : -1] = [f"... {len(lines) - most:,} more ..."]
         return lines
@@ -385,8 +386,3 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
-
-
-def _on_a_line(name: str) -> str:
-    """Write out what would break a line, or command a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

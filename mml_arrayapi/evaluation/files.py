@@ -229,14 +229,14 @@ def _expand(file: File) -> tuple[list[File], str]:
     if _is_store(file):
         return [replace(file, store=True)], ""
     if file.exists():
-        if not (os.path.isdir(path) if fs is None else fs.isdir(path)):
+        if not _is_folder(fs, path):
             return [file], ""
         if any(file.exists(f"/{marker}") for marker in ZARR_MARKERS):
             return [replace(file, store=True)], ""
         found = [
             name
             for name in _glob(fs, f"{glob.escape(path)}/**")
-            if name.lower().endswith((".parquet", ".pq"))
+            if name.lower().endswith((".parquet", ".pq")) and not _is_folder(fs, name)
         ]
         # What begins with _ or . is a writer's own (Spark, Hive, Delta).
         names = {name: name[len(path) :] for name in found}
@@ -250,11 +250,21 @@ def _expand(file: File) -> tuple[list[File], str]:
     for one in found:
         if fs is None and not os.path.exists(one):
             return [], f"{one} is a link to what does not exist"
-    made = [
-        replace(file, path=one, name=_shown(file, one), root=root, pattern=file.name)
-        for one in found
-    ]
-    return [replace(one, store=_is_store(one)) for one in made], why
+    made = []
+    for one in found:
+        part = replace(file, path=one, name=_shown(file, one), root=root, pattern=file.name)
+        if fs is None and os.path.isdir(one) and not _is_store(part):  # as Spark writes them
+            inner, why = _expand(part)
+            made += [replace(each, root=root, pattern=file.name) for each in inner]
+            if not inner:
+                return [], f"in {part.name}, {why}"
+        else:
+            made.append(replace(part, store=_is_store(part)))
+    return made, why
+
+
+def _is_folder(fs: Any, path: str) -> bool:
+    return bool(os.path.isdir(path) if fs is None else fs.isdir(path))
 
 
 def _refuse_silence(file: File) -> None:
@@ -336,5 +346,6 @@ def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
 
 
 def _from_0_or_1(keys: list[list[tuple[int, int, str]]]) -> bool:
-    numbers = [key[1][1] for key in keys if len(key) == 3]
+    """Whether these are numbers one after another, and nothing else."""
+    numbers = [key[1][1] for key in keys if len(key) == 3 and not key[0][2] and not key[2][2]]
     return numbers in (list(range(len(keys))), list(range(1, 1 + len(keys))))

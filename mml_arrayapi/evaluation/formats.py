@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import zipfile
 from base64 import b64decode
@@ -136,6 +137,7 @@ class RawArray:
     """
 
     chunks = None
+    item = ""
 
     def __init__(
         self, file: File, offset: int, shape: Sequence[int], dtype: Any, *, fortran: bool = False
@@ -224,7 +226,8 @@ class _NpzMember:
         self._file = file
         with file.open() as opened, zipfile.ZipFile(opened) as archive:
             items = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
-            self._member = f"{choose_item(file, role, items)}.npy"
+            self.item = choose_item(file, role, items)
+            self._member = f"{self.item}.npy"
             with archive.open(self._member) as member:
                 self.shape, _, self.dtype = _npy_header(member)
         self.chunks = tuple((n,) for n in self.shape)
@@ -266,7 +269,8 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
             raise ValueError(f"the bytes {places} of an array do not follow those before, to {end}")
         end = places[1]
     _check_end(file, start + end, "it")
-    told = header[choose_item(file, role, list(header))]
+    item = choose_item(file, role, list(header))
+    told = header[item]
     if told["dtype"] not in _SAFETENSORS:
         raise InputError(f"{file.name}: has dtype {told['dtype']}, which is not read; convert it")
     _check_sizes(told["shape"])
@@ -274,6 +278,7 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
     made = RawArray(file, start + first, told["shape"], _SAFETENSORS[told["dtype"]])
     if made.end != start + end:
         raise ValueError("its shape does not fit the bytes that it has")
+    made.item = item
     return made
 
 
@@ -291,12 +296,16 @@ class _Attributed:
 
         self._name, self._source, self.shape = file.name, source, tuple(source.shape)
         self.chunks, self._role = source.chunks, role
+        self.item = str(getattr(source, "name", None) or "").strip("/")
         stored = np.dtype(source.dtype)
         real = stored.kind in "iuf"  # no other type is accepted, which is told later
         attributes = {key: source.attrs[key] for key in _CF if real and key in source.attrs}
         self._scale = _coefficient(file, "scale_factor", attributes.get("scale_factor", 1))
         self._offset = _coefficient(file, "add_offset", attributes.get("add_offset", 0))
         self._packed = self._scale != 1 or self._offset != 0
+        units = str(source.attrs.get("units", ""))
+        if re.search(r"\bsince\b", units):
+            raise InputError(f"{file.name}: holds times ({units}), which are no {role}")
         if "_Unsigned" in attributes or (self._packed and role == TARGETS):
             told = ", ".join(f"{key} {value}" for key, value in attributes.items())
             raise InputError(f"{file.name}: has the attributes {told}; decode it first")
@@ -388,14 +397,33 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
         store = storage.FsspecStore.from_mapper(fs.get_mapper(path), read_only=True)
     opened = zarr.open(store, mode="r")
     if not hasattr(opened, "dtype"):
-        named: Any = opened[file.item] if file.item and file.item in opened else None
-        if not hasattr(named, "dtype"):
-            found = [p for p, one in opened.members(max_depth=None) if hasattr(one, "dtype")]
-            named = opened[choose_item(file, role, found)]
-        opened = zarr.open_array(store, path=named.path, mode="r")  # not as consolidated once
+        path, group = file.item.strip("/"), opened
+        opened = _array_at(zarr, store, path) if path else None
+        if opened is None:
+            path = choose_item(file, role, _arrays_in(zarr, store, group))
+            opened = zarr.open_array(store, path=path, mode="r")  # not as consolidated once
     elif file.item:
         choose_item(file, role, [])
     return _zarr_array(file, opened, role, rules)
+
+
+def _array_at(zarr: Any, store: Any, path: str) -> Array | None:
+    try:
+        return zarr.open_array(store, path=path, mode="r")
+    except (FileNotFoundError, KeyError, ValueError):  # nothing is there, or a group
+        return None
+
+
+def _arrays_in(zarr: Any, store: Any, opened: Array) -> list[str]:
+    """List a group's arrays: those that are there, and those that it tells of.
+
+    What was consolidated once need not be what is there; but web servers list nothing.
+    """
+    groups = [opened]
+    with suppress(Exception):
+        groups.append(zarr.open_group(store, mode="r", use_consolidated=False))
+    found = {p for g in groups for p, one in g.members(max_depth=None) if hasattr(one, "dtype")}
+    return sorted(found)
 
 
 def _zarr_array(file: File, opened: Array, role: str, rules: Rules) -> Array:
@@ -426,7 +454,7 @@ class _WrittenZarr:
         import numpy as np
         import zarr
 
-        self._name, self._role = name, role
+        self._name, self._role, self.name = name, role, source.name
         self.shape, self.chunks, self.attrs = source.shape, source.chunks, source.attrs
         self.dtype = np.dtype(source.dtype)
         limits = np.iinfo if self.dtype.kind in "iu" else np.finfo
@@ -455,6 +483,7 @@ class _Hdf5Dataset:
 
     def __init__(self, file: File, item: str, source: Array) -> None:
         self._file, self._item = file, item
+        self.name = f"/{item}"
         self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
         self.attrs = dict(source.attrs)
 

@@ -58,6 +58,10 @@ class Shard:
         The sizes of what is stored together: such rows are not torn apart.
     columns : tuple of str
         Of a table, the columns that are read.
+    chosen : str
+        What was chosen of the file, where no one array was named: its columns, or its only array.
+    categories : tuple of str
+        Of an enum, what its codes stand for.
     """
 
     name: str
@@ -69,6 +73,8 @@ class Shard:
     dtype: Any
     chunks: Any
     columns: tuple[str, ...] = ()
+    chosen: str = ""
+    categories: tuple[str, ...] = ()
 
     def read(self, axis: int, start: int, stop: int) -> Array:
         """Return some rows as a NumPy array; ``axis`` is the rows' axis."""
@@ -369,6 +375,8 @@ def open_dataset(
     data = Dataset(found, [], axis % ndim)
     _check_alike(scores, data.axis, data.rows_axis)
     _check_once(scores)
+    for shards in found.values():
+        _check_chosen(shards)
     batch = tuple(n for i, n in enumerate(first.shape) if i not in (data.axis, data.rows_axis))
     for role, shards in [*found.items()][1:]:
         for shard in shards:
@@ -491,11 +499,23 @@ def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
                 f"continue those of {first.name}, of shape {first.shape} and dtype {first.dtype}; "
                 "give files of one data set"
             )
-        if len(shard.columns) > 1 and shard.columns != first.columns:
+
+
+def _check_chosen(shards: list[Shard]) -> None:
+    """Refuse parts of which different columns or arrays would be read unasked; or other codes."""
+    unnamed = [shard for shard in shards if shard.chosen]
+    for shard in unnamed:
+        if shard.chosen != unnamed[0].chosen:
             raise InputError(
-                f"{shard.name}: its columns are {', '.join(shard.columns)}, but those of "
-                f"{first.name} are {', '.join(first.columns)}; name them, in the order of the "
-                f"classes, as in {first.name}#NAME,NAME"
+                f"{shard.name}: {shard.chosen} would be read of it, but {unnamed[0].chosen} of "
+                f"{unnamed[0].name}; name what to read, as in {shard.name}#NAME (columns of scores "
+                "in the order of the classes, as in #NAME,NAME)"
+            )
+    for shard in shards:
+        if shard.categories != shards[0].categories:
+            raise InputError(
+                f"{shard.name}: the categories of its enum are {list(shard.categories)}, but those "
+                f"of {shards[0].name} are {list(shards[0].categories)}; write all with the same"
             )
 
 
@@ -745,7 +765,16 @@ def _shard(shard: Shard, array: Array) -> Shard:
     shape = tuple(n if n is None else int(n) for n in array.shape)
     chunks = getattr(array, "chunks", None) or None
     columns = tuple(getattr(array, "columns", ()))
-    return replace(shard, shape=shape, dtype=dtype, chunks=chunks, columns=columns)
+    named = not isinstance(shard.source, File) or (shard.source.item and len(columns) < 2)
+    return replace(
+        shard,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        columns=columns,
+        chosen="" if named else ", ".join(columns) or getattr(array, "item", ""),
+        categories=tuple(getattr(array, "categories", ())),
+    )
 
 
 def refuse_subclass(role: str, array: Array) -> None:

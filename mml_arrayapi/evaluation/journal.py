@@ -19,6 +19,7 @@ except ImportError:  # pragma: no cover
     flock = None  # type: ignore[assignment]  # Windows has no such locks
 
 NAME = "journal.jsonl"
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
 TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} ([{].*)?", re.DOTALL)  # the beginning of a line
 
 
@@ -46,6 +47,7 @@ class Journal:
     """
 
     def __init__(self, folder: str, about: dict[str, Any], n_batches: int) -> None:
+        folder = folder.removeprefix("file://")
         self._lines = _Remote(folder) if "://" in folder else _Local(folder)
         self.finished: dict[int, MetricState] = {}
         try:
@@ -131,7 +133,9 @@ class _Remote:
         try:
             self._fs, self._folder = require("fsspec.core", folder).url_to_fs(self.path)
             self._fs.invalidate_cache()
-            self._fs.makedirs(self._folder, exist_ok=True)
+            # Stores of objects have no folders: they would make a bucket of a misspelt name.
+            if self._fs.unstrip_protocol("").partition(":")[0] not in OBJECT_STORES:
+                self._fs.makedirs(self._folder, exist_ok=True)
         except InputError:
             raise
         except Exception as error:  # of a network: each file system has its own
@@ -148,9 +152,10 @@ class _Remote:
             ) from error
         for name, line in lines.items():
             record = _record(line)
-            if record is None:
+            if record is not None:
+                yield record
+            elif name != names[-1] or not TORN.fullmatch(line):
                 raise _damaged(name, "it")
-            yield record
 
     def append(self, number: int, line: bytes) -> None:
         # Fifteen digits: the names sort as the numbers do.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mml_arrayapi.exact_sum import ExactSum, exact_sums
+from mml_arrayapi.exact_sum import HUGE, ExactSum, exact_sums, weighted
 from mml_arrayapi.loss import sample_losses
 from mml_arrayapi.validation import raise_invalid_target
 
@@ -305,12 +305,9 @@ def _count(
     made = MetricState(scores.shape[1], weighted=weights is not None)
     made.classes, groups = _classes(target, scores.shape[1])
     n = len(made.classes)
-    values, huge = losses, np.zeros(0, int)
+    values = losses
     if weights is not None:
-        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            values = losses.astype(np.float64) * weights
-        huge = np.flatnonzero(np.isinf(values) & np.isfinite(losses))
-        values[huge] = 0
+        values, huge, smaller = weighted(losses, weights)
     finite, nan = np.isfinite(values), np.isnan(values)
     right = lead > 0
     # One count of all combinations is quicker than one of each.
@@ -323,10 +320,8 @@ def _count(
     kept = slice(None) if finite.all() else finite
     made.sums = exact_sums(values[kept], groups[kept], n)
     if weights is not None:
-        if len(huge):  # finite, but beyond float64: by way of smaller ones
-            smaller = losses[huge].astype(np.float64) * 2.0**-1000 * (weights[huge] * 2.0**-100)
-            for i, total in enumerate(exact_sums(smaller, groups[huge], n)):
-                made.sums[i] += total << 1100
+        for i, total in enumerate(exact_sums(smaller, groups[huge], n) if len(huge) else ()):
+            made.sums[i] += total << HUGE
         every = np.ones(len(groups), bool)
         chosen = (every, right, inside)
         made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen]

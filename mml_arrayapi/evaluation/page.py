@@ -57,8 +57,12 @@ def render(package: str, name: str, **context: Any) -> str:
     return str(environment.get_template(name).render(**context))
 
 
-def plot(draw: Callable[[Any], None], size: tuple[float, float] = (9.0, 2.8)) -> Any:
-    """Return what ``draw`` draws on matplotlib's axes, as SVG in the page's own colours."""
+def plot(draw: Callable[[Any], None], name: str, label: str) -> Any:
+    """Return what ``draw`` draws on matplotlib's axes, as SVG in the page's own colours.
+
+    ``name`` tells its elements' ids from those of the page's other plots; ``label`` says what it
+    shows to whoever cannot see it.
+    """
     require("matplotlib", "a plot")
     from markupsafe import Markup
     from matplotlib import rc_context
@@ -79,7 +83,7 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float] = (9.0, 2.8)) ->
     }
     with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has fonts of its own
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(9.0, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y")
@@ -88,8 +92,12 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float] = (9.0, 2.8)) ->
         figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
     text = made.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub("<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s(xmlns(:xlink)?="[^"]*"|(width|height)="[^"]*pt")', "", text)
-    for drawn, shown in COLOURS.items():
-        text = text.replace(drawn, shown)
-    return Markup(text)
+    text = re.sub("<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+
+    def in_tag(tag: re.Match[str]) -> str:  # names of classes stand outside of tags
+        made = re.sub(r'\s(xmlns(:xlink)?="[^"]*"|(width|height)="[^"]*pt")', "", tag[0])
+        made = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", made)
+        return re.sub("|".join(COLOURS), lambda found: COLOURS[found[0]], made)
+
+    text = re.sub("<[^>]*>", in_tag, text)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))

@@ -22,8 +22,15 @@ NOT_GUESSED = re.compile(
     r"|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
     re.IGNORECASE,
 )
+NO_LABEL = re.compile(r".*(pred|argmax|length|size|count).*", re.IGNORECASE)  # though an integer
+# Columns that say what they are: where there is one, no other is taken unasked.
+TELLING = {
+    "scores": re.compile(r"logits|scores", re.IGNORECASE),
+    "targets": re.compile(r"labels?|targets?|class|y", re.IGNORECASE),
+    "sample weights": re.compile(r"(sample_?)?weights?", re.IGNORECASE),
+    "class weights": re.compile(r"(class_?)?weights?", re.IGNORECASE),
+}
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # of which pyarrow infers no type
-LABEL = re.compile(r"labels?|targets?|class|y", re.IGNORECASE)
 UDT = ["type", "size", "indices", "values"]  # the fields of Spark's VectorUDT
 
 
@@ -34,6 +41,8 @@ class ParquetColumns:
     ----------
     columns : list of str
         The columns, in the order in which they are read.
+    categories : tuple of str
+        Of an enum, what its codes stand for.
     shape : tuple of int or None
         The number of classes is None where no row tells it.
     """
@@ -68,7 +77,11 @@ class ParquetColumns:
             self.columns = _named(file.item, names, plain)
         else:
             # Not just any partition, which a folder is named after: rank=0, epoch=3 ...
-            likely = [f for f in self._schema if f.name not in keys or LABEL.fullmatch(f.name)]
+            likely = [
+                f
+                for f in self._schema
+                if f.name not in keys or TELLING["targets"].fullmatch(f.name)
+            ]
             self.columns = _guess(role, likely, plain)
         self._refuse_doubles()
         self._kinds = [_Kind(self._schema.field(name)) for name in self.columns]
@@ -87,6 +100,7 @@ class ParquetColumns:
         elif role == "scores":
             width = (len(self.columns),)
         self.shape = (rows, *width)
+        self.categories = tuple(kind.categories)
         self.dtype = np.result_type(*(one.dtype for one in self._kinds))
         self.chunks = (tuple(groups) or (0,), *((n,) for n in width))
 
@@ -108,7 +122,7 @@ class ParquetColumns:
         start, stop, _ = where[-1].indices(self.shape[0])
         parts = [np.empty((0, *self.shape[1:]), self.dtype)]
         for group, (low, high) in enumerate(pairwise(self._starts)):
-            if start < high and low < stop:
+            if low < high and start < high and low < stop:
                 rows = self._array(self._table(group))
                 if rows.shape != (high - low, *self.shape[1:]):
                     raise InputError(
@@ -319,7 +333,8 @@ def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:
     """Choose the columns by their types, where nothing else is possible.
 
     Scores: the only column of lists of floats, or the only floats if they are numbered (``c0``,
-    ``c1``, ...). Targets: the only integers. Sample weights: the only float.
+    ``c1``, ...). Targets: the only integers. Sample weights: the only float. Of several, the one
+    whose name says it.
     """
     import pyarrow.types as kinds
 
@@ -329,14 +344,19 @@ def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:
     floats = [name for name in plain if told[name].floats]
     types = {field.name: field.type for field in schema}
     integers = [n for n in plain if told[n].categories or kinds.is_integer(types[n])]
+    telling = [name for name in told if TELLING[role].fullmatch(name)]
     if role == "scores":
-        exact = [name for name in lists if name.lower() in ("logits", "scores")]
+        exact = [name for name in lists if name in telling]
         found = exact if len(exact) == 1 else floats if not lists and _numbers(floats) else lists
         doubt = found is lists and (len(lists) != 1 or bool(floats))
     else:
-        found = integers if role == "targets" else floats
+        exact = [name for name in floats if name in telling and role != "targets"]
+        found = exact if len(exact) == 1 else integers if role == "targets" else floats
         doubt = len(found) != 1
-    if not found or doubt or any(NOT_GUESSED.fullmatch(name) for name in found):
+    others = [name for name in found if name not in telling]
+    doubt |= bool(telling and others) or any(NOT_GUESSED.fullmatch(name) for name in others)
+    doubt |= role == "targets" and any(NO_LABEL.fullmatch(name) for name in others)
+    if not found or doubt:
         raise InputError(
             f"{file}: cannot tell which columns hold the {role}; name them, as in {file}#NAME, "
             f"{file}#NAME,NAME or '{file}#c*'; its columns are "

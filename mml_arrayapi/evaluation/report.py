@@ -54,7 +54,15 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
                 figures[name] = float(figures[name])
         told["samples"] = index(told["samples"])
         made = {name: told[name] for name in options}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise InputError(
             f"{path}: holds no figures to compare with ({type(error).__name__}: {error}); write it "
             "by `mml-arrayapi evaluate ... --json > FILE`"
@@ -212,7 +220,9 @@ def _histogram(figures: Evaluation) -> tuple[Any, str]:
             "score of the target less the highest other" + ("" if scale == 1 else f" x {scale:g}")
         )
 
-    return page.plot(draw), _beyond(figures, [bar for bar in bars if bar not in shown])
+    label = "Histogram of the target's score less the highest other"
+    svg = page.plot(draw, "leads", label)
+    return svg, _beyond(figures, [bar for bar in bars if bar not in shown])
 
 
 def _beyond(figures: Evaluation, bars: list[Any]) -> str:
@@ -261,4 +271,4 @@ def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
         axes.set_xlim(1, len(losses))
         axes.set_ylim(bottom=min(0, ordered[-1]))
 
-    return page.plot(draw), note
+    return page.plot(draw, "classes", "Mean loss by class"), note

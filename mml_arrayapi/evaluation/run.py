@@ -258,7 +258,7 @@ def _kernel(data: Dataset, loss: Loss) -> str:
 
     dtype = np.float64 if data.shards["scores"][0].dtype.itemsize == 8 else np.float32
     return explain(
-        np.zeros((1, data.n_classes), dtype),
+        np.broadcast_to(dtype(0), (1, data.n_classes)),  # however many, no memory
         np.zeros(1, np.int64),
         p=loss.p,
         margin=loss.margin,
@@ -280,7 +280,7 @@ def _class_names(given: Any, n_classes: int) -> Sequence[str] | None:
                 text = file.read()
             lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
             names = json.loads(text) if where.lower().endswith(".json") else lines
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{where}: the names of the classes cannot be read ({error})"
             ) from error

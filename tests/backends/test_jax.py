@@ -264,6 +264,12 @@ def test_no_nan_is_made_to_be_thrown_away(batch, p):
     with jax.debug_nans(True):
         for options in ({}, {"check_target": "nan"}, {"backend": "generic"}, {"margin": 0.0}):
             assert np.isfinite(loss(scores, target, **options))
+            for disabled in (True, False):  # operations of their own, and compiled ones
+                with jax.disable_jit(disabled):
+                    eager = {**options, "backend": "generic"}
+                    assert np.isfinite(loss(scores, target, **eager))
+                    assert np.isfinite(loss(scores, target, ignore_index=2, **eager))
+                    assert np.isfinite(jax.vmap(partial(loss, **eager))(scores, target)).all()
             grad = jax.grad(lambda x, options=options: loss(x, target, **options))(scores)
             assert np.isfinite(grad).all()
         assert np.isfinite(loss(*ignored, ignore_index=-100))

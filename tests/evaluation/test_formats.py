@@ -425,6 +425,8 @@ def test_s3(arrays, files, wanted, bucket):
 
     with pytest.raises(mml.InputError, match=r"run/x.npy: the file has changed since"):
         mml.evaluate("s3://bucket/run/x.npy", "y.npy", chunk_size=100, workers=1, progress=change)
+    with pytest.raises(mml.InputError, match=r"s3://misspelt/ck: .*bucket does not exist"):
+        mml.evaluate("x.npy", "y.npy", checkpoint="s3://misspelt/ck")
     with pytest.raises(mml.InputError, match=r"s3://none/x.npy: "):
         mml.evaluate("s3://none/x.npy", "y.npy")
 

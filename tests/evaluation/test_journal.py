@@ -245,3 +245,24 @@ def test_another_version_of_the_library(files, monkeypatch):
         mml.InputError, match=r"was begun with mml_arrayapi \d.*but this run has 0.0.0"
     ):
         mml.evaluate("x.npy", "y.npy", checkpoint="ck")
+
+
+def test_a_checkpoint_at_a_url_of_this_machine_is_a_folder(files, wanted):
+    folder = f"file://{files}/ck"
+    assert mml.evaluate("x.npy", "y.npy", checkpoint=folder, chunk_size=100) == wanted
+    assert (files / "ck" / "journal.jsonl").exists()
+
+
+def test_a_torn_last_line_of_a_remote_checkpoint_is_dropped(files, wanted):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    ours = {"checkpoint": "memory://torn", "chunk_size": 100}
+    assert mml.evaluate("x.npy", "y.npy", **ours) == wanted
+    names = sorted(memory.glob("memory://torn/*.json"))
+    whole = memory.cat_file(names[-1])
+    memory.pipe_file(names[-1], whole[:-5])
+    assert mml.evaluate("x.npy", "y.npy", **ours) == wanted
+    assert memory.cat_file(names[-1]) == whole
+    memory.pipe_file(names[1], whole[:-5])
+    with pytest.raises(mml.InputError, match="is damaged; remove the file"):
+        mml.evaluate("x.npy", "y.npy", **ours)

@@ -52,7 +52,11 @@ def test_the_report_is_one_page_that_loads_nothing(arrays, files, wanted, comman
     assert [link for link in page.links if not link.startswith("#")] == []
     assert "http" not in text
     assert "url(" not in text.replace("url(#", "")
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == text.count('<svg role="img" aria-label="') == 2
+    ids = re.findall(r'<[^>]*\bid="([^"]*)"', text)
+    assert len(set(ids)) == len(ids)
+    used = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text)
+    assert {a or b for a, b in used} <= set(ids)
     assert "prefers-color-scheme: dark" in text
     assert "var(--ink)" in text[text.index("<svg") :]
     assert "Multi-class hinge loss of <x>.npy" in page.text

@@ -300,8 +300,8 @@ def test_parts_whose_columns_differ(arrays, files, fails):
         "folder/1.parquet", **by_class(scores[300:], [f"d{i}" for i in range(C)]), y=target[300:]
     )
     line = fails("folder", "folder")
-    assert "1.parquet: its columns are d0, d1" in line
-    assert "name them, in the order of the classes" in line
+    assert "1.parquet: d0, d1, d2, d3, d4, d5 would be read of it, but c0, c1" in line
+    assert "name what to read, as in folder/1.parquet#NAME (columns of scores in the order" in line
 
 
 EXTRA = ["prob", "loss", "label_float", "__index_level_0__", "c6.5"]
@@ -1003,3 +1003,162 @@ def test_negative_partitions_beside_a_null_one(arrays, files, wanted):
     figures = mml.evaluate("hive", "hive#label", ignore_index=-1)
     assert (figures.samples, figures.ignored) == (N, 3)
     assert figures.loss == wanted.loss
+
+
+# What is paired and read must be beyond doubt, whatever the numbers in the names.
+
+SMALL = np.eye(2, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(["p-0-val", "p-1-test"], ["g-0-test", "g-1-val"]), (["s1_a", "s2_b"], ["l1_b", "l2_a"])],
+    ids=["numbers first", "numbers in between"],
+)
+def test_names_that_contradict_each_other(files, fails, ours, theirs):
+    for names, values in ((ours, SMALL), (theirs, np.asarray([0, 1]))):
+        for name in names:
+            np.save(f"{name}.npy", values)
+    line = fails(f"{ours[0][0]}*-*.npy" if "-" in ours[0] else "s*.npy", f"{theirs[0][0]}*.npy")
+    assert "it is in doubt which belong together" in line
+
+
+@pytest.mark.parametrize("labels", [["dog", "cat"], [0.0, 1.0], None], ids=["text", "floats", "no"])
+@pytest.mark.parametrize("other", ["prediction", "length"])
+def test_no_other_integers_are_taken_for_labels(files, fails, labels, other):
+    columns = {"logits": SMALL.tolist(), other: [0, 1]}
+    parquet("p.parquet", **columns, **({} if labels is None else {"label": labels}))
+    assert "cannot tell which columns hold the targets" in fails("p.parquet", "p.parquet")
+    assert mml.evaluate("p.parquet", f"p.parquet#{other}").accuracy == 1
+
+
+def test_enums_of_other_categories(files, fails):
+    pl = pytest.importorskip("polars")
+    os.mkdir("enums")
+    for part, categories in enumerate((["cat", "dog"], ["dog", "cat"])):
+        label = pl.Series(["cat", "dog"], dtype=pl.Enum(categories))
+        pl.DataFrame({"logits": SMALL.tolist(), "label": label}).write_parquet(
+            f"enums/part-{part}.parquet"
+        )
+    line = fails("enums", "enums")
+    assert "part-1.parquet: the categories of its enum are ['dog', 'cat'], but those of" in line
+
+
+@pytest.mark.parametrize("kind", ["scores", "targets", "weights"])
+def test_parts_of_which_other_columns_would_be_read(files, fails, kind):
+    os.mkdir("c")
+    names = {"scores": ["logits", "attention"], "targets": ["label", "kind"]}
+    names["weights"] = ["share", "temperature"]
+    for i in range(2):
+        parquet(
+            f"c/{i}.parquet",
+            **{names["scores"][i if kind == "scores" else 0]: SMALL.tolist()},
+            **{names["targets"][i if kind == "targets" else 0]: [0, 1]},
+        )
+        parquet(f"w-{i}.parquet", **{names["weights"][i if kind == "weights" else 0]: [1.0, 1.0]})
+    line = fails("c", "c", "--sample-weight", "w-*.parquet")
+    first, second = names[kind]
+    assert f"1.parquet: {second} would be read of it, but {first} of" in line
+
+
+def test_archives_of_which_other_arrays_would_be_read(files, fails):
+    for i, name in enumerate(("logits", "embeddings")):
+        np.savez(f"a-{i}.npz", **{name: SMALL})
+        np.save(f"b-{i}.npy", np.asarray([0, 1]))
+    assert "a-1.npz: embeddings would be read of it, but logits of" in fails("a-*.npz", "b-*.npy")
+    figures = mml.evaluate(["a-0.npz#logits", "a-1.npz#embeddings"], "b-*.npy")
+    assert figures.accuracy == 1
+
+
+def test_zarr_groups_that_were_consolidated_once(files, fails):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group("g.zarr", mode="w", zarr_format=2)
+    group.create_array("a", shape=(4, 2), dtype="f4")[:] = 1
+    zarr.consolidate_metadata("g.zarr")
+    group = zarr.open_group("g.zarr", mode="a", zarr_format=2, use_consolidated=False)
+    group.create_array("logits", shape=(4, 2), dtype="f4")[:] = SMALL[[0, 1, 0, 1]]
+    np.save("t.npy", [0, 1, 0, 1])
+    assert "holds 2 arrays; name the one" in fails("g.zarr", "t.npy")
+    assert mml.evaluate("g.zarr#logits", "t.npy") == mml.evaluate("g.zarr/logits", "t.npy")
+    assert "has no array 'none'" in fails("g.zarr#none", "t.npy")
+
+
+@pytest.mark.parametrize("write", [zarr_file, hdf5_file], ids=["zarr", "hdf5"])
+def test_times_are_no_labels(files, fails, write):
+    name = {zarr_file: "t.zarr", hdf5_file: "t.h5"}[write]
+    write(name, np.zeros(100, int), attributes={"units": "days since 2000-01-01"})
+    np.save("s.npy", np.repeat(SMALL, 50, axis=0))
+    line = fails("s.npy", name)
+    assert f"{name}: holds times (days since 2000-01-01), which are no targets" in line
+
+
+def test_an_empty_row_group_in_the_middle(files):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    kind = pa.list_(pa.float32())
+    table = pa.table({"logits": pa.array(SMALL[[0, 1, 0]].tolist(), kind), "label": [0, 1, 0]})
+    with pq.ParquetWriter("g.parquet", table.schema) as writer:
+        for part in (table, table.slice(0, 0), table):
+            writer.write_table(part)
+    for size in (None, 2):
+        figures = mml.evaluate("g.parquet", "g.parquet", chunk_size=size)
+        assert (figures.samples, figures.accuracy) == (6, 1)
+
+
+def test_a_column_that_says_it_holds_weights(files):
+    for names in (["weight"], ["temperature", "sample_weight"], ["temperature"]):
+        parquet("w.parquet", **{name: [1.0, 3.0] for name in names})
+        figures = mml.evaluate(SMALL, np.asarray([0, 0]), sample_weight="w.parquet")
+        assert figures.accuracy == 0.25
+
+
+def test_folders_called_like_files(files, fails):
+    os.makedirs("out/a-1.parquet")
+    parquet("out/a-1.parquet/part-0.parquet", logits=SMALL.tolist(), label=[0, 1])
+    for name in ("out", "out/*.parquet", "out/a-1.parquet"):
+        assert mml.evaluate(name, name).samples == 2
+    os.mkdir("out/a-2.parquet")
+    line = fails("out/*.parquet", "out/*.parquet")
+    assert "in out/a-2.parquet, the folder is no Zarr store and holds no .parquet files" in line
+
+
+def test_names_that_would_command_a_terminal(files, wanted, fails, command, capsys):
+    name = "a\nb\x1b(Bred\u202e.npy"
+    os.rename("x.npy", name)
+    told = r"a\nb\x1b(Bred\u202e.npy"
+    assert command(name, "y.npy") == 0
+    assert f"{told} rows 0 to 699 with y.npy" in capsys.readouterr().out
+    assert f"no{told}: there is no such file" in fails(f"no{name}", "y.npy")
+    assert mml.evaluate(name, "y.npy").pairing[0]["scores"]["name"] == name
+
+
+@pytest.mark.parametrize("kind", ["zarr", "npz"])
+def test_headers_with_more_classes_than_memory_holds(files, fails, kind):
+    np.save("t.npy", [0, 1, 0, 1])
+    if kind == "zarr":
+        zarr = pytest.importorskip("zarr")
+        zarr.create_array("wide.zarr", shape=(4, 2**40), chunks=(4, 1000), dtype="f4")
+    else:
+        header = str({"descr": "<f4", "fortran_order": False, "shape": (4, 2**40)}).encode()
+        with zipfile.ZipFile("wide.npz", "w") as archive:
+            magic = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+            archive.writestr("a.npy", magic + header + bytes(100))
+    line = fails(f"wide.{kind}", "t.npy")
+    assert f"wide.{kind}: there is not enough memory for a batch" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--class-names", "[" * 100_000, "the names of the classes cannot be read"),
+        (
+            "--compare",
+            json.dumps({"schema": 2, "loss": 10**400, "classes": {}}),
+            "holds no figures to compare with (OverflowError",
+        ),
+    ],
+    ids=["names", "figures"],
+)
+def test_json_that_python_cannot_hold(files, fails, option, text, message):
+    Path("big.json").write_text(text)
+    assert message in fails("x.npy", "y.npy", option, "big.json")

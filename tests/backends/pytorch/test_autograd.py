@@ -240,3 +240,14 @@ def test_a_tensor_that_is_not_dense_is_named(to):
         arguments[name] = arguments[name].to_sparse_coo()
         with pytest.raises(TypeError, match=rf"{name} must be a dense array.*torch.sparse_coo"):
             multi_margin_loss_and_grad(x, reduction="none", **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("name", ["input", "target", "weight"])
+def test_masked_tensors(batch, name):
+    arguments = dict(zip(("input", "target", "weight"), batch, strict=False))
+    plain = arguments.setdefault("weight", torch.ones(arguments["input"].shape[-1]))
+    plain = arguments[name]
+    arguments[name] = torch.masked.masked_tensor(plain, plain > 0)
+    with pytest.raises(TypeError, match=f"{name} must be a dense array, but is a MaskedTensor"):
+        multi_margin_loss(**arguments)

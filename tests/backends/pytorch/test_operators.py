@@ -1,11 +1,24 @@
 """The operators: opcheck, compilers' graphs, export, transforms. The kernels run in all of them."""
 
+import asyncio
+import threading
+
 import pytest
 
-from mml_arrayapi import explain, multi_margin_loss, multi_margin_loss_and_grad
+from mml_arrayapi import (
+    Kernel,
+    explain,
+    multi_margin_loss,
+    multi_margin_loss_and_grad,
+    register_kernel,
+    unregister_kernel,
+    use_backend,
+)
 from tests.backends.pytorch.conftest import compile_whole
+from tests.tree import run_python
 
 torch = pytest.importorskip("torch")
+MultiMarginLoss = pytest.importorskip("mml_arrayapi.pytorch").MultiMarginLoss
 pytestmark = pytest.mark.usefixtures("fresh_compiler", "kernels_ran")
 func = torch.func
 P = pytest.mark.parametrize("p", [1, 2, 1.5])
@@ -528,3 +541,188 @@ def test_storage_that_was_freed(name):
     for function in (multi_margin_loss, multi_margin_loss_and_grad, explain):
         with pytest.raises(TypeError, match=message):
             function(**given)
+
+
+@P
+@pytest.mark.parametrize("ignore_index", [None, 1])
+@REDUCTIONS
+def test_mapped_operators_count_axes_from_the_end(p, ignore_index, reduction):
+    draw = torch.Generator().manual_seed(1)
+    scores = torch.randn(5, 5, 5, generator=draw)  # of other shapes a wrong axis is an error
+    target = torch.randint(5, (5,), generator=draw)
+    operator = torch.ops.mml_arrayapi.multi_margin_loss.default
+
+    def loss(x):
+        options = (float(p), 1.0, reduction, ignore_index, -1, "nan")
+        return operator(x, target, None, *options, False)[0]
+
+    def gradient(x):
+        return func.grad(lambda x: loss(x).sum())(x)
+
+    for function in (loss, gradient):
+        wanted = torch.stack([function(x) for x in scores])
+        torch.testing.assert_close(func.vmap(function)(scores), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_an_axis_of_no_calls_is_mapped(options, weighted):
+    scores, target = torch.zeros(0, 3, 5), torch.zeros(0, 3, dtype=torch.int64)
+    weight = torch.ones(0, 5) if weighted else None
+
+    def loss(x, y, w):
+        return multi_margin_loss(x, y, weight=w, **options)
+
+    dims = (0, 0, 0 if weighted else None)
+    losses = func.vmap(loss, dims)(scores, target, weight)
+    assert losses.shape == ((0, 3) if options.get("reduction") == "none" else (0,))
+    gradient = func.grad(lambda *arrays: loss(*arrays).sum())
+    assert func.vmap(gradient, dims)(scores, target, weight).shape == (0, 3, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["program", "package"])
+def test_what_was_exported_is_loaded_in_another_process(batch, tmp_path, kind):
+    scores, target, _ = batch
+    path = tmp_path / "loss.pt2"
+    program = torch.export.export(MultiMarginLoss(), (scores, target))
+    if kind == "program":
+        torch.export.save(program, path)
+    else:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    torch.save((scores, target), tmp_path / "tensors.pt")
+    load = {"program": "export.load(path).module()", "package": "_inductor.aoti_load_package(path)"}
+    code = f"""
+import torch, mml_arrayapi.pytorch
+path = {str(path)!r}
+tensors = torch.load({str(tmp_path / "tensors.pt")!r})
+print(float(torch.{load[kind]}(*tensors)))
+"""
+    wanted = float(multi_margin_loss(scores, target))
+    assert float(run_python(code).splitlines()[-1]) == pytest.approx(wanted, rel=1e-6)
+
+
+class Trainable(torch.nn.Module):
+    """A layer, the loss with weights that are learned, and something else."""
+
+    def __init__(self, backend=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.weight = torch.nn.Linear(5, 5), torch.nn.Parameter(torch.ones(5))
+        self.backend = backend
+
+    def forward(self, x, y):
+        scores = self.layer(x)
+        loss = multi_margin_loss(scores, y, p=2, weight=self.weight, backend=self.backend)
+        return loss + 0.01 * scores.square().mean()
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_exported_models_train(batch, strict, backend):
+    scores, target, _ = batch
+    model = Trainable(backend)
+    exported = torch.export.export(Trainable(backend), (scores, target), strict=strict).module()
+    for one in (model, exported):
+        one(scores, target).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(exported.get_parameter(name).grad, parameter.grad)
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_export_with_any_number_of_classes(batch, strict, backend, reduction):
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return multi_margin_loss(x, y, reduction=reduction, backend=backend)
+
+    n, c = torch.export.Dim("n", min=1, max=1000), torch.export.Dim("c", min=1, max=1000)
+    sizes = {0: n, 1: c}, {0: n}
+    exported = torch.export.export(Model(), batch[:2], dynamic_shapes=sizes, strict=strict).module()
+    x, y = torch.randn(7, 200), torch.randint(200, (7,))
+    torch.testing.assert_close(exported(x, y), multi_margin_loss(x, y, reduction=reduction))
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("weighted", [False, True], ids=["kernel", "generic"])
+def test_compiled_with_a_batch_whose_size_depends_on_data(batch, weighted):
+    scores, target, weight = batch
+    weight = weight.requires_grad_() if weighted else None
+
+    def loss(x, y, keep):
+        return multi_margin_loss(x[keep], y[keep], weight=weight)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = compile_whole(loss)
+        for keep in (torch.arange(6) % 2 == 0, torch.arange(6) > 0, torch.arange(6) > 9):
+            x, z = (scores.clone().requires_grad_() for _ in range(2))
+            made, wanted = compiled(x, target, keep), loss(z, target, keep)
+            torch.testing.assert_close(made, wanted, equal_nan=True)
+            made.backward()
+            wanted.backward()
+            torch.testing.assert_close(x.grad, z.grad, equal_nan=True)
+
+
+def test_compiled_calls_see_the_block_of_their_own_context(batch):
+    scores, target, _ = batch
+    compiled = compile_whole(multi_margin_loss)
+    plain = multi_margin_loss(scores, target)
+    ours = torch.tensor(-1.0)
+    kernel = Kernel(
+        "mine", "torch", lambda _: None, lambda _: ours.clone(), lambda *_: (ours, ours)
+    )
+    entered, leave, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with use_backend("mine"):
+            seen.append(compiled(scores, target))
+            entered.set()
+            leave.wait(60)
+            seen.append(compiled(scores, target))
+
+    def suspended():
+        with use_backend("mine"):
+            yield compiled(scores, target)
+            yield compiled(scores, target)
+
+    async def task(name):
+        with use_backend(name):
+            await asyncio.sleep(0)
+            return compiled(scores, target)
+
+    async def tasks():
+        return await asyncio.gather(task("mine"), task("torch-cpu"), task("mine"))
+
+    register_kernel(kernel)
+    try:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(120)
+        assert compiled(scores, target) == plain
+        leave.set()
+        thread.join()
+        assert seen == [ours, ours]
+        generator = suspended()
+        assert next(generator) == ours
+        assert compiled(scores, target) == plain
+        assert next(generator) == ours
+        generator.close()
+        assert asyncio.run(tasks()) == [ours, plain, ours]
+        assert compiled(scores, target) == plain
+    finally:
+        unregister_kernel("mine")
+
+
+@pytest.mark.parametrize("shape", [(4000, 1000), (2**16, 64)], ids=str)
+def test_half_precision_second_derivatives_add_no_rounded_numbers(shape):
+    x = torch.zeros(shape, dtype=torch.float16, requires_grad=True)
+    tangent = torch.ones_like(x)
+    tangent[:, 0] = 0
+    upstream = torch.ones((), dtype=torch.float16, requires_grad=True)
+    loss = multi_margin_loss(x, torch.zeros(len(x), dtype=torch.int64))
+    (grad,) = torch.autograd.grad(loss, x, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(grad, upstream, tangent)
+    assert second.item() == pytest.approx(1 - 1 / shape[1], rel=1e-3)

@@ -306,18 +306,6 @@ def private_names(tree):
             )
 
 
-def test_constant_results_are_marked_as_pytorch_marks_them():
-    def ours():
-        return 1
-
-    def theirs():
-        return 1
-
-    state.assume_constant_result(ours)
-    torch.compiler.assume_constant_result(theirs)
-    assert vars(ours) == vars(theirs) == {"_dynamo_marked_constant": True}
-
-
 def test_an_eager_call_does_not_import_the_compiler():
     code = """
 import sys, torch
