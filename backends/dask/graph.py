@@ -1,9 +1,9 @@
 """The Dask kernel: a call's graph. What runs in its tasks is in ``chunks.py``.
 
 With whole rows in a chunk there is one task per chunk, and a tree that merges sums. Where the
-classes are chunked too, one task takes the chunks of the same rows, if they are small enough. Else a
-target's score is first found in whichever chunk holds it and sent to the other chunks of its rows;
-then each chunk sums its own classes.
+classes are chunked too, one task takes the chunks of the same rows, if they are small enough. Else
+a target's score is first found in whichever chunk holds it and sent to the other chunks of its
+rows; then each chunk sums its own classes.
 
 The losses of the samples are added without rounding (see :mod:`mml_arrayapi.exact_sum`): the
 total does not depend on the chunks of the rows, nor on the order in which workers finish.
@@ -153,7 +153,7 @@ class _Graph:
             return False
         rows = math.prod(max(self.x.chunks[i]) for i in self.rows)
         size = rows * self.call.n_classes * self.x.dtype.itemsize
-        return size <= parse_bytes(dask.config.get("array.chunk-size"))
+        return bool(size <= parse_bytes(dask.config.get("array.chunk-size")))
 
     def _together(self, function: Any, *upstream: Any, name: str = "") -> da.Array:
         """Run a function over the blocks of the same rows; the classes' axis becomes one block."""

@@ -105,8 +105,8 @@ def _command(arguments: Any) -> int:
         return _fail(str(error), FAILED)
     except MemoryError as error:
         return _fail(
-            f"{arguments.logits}: there is not enough memory for a batch ({one_line(error)}); check "
-            "the file's shape, or give a smaller --chunk-size",
+            f"{arguments.logits}: there is not enough memory for a batch ({one_line(error)}); check"
+            " the file's shape, or give a smaller --chunk-size",
             BAD_INPUT,
         )
     except (InputError, ValueError, TypeError) as error:

@@ -187,7 +187,7 @@ def _splits(given: str) -> Iterator[tuple[str, str]]:
     """Yield the ways to read a name with a #, which names of files and of columns may have too."""
     if "#" not in given or not re.search("https?://", given):  # where it is never the file's
         yield given, ""
-    for sign in re.finditer("#", given):
+    for sign in re.finditer("#(?=.)", given):
         yield given[: sign.start()], given[sign.end() :]
 
 
@@ -233,11 +233,9 @@ def _expand(file: File) -> tuple[list[File], str]:
             return [file], ""
         if any(file.exists(f"/{marker}") for marker in ZARR_MARKERS):
             return [replace(file, store=True)], ""
-        found = [
-            name
-            for name in _glob(fs, f"{glob.escape(path)}/**")
-            if name.lower().endswith((".parquet", ".pq")) and not _is_folder(fs, name)
-        ]
+        found = _glob(fs, f"{glob.escape(path)}/**") if fs is None else fs.find(path)
+        found = [name for name in found if name.lower().endswith((".parquet", ".pq"))]
+        found = [name for name in found if fs is not None or not os.path.isdir(name)]
         # What begins with _ or . is a writer's own (Spark, Hive, Delta).
         names = {name: name[len(path) :] for name in found}
         found = [name for name, below in names.items() if not re.search(r"/[._]", below)]

@@ -31,7 +31,7 @@ SMALLEST = {64: 0.0, 32: 2.0**-149, 16: 2.0**-24, 17: 2.0**-133}
 # Every element type and power is checked, those in SANITIZED with AddressSanitizer and UBSan.
 VARIANTS = [(scalar, power) for scalar in (32, 16, 17, 64) for power in (1, 2, 0)]
 SANITIZED = [(64, 1), (16, 0), (17, 1)]
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
