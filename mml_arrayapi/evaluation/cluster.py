@@ -231,7 +231,7 @@ def _client(stack: ExitStack, work: Work, scheduler: Any, workers: int | None) -
         if isinstance(scheduler, str):  # a Client that is given no address stays half-open
             distributed.comm.resolve_address(scheduler)
         client = distributed.Client(scheduler, timeout=CONNECT, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # in the middle: a cluster that is closed
         raise InputError(
             f"scheduler {scheduler}: no Dask scheduler answers there; accepted are 'threads', "
             "'processes', or an address such as tcp://127.0.0.1:8786, which `dask scheduler` prints"

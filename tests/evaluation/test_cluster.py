@@ -266,6 +266,13 @@ def test_persisted_arrays_need_their_client(folder, client, wanted):
         mml.evaluate(*lazy)
 
 
+def test_a_closed_cluster(folder):
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as closed:
+        pass
+    with pytest.raises(mml.InputError, match="no Dask scheduler answers there"):
+        mml.evaluate(folder / "x.npy", folder / "y.npy", scheduler=closed)
+
+
 def test_a_closed_client(folder, cluster):
     with distributed.Client(cluster, set_as_default=False) as closed:
         pass
