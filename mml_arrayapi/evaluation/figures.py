@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -186,8 +187,11 @@ class Evaluation:
                 start, stop = (near, far) if number >= 0 else (-far, -near)
             bar = made.setdefault(start, [stop, 0])
             bar[1] += count
-        unit = self.unit
-        return [(a * unit, stop * unit, int(n)) for a, (stop, n) in sorted(made.items())]
+        unit, most = self.unit, sys.float_info.max  # a bar of infinite leads is not empty
+        return [
+            (min(start * unit, most), max(stop * unit, -most), int(n))
+            for start, (stop, n) in sorted(made.items())
+        ]
 
     def _bar_width(self) -> float:
         """Return the width of the bars, in units."""

@@ -286,3 +286,11 @@ def test_a_short_repr_and_html(arrays):
     assert html.startswith("<table>")
     assert "47.143 %" in html
     assert "\n    <a>" in str(figures)
+
+
+@pytest.mark.parametrize("margin", [1.0, 1e300])
+def test_bars_of_infinite_leads_are_not_empty(margin):
+    scores = np.asarray([[0, np.inf], [np.inf, 0], [0, 1.0]])
+    bars = mml.evaluate(scores, np.zeros(3, int), margin=margin).bars()
+    assert sum(count for _, _, count in bars) == 3
+    assert all(start < stop for start, stop, _ in bars)
