@@ -901,19 +901,21 @@ template <class E> struct Highest {
         scores[at] = x;
         found[at] = j;
     }
-    // Whether one of the scores from j on, four vectors of them, may be among the highest.
-    INLINE bool has_higher(int64_t j) const {
+    // Take what may be among the highest of four vectors of scores from j on.
+    INLINE void take_higher(int64_t j) {
         const auto least = L::all(scores[count - 1]);
-        typename L::I higher{};
-        for (int v = 0; v < 4; v++) higher |= ~(load<W>(row + (j + v * W) * int64_t(sizeof(E)), E{}) <= least);
-        return L::to_bits(higher);
+        typename L::I higher[4], any{};
+        for (int v = 0; v < 4; v++)
+            any |= higher[v] = ~(load<W>(row + (j + v * W) * int64_t(sizeof(E)), E{}) <= least);
+        if (!L::to_bits(any)) return;
+        for (int v = 0; v < 4; v++)
+            for (unsigned bits = unsigned(L::to_bits(higher[v])); bits; bits &= bits - 1)
+                take(j + v * W + __builtin_ctz(bits));
     }
     INLINE void look(int64_t n) {
         int64_t j = 0;
         for (; j < wanted; j++) take(j);
-        for (; j + STEP <= n; j += STEP)
-            if (has_higher(j))
-                for (int64_t k = j; k < j + STEP; k++) take(k);
+        for (; j + STEP <= n; j += STEP) take_higher(j);
         for (; j < n; j++) take(j);
     }
     // As many short rows as a vector has lanes, class by class: no branch to be predicted.

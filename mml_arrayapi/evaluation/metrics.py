@@ -14,7 +14,6 @@ from mml_arrayapi.validation import raise_invalid_target
 if TYPE_CHECKING:
     import numpy as np
 
-TILE = 2**20  # scores looked at together: they stay in the cache
 ROWS = 2**17  # rows counted together: what is kept of each is about 100 bytes
 BLOCK = 2**23  # scores counted together: a kernel may need several times their memory
 STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
@@ -420,29 +419,21 @@ def _look_at(
     """Return each sample's loss, lead, whether it is inside the margin, rival, and highest classes.
 
     The rival is the class of the highest score but the target's; the lead is the target's score
-    less that. The scores are walked in tiles, so that each is in the cache when it is looked at
-    for the second time.
+    less that.
     """
     import numpy as np
 
-    n, n_classes = scores.shape
+    n_classes = scores.shape[1]
     dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    losses, own, other = np.empty((3, n), dtype)
-    highest = np.empty((n, min(SHOWN_SCORES, n_classes)), np.int64)
-    rival = np.empty(n, np.int64)
-    step = max(1, TILE // n_classes)
     options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
     with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
-        for start in range(0, n, step):
-            rows = slice(start, start + step)
-            # Contiguous: each row is summed in the same order, however its file stores it.
-            tile, classes = np.ascontiguousarray(scores[rows], dtype=dtype), target[rows]
-            losses[rows] = sample_losses(tile, classes, check_target="nan", **options)
-            highest[rows] = top = _highest(tile)
-            second = top[:, min(1, n_classes - 1)]
-            rival[rows] = rivals = np.where(top[:, 0] == classes, second, top[:, 0])
-            every = np.arange(len(tile))
-            own[rows], other[rows] = tile[every, classes], tile[every, rivals]
+        # Contiguous: each row is summed in the same order, however its file stores it.
+        scores = np.ascontiguousarray(scores, dtype=dtype)
+        losses = np.asarray(sample_losses(scores, target, check_target="nan", **options))
+        highest = _highest(scores)
+        best, second = highest[:, 0], highest[:, min(1, n_classes - 1)]
+        rival, rows = np.where(best == target, second, best), np.arange(len(scores))
+        own, other = scores[rows, target], scores[rows, rival]
         if n_classes == 1:  # there is no other, however low the score
             nan = np.isnan(own)
             return losses, np.where(nan, math.nan, math.inf), nan, rival, highest
@@ -451,18 +442,18 @@ def _look_at(
         return losses, own - other, inside, rival, highest
 
 
-def _highest(tile: np.ndarray) -> np.ndarray:
+def _highest(scores: np.ndarray) -> np.ndarray:
     """Return the classes of each row's highest scores: NaN first, of equal ones the lower class."""
     import numpy as np
 
     from mml_arrayapi.backends import cpu
 
-    found = np.empty((len(tile), min(SHOWN_SCORES, tile.shape[1])), np.int64)
-    if cpu.native is not None and cpu.native.highest(tile, found) is not None:
+    found = np.empty((len(scores), min(SHOWN_SCORES, scores.shape[1])), np.int64)
+    if cpu.native is not None and cpu.native.highest(scores, found) is not None:
         return found
-    keys = (tile + 0.0).view(f"i{tile.itemsize}")  # -0.0 is 0.0
+    keys = (scores + 0.0).view(f"i{scores.itemsize}")  # -0.0 is 0.0
     keys ^= (keys >> 63) & np.iinfo(keys.dtype).max  # integers of the scores' order
-    keys[np.isnan(tile)] = np.iinfo(keys.dtype).max
+    keys[np.isnan(scores)] = np.iinfo(keys.dtype).max
     for column in found.T:
         column[:] = keys.argmax(axis=1)
         keys[np.arange(len(keys)), column] = np.iinfo(keys.dtype).min
