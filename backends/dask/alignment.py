@@ -218,6 +218,24 @@ def check_factors(name: str, array: Array, shape: tuple[int, ...]) -> None:
             f"{name} must have chunks that fit those of input, but one has shape "
             f"{tuple(array.shape)} instead of {shape}"
         )
+    check_float(name, array)
+
+
+def check_float(name: str, array: Array) -> None:
+    """Check that a chunk has a real floating dtype, whatever Dask was told.
+
+    Parameters
+    ----------
+    name : str
+        The argument's name, for the message.
+    array : array
+        The chunk.
+
+    Raises
+    ------
+    TypeError
+        It has another.
+    """
     if np.dtype(array.dtype).kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(
             f"{name} must have a real floating dtype, but a chunk of it has dtype {array.dtype}"

@@ -20,6 +20,7 @@ import numpy as np
 
 from mml_arrayapi.backends.dask.alignment import (
     check_factors,
+    check_float,
     check_length,
     check_sizes,
     check_targets,
@@ -63,6 +64,11 @@ class Call(NamedTuple):
         """Which classes each chunk has."""
         stops = itertools.accumulate(self.sizes)
         return [slice(stop - n, stop) for n, stop in zip(self.sizes, stops, strict=True)]
+
+    @property
+    def indices(self) -> list[tuple[slice, ...]]:
+        """Where the classes of each chunk are in a block of whole rows."""
+        return [(*(slice(None),) * self.axis, part) for part in self.parts]
 
 
 class Rows(NamedTuple):
@@ -183,7 +189,8 @@ def _run(
     losses must not be rounded one by one.
     """
     xp = library_of("input", blocks[0]).namespace
-    dtype, n_ignored = _computing(xp, blocks[0]), _count(ignored(target, call.options.ignore_index))
+    dtype = max((_computing(xp, block) for block in blocks), key=lambda one: xp.finfo(one).bits)
+    n_ignored = _count(ignored(target, call.options.ignore_index))
     weight = None if weight is None else xp.asarray(weight)
     if len(blocks) == 1 and blocks[0].dtype == dtype:
         problem, kernel = _chosen(blocks[0], target, weight, call)
@@ -192,7 +199,7 @@ def _run(
                 return Rows(kernel.loss(problem), n_ignored, ran(kernel.name)), []
             losses, whole = kernel.loss_and_grad(problem, scale)
             return Rows(losses, n_ignored, ran(kernel.name)), [whole]
-    losses = xp.empty(target.shape, dtype=dtype)
+    losses, parts = xp.empty(target.shape, dtype=dtype), call.indices
     grads = [] if scale is None else [xp.empty_like(block) for block in blocks]
     name = GENERIC.name
     for where, rows, tile in _joined_tiles(xp, blocks, dtype, call):
@@ -202,8 +209,8 @@ def _run(
             losses[rows] = kernel.loss(problem)
             continue
         losses[rows], made = kernel.loss_and_grad(problem, scale[rows])
-        for grad, part in zip(grads, call.parts, strict=True):
-            grad[where] = made[(*(slice(None),) * call.axis, part)]
+        for grad, part in zip(grads, parts, strict=True):
+            grad[where] = made[part]
     return Rows(losses, n_ignored, ran(name)), grads
 
 
@@ -211,21 +218,24 @@ def _joined_tiles(
     xp: Any, blocks: list[Array], dtype: Any, call: Call
 ) -> Iterator[tuple[Any, Any, Array]]:
     """Yield what :func:`_tiles` does, and the scores there, of all classes."""
-    axis, room = call.axis, None
-    for where, rows in _tiles(
-        (*blocks[0].shape[:axis], call.n_classes, *blocks[0].shape[axis + 1 :]), axis
-    ):
+    room, parts = None, call.indices
+    for where, rows in _tiles(_of_whole_rows(blocks[0], call), call.axis):
         pieces = [block[where] for block in blocks]
         if len(pieces) == 1:
             yield where, rows, xp.astype(pieces[0], dtype, copy=False)
             continue
-        shape = tuple(call.n_classes if i == axis else n for i, n in enumerate(pieces[0].shape))
+        shape = _of_whole_rows(pieces[0], call)
         if room is None:  # the first tile is the largest; fresh memory for each takes longer
             room = xp.empty(shape, dtype=dtype)
         tile = room[tuple(map(slice, shape))]
-        for piece, part in zip(pieces, call.parts, strict=True):
-            tile[(*(slice(None),) * axis, part)] = piece
+        for piece, part in zip(pieces, parts, strict=True):
+            tile[part] = piece
         yield where, rows, tile
+
+
+def _of_whole_rows(block: Array, call: Call) -> tuple[int, ...]:
+    """Return the shape of a block with all classes."""
+    return (*block.shape[: call.axis], call.n_classes, *block.shape[call.axis + 1 :])
 
 
 def _chosen(
@@ -524,6 +534,7 @@ def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool =
         refuse_masked(name, array)
     check_length(without(block.shape, call.axis), target)
     check_sizes(block, place)
+    check_float("input", block)
     _, target = _namespace(block, target)
     if raises:
         check_targets(target, without(place, call.axis), call.n_classes, call.options)

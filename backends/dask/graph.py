@@ -95,6 +95,7 @@ class _Graph:
         # One block of weights beside every block of scores.
         weight = None if problem.weight is None else in_one_chunk(problem.weight)
         self.weight = (None, None) if weight is None else (weight, (axis,))
+        self._weight_in_list = (None, None) if weight is None else (weight, (-2,))
         self.call = chunks.Call(
             options_of(problem), x.shape[axis], x.dtype, backend, x.chunks[axis]
         )
@@ -157,13 +158,12 @@ class _Graph:
 
     def _together(self, function: Any, *upstream: Any, name: str = "") -> da.Array:
         """Run a function over the blocks of the same rows; the classes' axis becomes one block."""
-        weight, _ = self.weight
         return self._blockwise(
             function,
             self.all,
             *(self.x, self._along_classes, slices(self.target), self.rows),
             *(self.target, self.rows, *upstream),
-            *((None, None) if weight is None else (weight, (-2,))),
+            *self._weight_in_list,
             name=name,
             new_axes={self.call.axis: 1},
             classes=(1,),
@@ -198,7 +198,6 @@ class _Graph:
 
     def _over_parts(self, own: tuple[Any, ...], slopes: bool) -> da.Array:
         """Add up the classes in each block of rows; their axis becomes one block."""
-        axis, (weight, _) = self.call.axis, self.weight
         parts = self._blockwise(
             partial(chunks.part_of_rows, slopes=slopes),
             self.all,
@@ -209,9 +208,9 @@ class _Graph:
             chunks.rows_of_parts,
             self.all,
             *(parts, self._along_classes, self.target, self.rows),
-            *((None, None) if weight is None else (weight, (-2,))),
+            *self._weight_in_list,
             name="-rows",
-            new_axes={axis: 1},
+            new_axes={self.call.axis: 1},
             classes=(1,),
         )
 

@@ -430,3 +430,14 @@ def test_dasks_size_of_a_chunk_limits_what_one_task_takes(limit, own):
     for made in (loss, grad):
         names = [dask.utils.key_split(key) for key in dict(made.__dask_graph__())]
         assert names.count("multi_margin_loss-own") == own
+
+
+@IN_CHUNKS
+@BOTH_CUTS
+@pytest.mark.parametrize("dtype", ["int64", "complex64"])
+def test_scores_of_another_dtype_than_declared(cut, dtype):
+    x = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
+    other = x.map_blocks(lambda block: block.astype(dtype), dtype=x.dtype, meta=x._meta)
+    for result in mml.multi_margin_loss_and_grad(other, da.zeros(N, dtype=int, chunks=7)):
+        with pytest.raises(TypeError, match=f"input must have a real floating dtype, .* {dtype}"):
+            result.compute()
