@@ -111,6 +111,11 @@ class Context:
         self._sources: dict[int, tuple[Array, str]] = {}
         self._call: tuple[str, tuple[Array, ...], dict[str, Any]] | None = None
 
+    def needs_values(self) -> None:
+        """Leave a check for which arrays must have values."""
+        if self.value_access == TRACED:
+            raise NotRun(f"arrays of {self.library} have no values to look at")
+
     # Making arrays
 
     def has_dtype(self, name: str) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mml_arrayapi.kernel import Problem
@@ -168,12 +169,6 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
         return xp.where(slope > 0, slope * scale, inactive)
 
-    def nan_unless(condition: Array, x: Array) -> Array:
-        return xp.where(condition, x, xp.full_like(x, math.nan))
-
-    def divisor(count: Any) -> Any:
-        return nan_unless(count > 0, count) if hasattr(count, "dtype") else count or math.nan
-
     def total(x: Array, axis: int | None, dtype: Any) -> Array:
         return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
 
@@ -193,12 +188,20 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         look_up=look_up,
         relu=relu,
         scaled=scaled,
-        nan_unless=nan_unless,
-        divisor=divisor,
+        nan_unless=partial(_nan_unless, xp),
+        divisor=partial(_divisor, xp),
         sum=total,
         in_range=in_range,
         kinds=_kinds(xp),
     )
+
+
+def _nan_unless(xp: Namespace, condition: Array, x: Array) -> Array:
+    return xp.where(condition, x, xp.full_like(x, math.nan))
+
+
+def _divisor(xp: Namespace, count: Any) -> Any:
+    return _nan_unless(xp, count > 0, count) if hasattr(count, "dtype") else count or math.nan
 
 
 def _kinds(xp: Namespace) -> dict[Any, str]:

@@ -234,8 +234,12 @@ def _expand(file: File) -> tuple[list[File], str]:
         if any(file.exists(f"/{marker}") for marker in ZARR_MARKERS):
             return [replace(file, store=True)], ""
         found = _glob(fs, f"{glob.escape(path)}/**") if fs is None else fs.find(path)
-        found = [name for name in found if name.lower().endswith((".parquet", ".pq"))]
-        found = [name for name in found if fs is not None or not os.path.isdir(name)]
+        found = [
+            name
+            for name in found
+            if name.lower().endswith((".parquet", ".pq"))
+            and (fs is not None or not os.path.isdir(name))
+        ]
         # What begins with _ or . is a writer's own (Spark, Hive, Delta).
         names = {name: name[len(path) :] for name in found}
         found = [name for name, below in names.items() if not re.search(r"/[._]", below)]
@@ -251,13 +255,14 @@ def _expand(file: File) -> tuple[list[File], str]:
     made = []
     for one in found:
         part = replace(file, path=one, name=_shown(file, one), root=root, pattern=file.name)
-        if fs is None and os.path.isdir(one) and not _is_store(part):  # as Spark writes them
-            inner, why = _expand(part)
-            made += [replace(each, root=root, pattern=file.name) for each in inner]
-            if not inner:
-                return [], f"in {part.name}, {why}"
-        else:
-            made.append(replace(part, store=_is_store(part)))
+        part = replace(part, store=_is_store(part))
+        if part.store or fs is not None or not os.path.isdir(one):
+            made.append(part)
+            continue
+        inner, why = _expand(part)  # a folder of that name, as Spark writes it
+        if not inner:
+            return [], f"in {part.name}, {why}"
+        made += [replace(each, root=root, pattern=file.name) for each in inner]
     return made, why
 
 

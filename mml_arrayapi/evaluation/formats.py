@@ -420,8 +420,9 @@ def _arrays_in(zarr: Any, store: Any, opened: Array) -> list[str]:
     What was consolidated once need not be what is there; but web servers list nothing.
     """
     groups = [opened]
-    with suppress(Exception):
-        groups.append(zarr.open_group(store, mode="r", use_consolidated=False))
+    if opened.metadata.consolidated_metadata is not None:
+        with suppress(Exception):
+            groups.append(zarr.open_group(store, mode="r", use_consolidated=False))
     found = {p for g in groups for p, one in g.members(max_depth=None) if hasattr(one, "dtype")}
     return sorted(found)
 

@@ -223,15 +223,12 @@ class MetricState:
         return np.searchsorted(self.classes, classes)
 
     def state(self) -> dict[str, Any]:
-        """Return the state as plain JSON; classes and bins without samples are left out."""
-        import numpy as np
-
-        kept = np.flatnonzero(self.counts[0]).tolist()
+        """Return the state as plain JSON."""
         return {
             "n_classes": self.n_classes,
-            "classes": self.classes[kept].tolist(),
-            "counts": self.counts[:, kept].tolist(),
-            "sums": [[_hex(sums[i]) for i in kept] for sums in (self.sums, *self.weights)],
+            "classes": self.classes.tolist(),
+            "counts": self.counts.tolist(),
+            "sums": [[_hex(value) for value in sums] for sums in (self.sums, *self.weights)],
             "histogram": _pairs(self.histogram),
             "confusions": None if self.confusions is None else _pairs(self.confusions),
             "worst": [

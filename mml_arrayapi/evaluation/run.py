@@ -15,6 +15,7 @@ from mml_arrayapi.validation import check_ignore_index, check_parameters
 
 if TYPE_CHECKING:
     from mml_arrayapi.evaluation.figures import Evaluation
+    from mml_arrayapi.evaluation.formats import Rules
     from mml_arrayapi.evaluation.inputs import Dataset
     from mml_arrayapi.evaluation.metrics import Loss, MetricState
 
@@ -123,16 +124,13 @@ def evaluate(
     from mml_arrayapi.evaluation import inputs
     from mml_arrayapi.evaluation.cluster import Work, run
     from mml_arrayapi.evaluation.figures import figures_of
-    from mml_arrayapi.evaluation.formats import Rules
     from mml_arrayapi.evaluation.journal import Journal
     from mml_arrayapi.evaluation.metrics import MetricState, count_batch
 
     loss = _check(p, margin, weight, reduction, backend, ignore_index)
     _check_options(axis, workers, chunk_size, timeout, progress)
     folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
-    if unwritten_chunks not in (None, "error", "fill"):
-        raise ValueError(f"unwritten_chunks must be 'error' or 'fill', but is {unwritten_chunks!r}")
-    rules = Rules(loss.ignore_index, unwritten_chunks)
+    rules = _rules(loss, unwritten_chunks)
     chunk_size = None if chunk_size is None else int(chunk_size)
     data = inputs.open_dataset(logits, targets, sample_weight, int(axis), chunk_size, rules)
     if isinstance(scheduler, str) and scheduler == "threads":
@@ -181,6 +179,14 @@ def evaluate(
                 progress(done, data.n_rows)
     data.check_versions()
     return figures_of(total, data, loss, reduction, kernel, names, dict(sorted(nan.items())))
+
+
+def _rules(loss: Loss, unwritten: str | None) -> Rules:
+    from mml_arrayapi.evaluation.formats import Rules
+
+    if unwritten not in (None, "error", "fill"):
+        raise ValueError(f"unwritten_chunks must be 'error' or 'fill', but is {unwritten!r}")
+    return Rules(loss.ignore_index, unwritten)
 
 
 def _check_options(axis: Any, workers: Any, chunk_size: Any, timeout: Any, progress: Any) -> None:
