@@ -5,11 +5,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
 ENVIRONMENT = "MML_ARRAYAPI_NUM_THREADS"
 MOST = 1024
+
+_workers: ContextVar[int] = ContextVar("mml_arrayapi_workers", default=1)
+
+
+@contextmanager
+def one_of(workers: int) -> Iterator[None]:
+    """Let this thread's calls take their share, where so many threads make calls side by side."""
+    token = _workers.set(workers)
+    try:
+        yield
+    finally:
+        _workers.reset(token)
 
 
 def number_of_threads(library_setting: int | None = None) -> int:
@@ -25,7 +39,8 @@ def number_of_threads(library_setting: int | None = None) -> int:
     int
         The environment variable ``MML_ARRAYAPI_NUM_THREADS`` if it is set, 1024 at most. Else the
         number of CPUs that this process may run on, no more than its control group's quota of CPU
-        time, and no more than the library's setting or, where there is none, ``OMP_NUM_THREADS``.
+        time, and no more than the library's setting or, where there is none, ``OMP_NUM_THREADS``;
+        in a block of ``one_of`` a share of that.
 
     Raises
     ------
@@ -45,7 +60,7 @@ def number_of_threads(library_setting: int | None = None) -> int:
         return min(int(text), MOST)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = (cpus, cpu_quota(), library_setting or _openmp_setting())
-    return max(1, min(limit for limit in limits if limit is not None))
+    return max(1, min(limit for limit in limits if limit is not None) // _workers.get())
 
 
 def _openmp_setting() -> int | None:

@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -940,11 +941,55 @@ template <class E> struct Highest {
         for (int k = 0; k < W; k++)
             for (int s = 0; s < c.wanted; s++) c.highest[(i + k) * c.wanted + s] = found[s][k];
     }
-    static void block(const Call &c, int64_t start, int64_t stop, Result &) {
+    static void find(const Call &c, int64_t start, int64_t stop) {
         if (c.classes < 2 * STEP)
             for (; start + W <= stop; start += W) look_across(c, start);
         for (; start < stop; start++)
             Highest{c.x.at(start), c.highest + start * c.wanted, c.wanted}.look(c.classes);
+    }
+};
+
+// ---- Where each row's target stands: by how much it leads the highest other score.
+
+template <class E> struct Standings {
+    using T = One::Computing<E>;
+    const Call &c;
+    const T margin;
+    explicit Standings(const Call &c) : c(c), margin(T(c.margin)) {}
+
+    // A lead's sign and leading bits, so that bins order as leads do; NaN is beyond both infinities.
+    int32_t bin(T lead) const {
+        double ratio = double(lead) / c.unit;
+        auto bits = read<int64_t>(&ratio), sign = bits >> 63;
+        return int32_t((((bits & INT64_MAX) ^ sign) - sign) >> BIN_SHIFT);
+    }
+    INLINE void place(int64_t i, int32_t y) const {
+        const char *row = c.x.at(i);
+        const int64_t *best = c.highest + i * c.wanted;
+        const T own = widen<E>(row + y * int64_t(sizeof(E)));
+        if (c.classes == 1) return put(i, own == own ? INFINITY : own, own != own, -1);
+        const int64_t rival = best[best[0] == y];
+        const T other = widen<E>(row + rival * int64_t(sizeof(E)));
+        put(i, own - other, !((other - own) + margin <= 0), y * c.classes + rival);
+    }
+    INLINE void put(int64_t i, T lead, bool inside, int64_t confused) const {
+        c.kinds[i] = uint8_t(inside * INSIDE + (lead > 0) * RIGHT);
+        c.bins[i] = bin(lead);
+        c.confused[i] = lead <= 0 ? confused : -1;
+    }
+    static void block(const Call &c, int64_t start, int64_t stop, Result &result) {
+        const Standings standings(c);
+        int32_t y[GROUP];
+        if (c.losses.data) loss_block(c)(c, start, stop, result);
+        Highest<E>::find(c, start, stop);
+        for (; start < stop; start += GROUP) {
+            const int64_t count = stop - start < GROUP ? stop - start : GROUP;
+            look_up_targets(c, start, count, y);
+            for (int64_t t = 0; t < count; t++) {
+                if (y[t] >= 0) standings.place(start + t, y[t]);
+                else result.bad = true;
+            }
+        }
     }
 };
 
@@ -1003,8 +1048,8 @@ Block grad_block(const Call &c) {
 Block bits_block(const Call &c) {
     return with_kernel<One>(c, [](auto *k) -> Block { return std::remove_pointer_t<decltype(k)>::bits_block; });
 }
-Block highest_block(const Call &c) {
-    return with_float(c.x.type, [](auto e) -> Block { return Highest<decltype(e)>::block; });
+Block standings_block(const Call &c) {
+    return with_float(c.x.type, [](auto e) -> Block { return Standings<decltype(e)>::block; });
 }
 Block own_block(const Call &c) {
     return with_float(c.x.type, [](auto e) -> Block {
@@ -1026,6 +1071,35 @@ Block own_block(const Call &c) {
             }
         };
     });
+}
+
+bool exact_sums(const Walk &values, const Walk &group, int64_t n, int64_t groups, uint32_t *sums) {
+    constexpr int64_t LOW = 0xffffffff, HIDDEN = int64_t(1) << 52, NO_NUMBER = 0x7ff;
+    // Digits that have room for carries; these are passed on at the end.
+    std::vector<int64_t> wide(size_t(groups * SUM_DIGITS));
+    for (int64_t i = 0; i < n; i++) {
+        const double value = load_float(values.at(i), values.type);
+        const int64_t g = read<int64_t>(group.at(i)), bits = read<int64_t>(&value);
+        const int64_t exponent = bits >> 52 & NO_NUMBER, fraction = bits & (HIDDEN - 1);
+        if (exponent == NO_NUMBER || uint64_t(g) >= uint64_t(groups)) return false;
+        const int64_t mantissa = exponent ? fraction | HIDDEN : fraction;
+        const int64_t place = (exponent ? exponent : 1) - 1075 + SUM_UNIT;  // of the mantissa's lowest bit
+        const int64_t low = (mantissa & LOW) << (place & 31), high = (mantissa >> 32) << (place & 31);
+        const int64_t sign = bits < 0 ? -1 : 1;
+        int64_t *digit = wide.data() + g * SUM_DIGITS + (place >> 5);
+        digit[0] += sign * (low & LOW);
+        digit[1] += sign * ((low >> 32 & LOW) + (high & LOW));
+        digit[2] += sign * (high >> 32);
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t carry = 0;
+        for (int64_t k = g * SUM_DIGITS; k < (g + 1) * SUM_DIGITS; k++) {
+            carry += wide[size_t(k)];
+            sums[k] = uint32_t(carry & LOW);
+            carry >>= 32;
+        }
+    }
+    return true;
 }
 
 }  // namespace mml

@@ -6,6 +6,8 @@ namespace mml {
 
 constexpr int MAX_DIMS = 16;
 constexpr int MAX_HIGHEST = 8;
+constexpr uint8_t INSIDE = 1, RIGHT = 2;  // another class is within the margin; the target leads
+constexpr int BIN_SHIFT = 47;             // the bits of a float64 that a bin leaves out
 
 enum class Type : uint8_t { f64, f32, f16, bf16, i8, i16, i32, i64, u8, u16, u32, u64, none };
 
@@ -54,8 +56,13 @@ struct Call {
     Walk own;     // computing type; NaN where the row has no value
     Walk sums;    // float64, written: each row's sum of terms
     Walk slopes;  // float64: each row's sum of slopes; written with sums if asked for, read with grad
-    int64_t *highest = nullptr;  // written: the classes of each row's highest scores, ``wanted`` a row
+    // Standings, all written
+    int64_t *highest = nullptr;   // the classes of each row's highest scores, ``wanted`` a row
     int wanted = 0;
+    uint8_t *kinds = nullptr;     // of each row: INSIDE, RIGHT
+    int32_t *bins = nullptr;      // of each row's lead
+    int64_t *confused = nullptr;  // target * classes + the class that the target doesn't lead, or -1
+    double unit = 1;              // of the leads
 };
 
 // What a block of rows adds up to.
@@ -74,6 +81,14 @@ int64_t count_not_ignored(const Call &);             // looks at the targets onl
 int64_t row_bytes(Type, int64_t classes);            // bits of one row, in whole bytes
 Block loss_block(const Call &), grad_block(const Call &), bits_block(const Call &);
 Block own_block(const Call &);                       // writes Call::own, 0 where elsewhere
-Block highest_block(const Call &);                   // writes Call::highest; classes lie side by side
+Block standings_block(const Call &);                 // classes side by side; the losses too if asked for
+
+// Exact sums, in units of 2 ** -SUM_UNIT: integers of SUM_DIGITS digits of 32 bits in two's complement,
+// the lowest first. They hold MOST_SUMMED numbers of any size.
+constexpr int SUM_UNIT = 1130, SUM_DIGITS = 70;
+constexpr int64_t MOST_SUMMED = 1 << 30;
+// Sum float32 or float64 by group (int64), ``n`` of them. False: one is not finite, or its group isn't
+// one of the ``groups``.
+bool exact_sums(const Walk &values, const Walk &group, int64_t n, int64_t groups, uint32_t *sums);
 
 }  // namespace mml

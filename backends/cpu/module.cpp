@@ -720,29 +720,66 @@ PyObject *part_grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return args[5];
 }
 
-// highest(input, classes, threads=None)
-PyObject *highest(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (wrong_count(n, 2, 3)) return nullptr;
-    const Family *family = family_of(args[0]);
-    Array input, classes;
-    if (!family || !input.read(args[0], family) || !classes.read(args[1], family)) Py_RETURN_NONE;
-    if (input.ndim != 2 || !input.is_float() || input.strides[1] != size_of(input.type)) Py_RETURN_NONE;
-    if (classes.ndim != 2 || classes.type != Type::i64 || !classes.writable) Py_RETURN_NONE;
-    const int64_t wanted = classes.shape[1];
-    if (classes.shape[0] != input.shape[0] || wanted < 1 || wanted > input.shape[1] || wanted > MAX_HIGHEST)
-        Py_RETURN_NONE;
-    if (classes.strides[1] != 8 || classes.strides[0] != 8 * wanted) Py_RETURN_NONE;
-    if (reinterpret_cast<uintptr_t>(classes.data) % 8) Py_RETURN_NONE;
-    Call call;
-    scores(call.x, input, 1);
-    call.rows = input.shape[0];
-    call.classes = input.shape[1];
-    call.highest = reinterpret_cast<int64_t *>(classes.data);
-    call.wanted = int(wanted);
+// An array without gaps, to be written.
+template <class T> bool read_contiguous(const Family *family, PyObject *given, Array &array, Type type, int ndim, T *&out) {
+    if (!array.read(given, family) || array.type != type || !array.writable || array.ndim != ndim) return false;
+    int64_t stride = sizeof(T);
+    for (int d = array.ndim; d--; stride *= array.shape[d])
+        if (array.strides[d] != stride) return false;
+    out = reinterpret_cast<T *>(array.data);
+    return reinterpret_cast<uintptr_t>(array.data) % sizeof(T) == 0;
+}
+
+// standings(input, target, weight, options, losses or None, (classes, kinds, bins, confused), unit, threads=None)
+PyObject *standings(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 7, 8)) return nullptr;
+    Job job;
+    Array losses, classes, kinds, bins, confused;
+    Call &call = job.call;
+    PyObject *rows = args[5];
+    if (!PyTuple_CheckExact(rows) || PyTuple_Size(rows) != 4 || !read_real(args[6], call.unit)) Py_RETURN_NONE;
+    if (!job.read(args[0], args[1], args[2], args[3]) || job.options.ignores) Py_RETURN_NONE;
+    if (job.input.ndim != 2 || job.axis != 1) Py_RETURN_NONE;
+    if (call.classes > 1 && call.x.step != size_of(job.input.type)) Py_RETURN_NONE;
+    if (args[4] != Py_None && (!losses.read(args[4], job.family) || !job.set_losses(losses))) Py_RETURN_NONE;
+    if (!read_contiguous(job.family, PyTuple_GetItem(rows, 0), classes, Type::i64, 2, call.highest)) Py_RETURN_NONE;
+    if (!read_contiguous(job.family, PyTuple_GetItem(rows, 1), kinds, Type::u8, 1, call.kinds)) Py_RETURN_NONE;
+    if (!read_contiguous(job.family, PyTuple_GetItem(rows, 2), bins, Type::i32, 1, call.bins)) Py_RETURN_NONE;
+    if (!read_contiguous(job.family, PyTuple_GetItem(rows, 3), confused, Type::i64, 1, call.confused)) Py_RETURN_NONE;
+    for (const Array *array : {&classes, &kinds, &bins, &confused})
+        if (array->shape[0] != call.rows) Py_RETURN_NONE;
+    if (classes.shape[1] > MAX_HIGHEST || classes.shape[1] > call.classes) Py_RETURN_NONE;
+    call.wanted = int(classes.shape[1]);
+    if (call.wanted < 1 || (call.wanted < 2 && call.classes > 1)) Py_RETURN_NONE;  // the best may be the target
     Result result;
-    if (!run(call, highest_block(call), argument(args, n, 2), result)) return nullptr;
-    Py_INCREF(args[1]);
-    return args[1];
+    if (!run(call, standings_block(call), argument(args, n, 7), result)) return nullptr;
+    return Py_NewRef(result.bad ? Py_None : rows);
+}
+
+// exact_sums(values, groups, sums)
+PyObject *exact_sums(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 3, 3)) return nullptr;
+    const Family *family = family_of(args[0]);
+    Array values, groups, sums;
+    if (!family || !values.read(args[0], family) || !groups.read(args[1], family)) Py_RETURN_NONE;
+    if (values.ndim != 1 || groups.ndim != 1 || values.shape[0] != groups.shape[0]) Py_RETURN_NONE;
+    if ((values.type != Type::f64 && values.type != Type::f32) || groups.type != Type::i64) Py_RETURN_NONE;
+    uint32_t *digits;
+    if (!read_contiguous(family, args[2], sums, Type::u32, 2, digits)) Py_RETURN_NONE;
+    if (sums.shape[1] != SUM_DIGITS || values.shape[0] > MOST_SUMMED) Py_RETURN_NONE;
+    Walk value, group;
+    walk(value, values, -1);
+    walk(group, groups, -1);
+    bool done = false, memory = true;
+    PyThreadState *state = PyEval_SaveThread();
+    try {
+        done = mml::exact_sums(value, group, values.shape[0], sums.shape[0], digits);
+    } catch (const std::bad_alloc &) {
+        memory = false;
+    }
+    PyEval_RestoreThread(state);
+    if (!memory) return PyErr_NoMemory();
+    return Py_NewRef(done ? args[2] : Py_None);
 }
 
 // accept(types, source, empty=None, scalars=None)
@@ -801,7 +838,7 @@ using Method = PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t);
     {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(static_cast<Method>(name))), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(accept),    METHOD(loss),       METHOD(loss_and_grad),
                          METHOD(grad),      METHOD(bits_size), METHOD(row_bytes),  METHOD(own_scores),
-                         METHOD(part_sums), METHOD(part_grad),  METHOD(highest),    METHOD(best_build), METHOD(set_limit),
+                         METHOD(part_sums), METHOD(part_grad),  METHOD(standings),  METHOD(exact_sums), METHOD(best_build), METHOD(set_limit),
                          METHOD(supports),  METHOD(source_hash), {nullptr, nullptr, 0, nullptr}};
 
 #ifndef MODULE

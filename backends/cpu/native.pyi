@@ -141,12 +141,35 @@ def part_grad(
     ``-slopes * scale``.
     """
 
-def highest(input: Array, classes: Array, threads: Threads = None, /) -> Array | None:
-    """Write the classes of each row's highest scores; return ``classes``.
+def standings(
+    input: Array,
+    target: Array,
+    weight: Array | None,
+    options: Options,
+    losses: Array | None,
+    written: tuple[Array, Array, Array, Array],
+    unit: float,
+    threads: Threads = None,
+    /,
+) -> tuple[Array, Array, Array, Array] | None:
+    """Write where each row's target stands, and the losses if asked for; return ``written``.
 
-    ``input``: ``(N, C)``, any float dtype, the classes side by side in memory. ``classes``: int64,
-    ``(N, k)``, contiguous, k at most 8 and C. NaN comes first, then the highest score; of equal
-    ones the lower class.
+    ``input``: ``(N, C)``, any float dtype, the classes side by side in memory. ``written``: arrays
+    without gaps. First the classes of each row's highest scores, int64, ``(N, k)``, k from 2 (or C)
+    to 8: NaN comes first, then the highest score; of equal ones the lower class. The others are
+    ``(N,)``: uint8, 1 where another class is within the margin or a score is NaN, plus 2 where the
+    target leads; int32, the lead's bin; int64, ``target * C + class`` where the target doesn't lead
+    that class, the highest other one, and -1 elsewhere. A lead is the target's score less the
+    highest other one, infinite where there is no other; its bin is the sign and the leading 17 bits
+    of the float64 that it is in units of ``unit``.
+    """
+
+def exact_sums(values: Array, groups: Array, sums: Array, /) -> Array | None:
+    """Sum finite floats by group without rounding; write and return ``sums``.
+
+    ``values``: float32 or float64, ``(N,)``. ``groups``: int64, ``(N,)``, each value's row of
+    ``sums``. ``sums``: uint32, ``(n_groups, 70)``, without gaps: integers in units of
+    ``2 ** -1130``, as two's complement, the lowest digit first.
     """
 
 def set_limit(limit: Callable[[int | None], int], /) -> None:

@@ -17,7 +17,9 @@ namespace mml {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto SPIN = std::chrono::microseconds(100);  // waking a sleeping thread takes 5 to 50
+// How long a thread without work stays awake: waking it takes up to 100 us, and so long as this is
+// what a program does between two calls of a compiled function.
+constexpr auto SPIN = std::chrono::milliseconds(1);
 constexpr auto ASK = std::chrono::milliseconds(20);    // how often the caller looks for a Ctrl-C
 
 // The blocks of one call. It stands on the caller's stack, where it stays until no helper is left.
@@ -46,12 +48,8 @@ struct Call {
 };
 
 template <class F> bool spin_until(F ready) {
-    for (auto end = Clock::now() + SPIN; Clock::now() < end;) {
+    for (auto end = Clock::now() + SPIN; Clock::now() < end; std::this_thread::yield())
         if (ready()) return true;
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    }
     return false;
 }
 

@@ -78,7 +78,10 @@ def run(
         Workers died again and again, or hang.
     """
     if isinstance(scheduler, str) and scheduler == "threads":
-        threads = workers or _affordable(work.largest, 0)
+        # One more than there are CPUs: one of them waits for its file most of the time.
+        threads = workers or _affordable(_allowed_cpus() + 1, work.largest)
+        busy = max(1, min(threads, len(work.batches)))
+        work = work._replace(count=partial(_beside, busy, work.count))
         yield from (_on_dask_threads if work.lazy else _on_threads)(work, threads)
         return
     timeout = min(timeout, TIMEOUT_MAX / 2)  # locks take no infinity
@@ -91,10 +94,17 @@ def run(
             yield from _on_cluster(client, work, timeout, name, finished)
 
 
-def _affordable(largest: int, base: int) -> int:
-    """Return how many batches may be worked on at once: by the CPUs, and the memory, allowed."""
-    allowed = _allowed_memory() // 2
-    return max(1, min(_allowed_cpus(), allowed // max(1, COPIES * largest + base)))
+def _beside(busy: int, count: Callable[..., Any], *arguments: Any) -> Any:
+    """Count a batch on one of several busy threads: it takes a share of the CPUs."""
+    from mml_arrayapi.backends.threads import one_of
+
+    with one_of(busy):
+        return count(*arguments)
+
+
+def _affordable(wanted: int, size: int, base: int = 0) -> int:
+    """Return how many batches of a size may be worked on at once, by the memory allowed."""
+    return max(1, min(wanted, _allowed_memory() // 2 // max(1, COPIES * size + base)))
 
 
 def _allowed_cpus() -> int:
@@ -245,7 +255,7 @@ def _local_cluster(stack: ExitStack, distributed: Any, work: Work, workers: int 
         with _interrupts(), _uninterrupted_workers():
             _start_a_process()
             cluster = distributed.LocalCluster(
-                n_workers=workers or _affordable(work.largest, PER_PROCESS),
+                n_workers=workers or _affordable(_allowed_cpus(), work.largest, PER_PROCESS),
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",

@@ -14,13 +14,14 @@ from mml_arrayapi.validation import raise_invalid_target
 if TYPE_CHECKING:
     import numpy as np
 
-ROWS = 2**17  # rows counted together: what is kept of each is about 100 bytes
+ROWS = 2**16  # rows counted together: what is kept of each is about 100 bytes
 BLOCK = 2**23  # scores counted together: a kernel may need several times their memory
 STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
 WORST = 20  # samples that are kept as the worst, and as the first that are NaN
 SHOWN_SCORES = 3  # highest scores that are kept of each of the worst samples
 PAIRS = 500_000  # different confusions that are kept
 KINDS = 6  # rows of counts: samples, right, inside the margin; losses NaN, infinite, -infinite
+INSIDE, RIGHT = 1, 2  # of a sample: another class is within the margin; the target leads
 
 
 class Loss(NamedTuple):
@@ -72,6 +73,34 @@ class Sample(NamedTuple):
     target: int
     score: float
     highest: tuple[tuple[int, float], ...]
+
+
+class _Looks(NamedTuple):
+    """What is seen of each sample.
+
+    Attributes
+    ----------
+    losses : numpy array of float32 or float64, shape (N,)
+        The losses.
+    highest : numpy array of int64, shape (N, up to 3)
+        The classes of the highest scores: NaN first, of equal scores the lower class.
+    kinds : numpy array of uint8, shape (N,)
+        ``INSIDE`` and ``RIGHT``, added up. A lead is the target's score less the highest other; of
+        a sample with a NaN it is NaN, and neither right nor wrong.
+    bins : numpy array of int32, shape (N,)
+        The lead's bin: the leading bits of its float64, in units of the margin. So bins are as fine
+        as the numbers in them, and no range has to be known beforehand. Bin ``b`` is from
+        :func:`bin_start` of ``b`` up to that of the next; beyond both infinities is NaN.
+    confused : numpy array of int64, shape (N,)
+        ``target * C + class`` where the lead over that class, the highest other one, is <= 0; else
+        -1.
+    """
+
+    losses: np.ndarray
+    highest: np.ndarray
+    kinds: np.ndarray
+    bins: np.ndarray
+    confused: np.ndarray
 
 
 class MetricState:
@@ -297,7 +326,7 @@ def _count(
 ) -> MetricState:
     import numpy as np
 
-    losses, lead, inside, rival, highest = _look_at(scores, target, loss)
+    losses, highest, kinds, bins, confused = _look_at(scores, target, loss)
     made = MetricState(scores.shape[1], weighted=weights is not None)
     made.classes, groups = _classes(target, scores.shape[1])
     n = len(made.classes)
@@ -305,11 +334,11 @@ def _count(
     if weights is not None:
         values, huge, smaller = weighted(losses, weights)
     finite, nan = np.isfinite(values), np.isnan(values)
-    right = lead > 0
     # One count of all combinations is quicker than one of each.
-    both = np.bincount(groups * 4 + right * 2 + inside, minlength=4 * n).reshape(n, 4)
+    every = np.bincount(groups * 4 + kinds, minlength=4 * n).reshape(n, 4)
     made.counts = np.zeros((KINDS, n), np.int64)
-    made.counts[:3] = both.sum(axis=1), both[:, 2:].sum(axis=1), both[:, 1::2].sum(axis=1)
+    right, inside = every[:, RIGHT:], every[:, INSIDE::2]
+    made.counts[:3] = every.sum(axis=1), right.sum(axis=1), inside.sum(axis=1)
     if not finite.all():
         for row, odd in enumerate((nan, values == math.inf, values == -math.inf), 3):
             made.counts[row] = np.bincount(groups[odd], minlength=n)
@@ -318,25 +347,22 @@ def _count(
     if weights is not None:
         for i, total in enumerate(exact_sums(smaller, groups[huge], n) if len(huge) else ()):
             made.sums[i] += total << HUGE
-        every = np.ones(len(groups), bool)
-        chosen = (every, right, inside)
+        chosen = [kinds & kind == kind for kind in (0, RIGHT, INSIDE)]
         made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen]
-    made.histogram = _bins(lead, loss.unit)
+    found = _frequencies(bins)
+    made.histogram = Counter({b: k for b, k in found.items() if abs(b) <= 0x7FF << STEPS})
     if nan.any():
         made.nan = places[np.flatnonzero(nan)[:WORST]].tolist()
         losses = np.where(nan, math.nan, losses)  # weight 0 times an infinite loss
-    wrong = np.flatnonzero(lead <= 0)
-    made.confusions = _frequencies(target[wrong] * scores.shape[1] + rival[wrong])
+    made.confusions = _frequencies(confused[confused >= 0])
     rows = _worst(losses)
+    shown = highest[rows]
+    own, best = scores[rows, target[rows]], scores[rows[:, None], shown]
+    pairs = map(zip, shown.tolist(), best.tolist())
+    columns = -losses[rows], places[rows], target[rows], own
+    lists = (column.tolist() for column in columns)
     made.worst = [
-        Sample(
-            -float(losses[row]),
-            int(places[row]),
-            int(target[row]),
-            float(scores[row, target[row]]),
-            tuple((k, float(scores[row, k])) for k in highest[row].tolist()),
-        )
-        for row in rows.tolist()
+        Sample._make((*row, tuple(pair))) for *row, pair in zip(*lists, pairs, strict=True)
     ]
     return made
 
@@ -382,25 +408,6 @@ def _worst(losses: np.ndarray) -> np.ndarray:
     return rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
 
 
-def _bins(lead: np.ndarray, unit: float) -> Counter[int]:
-    """Count leads by bin: the leading bits of their float64, in units of the margin.
-
-    Bins are as fine as the numbers in them, so that no range has to be known beforehand. Bin ``b``
-    is from :func:`bin_start` of ``b`` up to that of the next. NaN is left out.
-    """
-    import numpy as np
-
-    with np.errstate(over="ignore", under="ignore"):
-        told: Any = (lead / np.float64(unit)).view(np.int64)
-    sign = told >> 63
-    told &= np.iinfo(np.int64).max
-    told ^= sign
-    told -= sign  # integers of the floats' order; shifting rounds down
-    told >>= 52 - STEPS
-    found = _frequencies(told)
-    return Counter({b: count for b, count in found.items() if abs(b) <= 0x7FF << STEPS})
-
-
 def bin_start(number: int) -> float:
     """Return where a bin of the histogram begins, in units of the margin."""
     import numpy as np
@@ -410,51 +417,64 @@ def bin_start(number: int) -> float:
     return float(np.int64(number << (52 - STEPS)).view(np.float64))
 
 
-def _look_at(
-    scores: np.ndarray, target: np.ndarray, loss: Loss
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return each sample's loss, lead, whether it is inside the margin, rival, and highest classes.
-
-    The rival is the class of the highest score but the target's; the lead is the target's score
-    less that.
-    """
-    import numpy as np
-
-    n_classes = scores.shape[1]
-    dtype = np.float64 if scores.dtype.itemsize == 8 else np.float32
-    options = {"p": loss.p, "margin": loss.margin, "weight": loss.weight, "backend": loss.backend}
-    with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
-        # Contiguous: each row is summed in the same order, however its file stores it.
-        scores = np.ascontiguousarray(scores, dtype=dtype)
-        losses = np.asarray(sample_losses(scores, target, check_target="nan", **options))
-        highest = _highest(scores)
-        best, second = highest[:, 0], highest[:, min(1, n_classes - 1)]
-        rival, rows = np.where(best == target, second, best), np.arange(len(scores))
-        own, other = scores[rows, target], scores[rows, rival]
-        if n_classes == 1:  # there is no other, however low the score
-            nan = np.isnan(own)
-            return losses, np.where(nan, math.nan, math.inf), nan, rival, highest
-        # In the loss's own order of operations; a sample with a NaN counts as inside.
-        inside = ~((other - own) + dtype(loss.margin) <= 0)
-        return losses, own - other, inside, rival, highest
-
-
-def _highest(scores: np.ndarray) -> np.ndarray:
-    """Return the classes of each row's highest scores: NaN first, of equal ones the lower class."""
+def _look_at(scores: np.ndarray, target: np.ndarray, loss: Loss) -> _Looks:
+    """Look at each sample."""
     import numpy as np
 
     from mml_arrayapi.backends import cpu
 
-    found = np.empty((len(scores), min(SHOWN_SCORES, scores.shape[1])), np.int64)
-    if cpu.native is not None and cpu.native.highest(scores, found) is not None:
-        return found
+    n, n_classes = scores.shape
+    dtype = np.dtype("f8" if scores.dtype.itemsize == 8 else "f4")
+    # Contiguous: each row is summed in the same order, however its file stores it.
+    scores = np.ascontiguousarray(scores, dtype=dtype)
+    highest = np.empty((n, min(SHOWN_SCORES, n_classes)), np.int64)
+    rows = (np.empty(n, kind) for kind in (np.uint8, np.int32, np.int64))
+    looks = _Looks(np.empty(n, dtype), highest, *rows)
+    ours, stood = loss.backend == "numpy-cpu", False
+    if cpu.native is not None:
+        # Of our own kernel the losses too, in the same pass: a row is then read from memory once.
+        losses, weight = (looks.losses, loss.weight) if ours else (None, None)
+        how = (loss.p, loss.margin, "none", None, -1, "nan")
+        arrays = scores, target, weight, how, losses, looks[1:], loss.unit
+        stood = cpu.native.standings(*arrays) is not None
+    parameters = loss._asdict() | {"ignore_index": None, "check_target": "nan"}
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: NaN, as it should be
+        if not (stood and ours):
+            looks.losses[...] = sample_losses(scores, target, **parameters)
+        if not stood:
+            _stand(scores, target, loss, looks)
+    return looks
+
+
+def _stand(scores: np.ndarray, target: np.ndarray, loss: Loss, looks: _Looks) -> None:
+    """Write all but the losses."""
+    import numpy as np
+
+    rows, highest = np.arange(len(scores)), looks.highest
     keys = (scores + 0.0).view(f"i{scores.itemsize}")  # -0.0 is 0.0
     keys ^= (keys >> 63) & np.iinfo(keys.dtype).max  # integers of the scores' order
     keys[np.isnan(scores)] = np.iinfo(keys.dtype).max
-    for column in found.T:
+    for column in highest.T:  # NaN first, of equal scores the lower class
         column[:] = keys.argmax(axis=1)
-        keys[np.arange(len(keys)), column] = np.iinfo(keys.dtype).min
-    return found
+        keys[rows, column] = np.iinfo(keys.dtype).min
+    own = scores[rows, target]
+    if scores.shape[1] == 1:  # there is no other, however low the score
+        inside = np.isnan(own)
+        lead, rival = np.where(inside, own, math.inf), target
+    else:
+        rival = np.where(highest[:, 0] == target, highest[:, 1], highest[:, 0])
+        other = scores[rows, rival]
+        lead = own - other
+        # In the loss's own order of operations; a sample with a NaN counts as inside.
+        inside = ~((other - own) + own.dtype.type(loss.margin) <= 0)
+    looks.kinds[...] = inside * INSIDE + (lead > 0) * RIGHT
+    looks.confused[...] = np.where(lead <= 0, target * scores.shape[1] + rival, -1)
+    with np.errstate(over="ignore", under="ignore"):
+        told: Any = (lead / np.float64(loss.unit)).view(np.int64)
+    sign = told >> 63
+    told &= np.iinfo(np.int64).max
+    # Integers of the floats' order; shifting rounds down.
+    looks.bins[...] = ((told ^ sign) - sign) >> (52 - STEPS)
 
 
 def count_batch(

@@ -80,8 +80,9 @@ def evaluate(
         scheduler, or one of Dask's clients or clusters, whose workers must see the same files under
         the same paths.
     workers : int, optional
-        The number of threads or processes, as many as the CPUs and the memory allowed to this
-        process suffice for if left out; of a cluster, how many workers to wait for. At most 10,000.
+        The number of processes, or of threads. If left out, as many as the CPUs allowed to this
+        process (threads: one more), and no more than its memory suffices for. Of a cluster, how
+        many workers to wait for. At most 10,000.
     chunk_size : int, optional
         The number of rows per batch; about 2 million scores and at least 64 rows if left out. What
         is stored together (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz``

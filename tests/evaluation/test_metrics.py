@@ -10,7 +10,7 @@ import pytest
 
 import mml_arrayapi as mml
 from mml_arrayapi.backends import cpu
-from mml_arrayapi.evaluation.metrics import MetricState, bin_start
+from mml_arrayapi.evaluation.metrics import Loss, MetricState, bin_start
 from mml_arrayapi.loss import sample_losses
 
 N, C = 700, 6
@@ -294,3 +294,21 @@ def test_bars_of_infinite_leads_are_not_empty(margin):
     bars = mml.evaluate(scores, np.zeros(3, int), margin=margin).bars()
     assert sum(count for _, _, count in bars) == 3
     assert all(start < stop for start, stop, _ in bars)
+
+
+@pytest.mark.skipif(cpu.native is None, reason="no CPU kernels")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("n_classes", [1, 2, 6, 90])
+def test_counts_are_the_same_without_compiled_kernels(dtype, n_classes, monkeypatch):
+    rng = np.random.default_rng(3)
+    scores = rng.integers(-3, 4, (400, n_classes)).astype(dtype)
+    scores[rng.random(scores.shape) < 0.02] = np.nan
+    scores[::9][rng.random(scores[::9].shape) < 0.3] = np.inf
+    target, weights = rng.integers(0, n_classes, 400), rng.random(400)
+    loss = Loss(2.0, -0.5, rng.random(n_classes), "generic")
+    states = []
+    for native in (cpu.native, None):
+        monkeypatch.setattr(cpu, "native", native)
+        states.append(MetricState(n_classes, weighted=True))
+        states[-1].add(scores, target, weights, loss)
+    assert json.dumps(states[0].state()) == json.dumps(states[1].state())

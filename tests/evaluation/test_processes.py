@@ -164,13 +164,12 @@ def test_a_process_that_may_have_no_children(files):
 
 
 def test_memory_limits_the_workers(monkeypatch):
-    monkeypatch.setattr(module, "_allowed_cpus", lambda: 64)
     monkeypatch.setattr(module, "_allowed_memory", lambda: 2**30)
-    assert module._affordable(2**24, 0) == 6
-    assert module._affordable(2**24, module.PER_PROCESS) == 1
-    assert module._affordable(2**34, 0) == 1
+    assert module._affordable(64, 2**24) == 6
+    assert module._affordable(64, 2**24, module.PER_PROCESS) == 1
+    assert module._affordable(64, 2**34) == 1
     monkeypatch.setattr(module, "_allowed_memory", lambda: 2**40)
-    assert module._affordable(2**24, 0) == 64
+    assert module._affordable(64, 2**24) == 64
 
 
 def test_the_memory_of_a_control_group_counts(monkeypatch, tmp_path):

@@ -27,7 +27,12 @@ for dtype, p, (n, c), layout in itertools.product(
 ):
     x, y = layout(rng.normal(size=(n, c)).astype(dtype)), rng.integers(0, c, n).astype("i1")
     weight = rng.random(c)
-    native.highest(x, np.empty((n, min(c, 3)), np.int64))
+    rows = [np.empty(n, kind) for kind in ("u1", "i4", "i8")]
+    stands = (np.empty((n, min(c, 3)), np.int64), *rows)
+    given = (np.empty(n, dtype), stands, 0.5)
+    side_by_side = np.ascontiguousarray(x)
+    stood = native.standings(side_by_side, y, None, (p, 0.5, "none", None, -1, "nan"), *given)
+    assert (stood is None) == bool((y < 0).any())
     for reduction, given in itertools.product(("none", "mean"), (None, weight)):
         how, grad = (p, 0.5, reduction, 3, -1, "nan"), np.empty_like(x)
         loss = native.loss_and_grad(x, y, given, how, grad)
@@ -41,4 +46,12 @@ for dtype, p, (n, c), layout in itertools.product(
 x, y = rng.normal(size=(5000, 100)).astype("f4"), rng.integers(0, 100, 5000)
 for _ in range(20):  # on three threads
     native.loss_and_grad(x, y, None, (2, 1.0, "mean", None, -1, "auto"), np.empty_like(x))
+for dtype in ("f8", "f4"):
+    values = rng.normal(size=300).astype(dtype)
+    values[:9] = (
+        np.finfo(dtype).max,
+        -np.finfo(dtype).max,
+        *[np.finfo(dtype).smallest_subnormal] * 7,
+    )
+    assert native.exact_sums(values, np.arange(300) % 7, np.empty((7, 70), "u4")) is not None
 print("served", count)

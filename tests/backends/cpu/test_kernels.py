@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import struct
 from fractions import Fraction
 
 import numpy as np
@@ -407,11 +408,32 @@ def in_order(row, wanted):
     return sorted(range(len(row)), key=lambda j: (row[j] == row[j], -row[j], j))[:wanted]
 
 
+def stands(n, wanted):
+    """Arrays for what ``standings`` writes."""
+    rows = (np.full(n, 77, kind) for kind in ("u1", "i4", "i8"))
+    return (np.full((n, wanted), -1, np.int64), *rows)
+
+
+def told(x, y, margin, unit, best):
+    """What ``standings`` should say of a row: kind, bin, confusion; in the computing precision."""
+    kind = x.dtype.type
+    if len(x) == 1:
+        own = x[0]
+        lead, inside, rival = (kind(np.inf), False, 0) if own == own else (own, True, 0)
+    else:
+        rival = best[1] if best[0] == y else best[0]
+        lead = x[y] - x[rival]
+        inside = not ((x[rival] - x[y]) + kind(margin) <= 0)
+    bits = struct.unpack("<q", struct.pack("<d", float(lead) / unit))[0]
+    size = (bits & (2**63 - 1)) * (1 if bits >= 0 else -1)
+    return inside + 2 * (lead > 0), size >> 47, y * len(x) + rival if lead <= 0 else -1
+
+
 @pytest.mark.parametrize("wanted", [1, 2, 3, 8])
 @pytest.mark.parametrize("c", [1, 2, 8, 9, 33, 63, 64, 100, 1031])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_highest_scores(native, rng, dtype, c, wanted):
-    n, wanted = 37, min(wanted, c)
+def test_standings(native, rng, dtype, c, wanted):
+    n, wanted = 37, min(max(wanted, 2), c)
     x = rng.normal(size=(n, c))
     x[::3] = np.round(x[::3])  # ties, and zeros of both signs
     x[::4][rng.random(x[::4].shape) < 0.3] = -np.inf
@@ -419,44 +441,123 @@ def test_the_highest_scores(native, rng, dtype, c, wanted):
     x[7] = -np.inf
     x[8] = np.sort(x[8])  # each score is higher than all before
     x = x.astype(DTYPES[dtype][0])
+    y = rng.integers(0, c, n)
+    y[9:20] = np.asarray(wide(x))[9:20].argmax(1)
     want = [in_order(row, wanted) for row in wide(x).tolist()]
-    for made in (x, np.repeat(x, 2, 0)[::2], x[::-1].copy()[::-1], unaligned(x)):
-        found = np.full((n, wanted), -1)
-        assert native.highest(made, found) is found
-        assert found.tolist() == want
-
-
-def test_the_highest_scores_are_the_same_on_threads(native, rng):
-    x = rng.normal(size=(70_000, 10)).astype(np.float32)
-    one, more = np.empty((2, len(x), 3), np.int64)
-    native.highest(x, one, 1)
-    native.highest(x, more, 2)
-    assert np.array_equal(one, more)
-    assert np.array_equal(more, np.argsort(-x, axis=1, kind="stable")[:, :3])
-
-
-def test_what_has_no_highest_scores_is_declined(native):
-    x, found = np.zeros((4, 3)), np.zeros((4, 2), np.int64)
-    assert native.highest(x, found) is found
-    fixed = found.copy()
-    fixed.setflags(write=False)
-    for other in (x.view(Sub), x.astype(">f8"), x.astype(int), x[0], x[:, ::-1], x[:3], x.tolist()):
-        assert native.highest(other, found) is None, other
-    for other in (
-        found.astype(np.int32),
-        found[:3],
-        found[0],
-        np.zeros((4, 0), int),
-        np.zeros((4, 4), int),
-        found.T.copy().T,
-        unaligned(found),
-        fixed,
-        [[0, 0]] * 4,
+    computed = np.asarray(x, np.float64 if dtype == "float64" else np.float32)
+    for made, labels, p in (
+        (x, y, 1),
+        (np.repeat(x, 2, 0)[::2], y.astype("i2"), 2),
+        (x[::-1].copy()[::-1], y.astype("u8"), 1.5),
+        (unaligned(x), y, 1),
     ):
-        assert native.highest(x, other) is None, other
-    assert native.highest(np.zeros((1, 9)), np.zeros((1, 9), int)) is None
-    with pytest.raises(TypeError, match="takes 2 to 3 positional arguments, but got 1"):
-        native.highest(x)
+        how = (p, 0.25, "none", None, -1, "nan")
+        weight, losses, found = rng.random(c), np.empty_like(x), stands(n, wanted)
+        losses = np.empty(n, x.dtype)
+        assert native.standings(made, labels, weight, how, losses, found, 0.5) is found
+        assert found[0].tolist() == want
+        with np.errstate(all="ignore"):
+            rows = zip(computed, y.tolist(), want, strict=True)
+            expected = [told(row, k, 0.25, 0.5, best) for row, k, best in rows]
+        assert list(zip(*(a.tolist() for a in found[1:]), strict=True)) == expected
+        assert np.array_equal(losses, native.loss(made, labels, weight, how), equal_nan=True)
+        again = stands(n, wanted)
+        assert native.standings(made, labels, None, how, None, again, 0.5) is again
+        assert all(map(np.array_equal, found, again))
+
+
+def test_standings_are_the_same_on_threads(native, rng):
+    x, y = rng.normal(size=(70_000, 10)).astype(np.float32), rng.integers(0, 10, 70_000)
+    made = []
+    for threads in (1, 2):
+        losses, found = np.empty(len(x), np.float32), stands(len(x), 3)
+        how = (1, 1.0, "none", None, -1, "nan")
+        assert native.standings(x, y, None, how, losses, found, 1.0, threads) is found
+        made.append((losses, *found))
+    assert all(map(np.array_equal, *made))
+    assert np.array_equal(made[0][1], np.argsort(-x, axis=1, kind="stable")[:, :3])
+
+
+def test_standings_are_declined(native):
+    x, y, how = np.zeros((4, 3)), np.zeros(4, int), (1, 1.0, "none", None, -1, "nan")
+    losses, good = np.empty(4), stands(4, 2)
+
+    def call(x=x, y=y, how=how, losses=losses, written=good, unit=1.0):
+        return native.standings(x, y, None, how, losses, written, unit)
+
+    assert call() is good
+    for other in (x.view(Sub), x.astype(">f8"), x.astype(int), x[0], x[:, ::-1], x[:3], x.tolist()):
+        assert call(x=other) is None, other
+    for other in (y - 1, y + 3, y[:3], y.astype(float), y.tolist()):
+        assert call(y=other) is None, other
+    for other in (
+        (1, 1.0, "none", 0, -1, "nan"),
+        (1, 1.0, "none", None, 0, "nan"),
+        (0.5, *how[1:]),
+    ):
+        assert call(how=other) is None, other
+    for other in (losses[:3], losses.astype("f4"), losses.tolist()):
+        assert call(losses=other) is None, other
+    assert call(unit=np.float32(1)) is None
+    for k, array in enumerate(good):
+        fixed = array.copy()
+        fixed.setflags(write=False)
+        wrong = [array[:3], array[None], array.astype("f4"), fixed, array.tolist()]
+        wrong += [np.repeat(array, 2, 0)[::2]]
+        wrong += [unaligned(array)] if array.itemsize > 1 else []
+        if k == 0:
+            wrong += [array.T.copy().T, array[:, :0], array[:, :1].copy(), np.zeros((4, 4), int)]
+        for other in wrong:
+            assert call(written=(*good[:k], other, *good[k + 1 :])) is None, other
+    assert call(written=good[:3]) is None
+    assert call(np.zeros((4, 9)), written=stands(4, 9)) is None
+    with pytest.raises(TypeError, match="takes 7 to 8 positional arguments, but got 1"):
+        native.standings(x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exact_sums(native, rng, dtype):
+    info = np.finfo(dtype)
+    values = np.exp(rng.uniform(-80, 80, 3000)) * rng.choice([-1, 1], 3000)
+    values[:6] = info.max, info.max, -info.max, info.tiny, info.smallest_subnormal, -0.0
+    values[6:500] = info.smallest_subnormal * rng.integers(-99, 99, 494)
+    if dtype == np.float64:
+        values[500:1000] = np.ldexp(rng.normal(size=500), rng.integers(-1074, 1022, 500))
+    values, groups = values.astype(dtype), rng.integers(0, 6, 3000)
+    groups[groups == 3] = 4  # none is empty but this
+    for made, whose in (
+        (values, groups),
+        (values[::-1], groups[::-1]),
+        (unaligned(values), groups),
+    ):
+        digits = np.full((6, 70), 99, np.uint32)
+        assert native.exact_sums(made, whose, digits) is digits
+        got = [int.from_bytes(row.astype("<u4").tobytes(), "little", signed=True) for row in digits]
+        exact = [sum(map(Fraction, values[groups == k].tolist())) for k in range(6)]
+        assert got == [value * 2**1130 for value in exact]
+
+
+def test_exact_sums_are_declined(native):
+    values, groups, digits = np.ones(3), np.arange(3), np.zeros((3, 70), np.uint32)
+    assert native.exact_sums(values, groups, digits) is digits
+    for wrong in (
+        (values.astype("f2"), groups, digits),
+        (values.astype(">f8"), groups, digits),
+        (values[:2], groups, digits),
+        (values[None], groups, digits),
+        (np.asarray([1, np.nan, 1]), groups, digits),
+        (np.asarray([1, 1, -np.inf]), groups, digits),
+        (values, groups - 1, digits),
+        (values, groups + 1, digits),
+        (values, groups.astype("i4"), digits),
+        (values, groups, digits.astype("i4")),
+        (values, groups, digits[:, :69].copy()),
+        (values, groups, digits[:, ::-1]),
+        (values.tolist(), groups, digits),
+    ):
+        assert native.exact_sums(*wrong) is None, wrong
+    with pytest.raises(TypeError, match="takes 3 to 3 positional arguments, but got 1"):
+        native.exact_sums(values)
 
 
 class Sub(np.ndarray):

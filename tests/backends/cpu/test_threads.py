@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -242,6 +243,22 @@ def test_number_of_threads(monkeypatch):
     assert threads.number_of_threads() == 1
     monkeypatch.setattr(threads, "cpu_quota", lambda: 10**6)
     assert threads.number_of_threads() == allowed
+    monkeypatch.setattr(threads, "cpu_quota", lambda: 1)
+    with threads.one_of(3):
+        assert threads.number_of_threads() == 1
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: range(7), raising=False)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
+    with threads.one_of(2):
+        assert threads.number_of_threads() == 3
+        assert threads.number_of_threads(5) == 2
+        with threads.one_of(8):
+            assert threads.number_of_threads() == 1
+        assert threads.number_of_threads() == 3
+        with ThreadPoolExecutor(1) as pool:  # another thread is not in the block
+            assert pool.submit(threads.number_of_threads).result() == 7
+    assert threads.number_of_threads() == 7
+    monkeypatch.undo()
+    monkeypatch.delenv(threads.ENVIRONMENT, raising=False)
     for text in ("1", "1,4", " 1 "):
         monkeypatch.setenv("OMP_NUM_THREADS", text)
         assert threads.number_of_threads() == 1
