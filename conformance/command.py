@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mml_arrayapi.conformance.context import DTYPES, Context
 from mml_arrayapi.conformance.page import as_html
 from mml_arrayapi.conformance.report import Run, as_json, as_markdown, header, summary
 from mml_arrayapi.conformance.suite import PASS, STATES, UNSUPPORTED, Check, Result
+from mml_arrayapi.evaluation.errors import complain
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         _writable(arguments)
         libraries = contexts_of(arguments)
     except ValueError as error:
-        print(f"mml-arrayapi conformance: error: {error}", file=sys.stderr)
+        complain(f"mml-arrayapi conformance: error: {error}")
         return BAD_INPUT
     runs = [_run(contexts, checks, expected) for contexts in libraries]
     if not _write(arguments, runs):
@@ -117,7 +117,7 @@ def _write(arguments: argparse.Namespace, runs: list[Run]) -> bool:
         except OSError as error:
             whole = False
             why = error.strerror or str(error)
-            print(f"mml-arrayapi conformance: error: cannot write {path}: {why}", file=sys.stderr)
+            complain(f"mml-arrayapi conformance: error: cannot write {path}: {why}")
     return whole
 
 

@@ -19,6 +19,7 @@ from mml_arrayapi import demo
 from mml_arrayapi._version import __version__
 from mml_arrayapi.conformance import command as conformance
 from mml_arrayapi.evaluation import command as evaluation
+from mml_arrayapi.evaluation.errors import complain
 from mml_arrayapi.registry import list_backends
 
 BAD_OUTPUT = 2
@@ -71,9 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where something that was checked failed, 2 for bad input or output that
         cannot be written, 130 for Ctrl-C, 141 where the reader of the output closed it.
     """
-    for name in ("stdout", "stderr"):  # None where the caller has closed it: ">&-"
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
+    # None where the caller has closed them: ">&-". What cannot be printed is an error.
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if isinstance(sys.stdout, TextIOWrapper):  # names may have characters that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -83,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             _flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         return CLOSED
     except _OutputError as error:
-        print(f"mml-arrayapi: error: the output cannot be written ({error})", file=sys.stderr)
+        complain(f"mml-arrayapi: error: the output cannot be written ({error})")
         return BAD_OUTPUT
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from mml_arrayapi.evaluation import evaluate
+from mml_arrayapi.evaluation.errors import complain
 from mml_arrayapi.libraries import LIBRARIES, SUPPORTED
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 
@@ -225,7 +226,7 @@ def _save(path: Path, array: Array) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, array)
     except OSError as error:
-        print(f"demo: cannot write to {path.parent}: {error}", file=sys.stderr)
+        complain(f"demo: cannot write to {path.parent}: {error}")
         return False
     return True
 

@@ -116,10 +116,18 @@ def test_closed_output(tmp_path, arguments):
     np.save(tmp_path / "y.npy", np.arange(3))
     command = f"{shlex.quote(sys.executable)} -m mml_arrayapi {arguments}"
     done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
+    message = b"mml-arrayapi: error: the output cannot be written (Bad file descriptor)\n"
+    assert (done.returncode, done.stderr) == (2, message)
     done = subprocess.run(f"{command} 2>&-", shell=True, stdout=subprocess.PIPE, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists(FULL), reason="there is no device that is always full")
+def test_an_error_that_cannot_be_told():
+    command = [sys.executable, "-m", "mml_arrayapi", "evaluate", "no-such-file.npy", "y.npy"]
+    with open(FULL, "w") as full:
+        assert subprocess.run(command, stderr=full, check=False).returncode == 2
 
 
 def test_names_that_the_output_cannot_encode(tmp_path):

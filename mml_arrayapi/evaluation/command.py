@@ -11,6 +11,7 @@ from typing import Any
 from mml_arrayapi.evaluation.errors import (
     InputError,
     WorkerError,
+    complain,
     on_a_line,
     one_line,
     require,
@@ -119,18 +120,23 @@ def _evaluate(arguments: Any) -> None:
     from mml_arrayapi.evaluation import inputs, report
     from mml_arrayapi.evaluation.journal import check_writable, write_whole
 
-    before = None
-    if arguments.compare is not None:
-        options = {name: getattr(arguments, name) for name in report.COMPARABLE}
-        before = report.read_figures(check_path("--compare", arguments.compare), options)
     if arguments.report is not None:  # what the report needs, before any work
         report.check_libraries()
         check_writable(check_path("--report", arguments.report))
         _refuse_overwriting(arguments)
+    before, weight = None, _weight(arguments.weight)
+    if arguments.compare is not None:
+        if arguments.json and arguments.report is None:
+            raise InputError("--compare: JSON has no room for it; give --report, or no --json")
+        options = {name: getattr(arguments, name) for name in ("reduction", "p", "margin")}
+        options["ignore_index"] = arguments.ignore_index
+        options["weight"] = None if weight is None else weight.tolist()
+        options["weighted"] = arguments.sample_weight is not None
+        before = report.read_figures(check_path("--compare", arguments.compare), options)
     figures = evaluate(
         arguments.logits,
         arguments.targets,
-        weight=_weight(arguments.weight),
+        weight=weight,
         checkpoint=arguments.checkpoint,
         progress=True,
         **{name: getattr(arguments, name) for name in OPTIONS},
@@ -186,5 +192,5 @@ def _weight(text: str | None) -> Any:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"mml-arrayapi evaluate: error: {on_a_line(message)}", file=sys.stderr)
+    complain(f"mml-arrayapi evaluate: error: {on_a_line(message)}")
     return code

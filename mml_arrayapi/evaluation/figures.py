@@ -92,6 +92,12 @@ class Evaluation:
         it: those that cost something (for weights other than 0). Samples with a NaN count.
     p, margin : float
         The loss's parameters.
+    weight : tuple of float, or None
+        The classes' weights.
+    ignore_index : int or None
+        The label of samples that were left out.
+    weighted : bool
+        Whether there were sample weights.
     kernel : str
         The kernel that ran (on the machine that asked, where there are several).
     classes : tuple of ClassFigures
@@ -134,7 +140,10 @@ class Evaluation:
     ignored: int
     nan: int
     confusions: tuple[tuple[int, int, int], ...] | None
-    # How the same samples are named doesn't make other figures of them.
+    # How the same samples are named, and came to count, doesn't make other figures of them.
+    weight: tuple[float, ...] | None = field(compare=False)
+    ignore_index: int | None = field(compare=False)
+    weighted: bool = field(compare=False)
     nan_samples: tuple[tuple[str, int], ...] = field(compare=False)
     nan_by_file: tuple[tuple[str, int], ...] = field(compare=False)
     worst: tuple[WorstSample, ...] = field(compare=False)
@@ -304,6 +313,9 @@ def figures_of(
         inside_margin=_share(inside, weight),
         p=loss.p,
         margin=loss.margin,
+        weight=None if loss.weight is None else tuple(loss.weight.tolist()),
+        ignore_index=loss.ignore_index,
+        weighted=bool(state.weights),
         kernel=kernel,
         classes=_class_figures(state),
         unit=loss.unit,

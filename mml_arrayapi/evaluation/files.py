@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +17,10 @@ from mml_arrayapi.evaluation.errors import InputError, one_line, require
 
 ZARR_MARKERS = ("zarr.json", ".zarray", ".zgroup")
 CACHES = ("simplecache", "filecache", "blockcache")
-VOLATILE = ("name", "ino", "nlink", "mode", "uid", "gid", "islink")  # of what fsspec tells
+# Of what fsspec tells; a web server may lead to another address each time.
+VOLATILE = ("name", "ino", "nlink", "mode", "uid", "gid", "islink", "url")
+VALIDATORS = {"ETag", "Content-MD5", "Digest", "Last-Modified"}  # of a web server's file
+TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,9 @@ def _remote_version(fs: Any, path: str, store: bool) -> str:
     if not told:
         markers = [f"{path}/{marker}" for marker in ZARR_MARKERS] if store else []
         told = [fs.info(one) for one in markers if fs.exists(one)] or [fs.info(path)]
+    copied = fs.storage_options.get("evaluation")
+    if copied and not any(VALIDATORS & one.keys() for one in told):
+        return f"{copied} {os.getpid()}"  # no other evaluation or process has this copy
     kept = [sorted((k, str(v)) for k, v in one.items() if k not in VOLATILE) for one in told]
     return hashlib.sha256(repr(kept).encode()).hexdigest()
 
@@ -213,9 +219,18 @@ def _file(path: str, item: str, name: str) -> File:
 def _seekable(file: File) -> Any:
     """Return a file system that gives out parts of files, which not every web server does."""
     fs = file.filesystem
-    if fs is None or file.store or "http" not in fs.protocol:
+    if fs is None or "http" not in fs.protocol:
         return fs
-    if len(fs.cat_file(file.path, start=0, end=1)) == 1:
+    if file.store:
+        markers = [f"{file.path}/{marker}" for marker in ZARR_MARKERS if file.exists(f"/{marker}")]
+        if all(VALIDATORS & fs.info(marker).keys() for marker in markers):
+            return fs
+        raise InputError(
+            f"{file.name}: its server tells neither ETag nor Last-Modified, so that nobody would "
+            "notice a change during the evaluation; download the store first"
+        )
+    # What is not to be recognised after a change is copied too, before any of it is read.
+    if VALIDATORS & fs.info(file.path).keys() and len(fs.cat_file(file.path, start=0, end=1)) == 1:
         return fs
     # Copies on this machine. No other evaluation, in workers neither, may take them for its own.
     return require("fsspec", file.name).filesystem(
@@ -248,6 +263,7 @@ def _expand(file: File) -> tuple[list[File], str]:
         _refuse_silence(file)
         found, root = _glob(fs, path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
+    _refuse_mixtures(file, found)
     found.sort(key=lambda name: (natural(name), name))  # x-01 and x-1 are one number
     for one in found:
         if fs is None and not os.path.exists(one):
@@ -264,6 +280,30 @@ def _expand(file: File) -> tuple[list[File], str]:
             return [], f"in {part.name}, {why}"
         made += [replace(each, root=root, pattern=file.name) for each in inner]
     return made, why
+
+
+def _refuse_mixtures(file: File, found: list[str]) -> None:
+    """Refuse files of several wholes, and of tables of which only the log tells what counts."""
+    wholes = sorted({int(n) for name in found for n in re.findall("-of-([0-9]+)", name)})
+    if len(wholes) > 1:
+        raise InputError(
+            f"{file.name}: stands for parts of {wholes[0]} and parts of {wholes[1]} files "
+            "(-of-N); give a pattern for those of one data set"
+        )
+    split = os.path.split if file.filesystem is None else posixpath.split
+    places = set()
+    for name in found:
+        place = split(name)[0]
+        while place not in places and name.lower().endswith((".parquet", ".pq")):
+            places.add(place)
+            above, last = split(place)
+            place = above if "=" in last or last == "data" else place
+    for place, (log, kind) in product(sorted(places), TABLES.items()):
+        if _glob(file.filesystem, f"{glob.escape(place)}/{log}"):
+            raise InputError(
+                f"{file.name}: holds files of a table of {kind}, {place}, whose log tells which of "
+                "them still count; write its rows to a folder of their own"
+            )
 
 
 def _is_folder(fs: Any, path: str) -> bool:
@@ -331,11 +371,17 @@ def _common_start(names: Sequence[str]) -> str:
 
 
 def numbered(names: Sequence[str]) -> bool:
-    """Whether names differ in numbers only, so that their order is beyond doubt."""
+    """Whether names differ in one number only, so that their order is beyond doubt.
+
+    Of several, nobody knows which goes round first; fractions of other lengths sort otherwise.
+    """
     keys = [natural(core) for core in cores(names)]
     texts = {tuple(text for _, _, text in key) for key in keys}
     numbers = {tuple(number for _, number, _ in key) for key in keys}
-    return len(texts) == 1 and len(numbers) == len(names)
+    vary = sum(len(set(column)) > 1 for column in zip(*numbers, strict=False))
+    fractions = [re.findall(r"[0-9]\.([0-9]+)", name) for name in names]
+    even = len({tuple(map(len, one)) for one in fractions}) == 1
+    return len(texts) == 1 and len(numbers) == len(names) and vary <= 1 and even
 
 
 def correspond(first: Sequence[str], second: Sequence[str]) -> bool:

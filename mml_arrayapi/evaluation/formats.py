@@ -303,9 +303,11 @@ class _Attributed:
         self._scale = _coefficient(file, "scale_factor", attributes.get("scale_factor", 1))
         self._offset = _coefficient(file, "add_offset", attributes.get("add_offset", 0))
         self._packed = self._scale != 1 or self._offset != 0
-        units = str(source.attrs.get("units", ""))
-        if re.search(r"\bsince\b", units):
-            raise InputError(f"{file.name}: holds times ({units}), which are no {role}")
+        meant = [str(source.attrs.get(key, "")) for key in ("units", "dtype")]
+        if any(map(_NO_NUMBERS.search, meant)) and (role == TARGETS or _SINCE.search(meant[0])):
+            told = " ".join(filter(None, meant))
+            kind = "booleans" if meant[1] == "bool" else "times"
+            raise InputError(f"{file.name}: holds {kind} ({told}), which are no {role}")
         if "_Unsigned" in attributes or (self._packed and role == TARGETS):
             told = ", ".join(f"{key} {value}" for key, value in attributes.items())
             raise InputError(f"{file.name}: has the attributes {told}; decode it first")
@@ -348,6 +350,11 @@ class _Attributed:
             )
 
 
+_SINCE = re.compile(r"\bsince\b")
+# Of labels: what times, their differences and booleans are written with, though stored as integers.
+_NO_NUMBERS = re.compile(
+    r"\bsince\b|^(days|hours|minutes|(milli|micro|nano)?seconds|(datetime|timedelta)64.*|bool)$"
+)
 _CF = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned")
 
 

@@ -562,15 +562,18 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
             if not _in_order(names):
                 raise InputError(
                     f"{names[0]}: the order of its {len(names)} files is in doubt, since their "
-                    f"names differ in more than numbers, and {len(scores)} file(s) of scores stand "
-                    f"beside {len(others)} of {others[0].role}; give a list, or as many files of "
-                    "both"
+                    f"names differ in more than one whole number, and {len(scores)} file(s) of "
+                    f"scores stand beside {len(others)} of {others[0].role}; give a list, or as "
+                    "many files of both"
                 )
         return
     for places in dict.fromkeys((*ours, *theirs)):
         first, second = ours.get(places), theirs.get(places)
         if first and second:
             fit = correspond(first, second)
+        elif any(_cross(places, other) for other in (theirs if first else ours)):
+            fit = False
+            first, second = (_names(shards[slice(*places)]) for shards in (scores, others))
         else:  # a list on one side: its order was given
             fit = _in_order(first or second or [])
             first, second = (_names(shards[slice(*places)]) for shards in (scores, others))
@@ -583,6 +586,12 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
             )
 
 
+def _cross(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two stretches of a list overlap, and neither is within the other."""
+    (a, b), (c, d) = sorted((first, second))
+    return a < c < b < d
+
+
 def _in_order(names: list[str]) -> bool:
     """Whether the order of files that a pattern found is beyond doubt."""
     return numbered(names) and not any("=" in name for name in names)
@@ -591,10 +600,14 @@ def _in_order(names: list[str]) -> bool:
 def _found(shards: list[Shard]) -> dict[tuple[int, int], list[str]]:
     """Return the names of several files that one pattern found, by their places in the list."""
     patterns = [getattr(shard.source, "pattern", "") for shard in shards]
-    ends = [i for i in range(1, len(patterns)) if patterns[i] != patterns[i - 1]]
+    ends = [0]
+    for i in range(1, len(patterns)):  # a pattern that is given twice begins anew
+        again = patterns[i] and shards[i].source == shards[ends[-1]].source
+        if patterns[i] != patterns[i - 1] or again:
+            ends.append(i)
     return {
         (start, stop): _names(shards[start:stop])
-        for start, stop in pairwise([0, *ends, len(patterns)])
+        for start, stop in pairwise([*ends, len(patterns)])
         if stop - start > 1 and patterns[start]
     }
 

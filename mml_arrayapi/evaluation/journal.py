@@ -6,6 +6,8 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -29,7 +31,7 @@ class Journal:
     Each line begins with the checksum of the rest. A torn last line, as a killed run leaves it, is
     dropped; any other damage is an error, and the file stays as it is. One run at a time may have
     it open. On a remote file system, where nothing can be appended, each line is a file of its own;
-    there runs may write at once, since all write the same.
+    there runs may write at once, if all write the same: each batch says what it is a batch of.
 
     Parameters
     ----------
@@ -50,12 +52,13 @@ class Journal:
         folder = folder.removeprefix("file://")
         self._lines = _Remote(folder) if "://" in folder else _Local(folder)
         self.finished: dict[int, MetricState] = {}
+        self._of = sha256(json.dumps(about).encode()).hexdigest()[:16]
         try:
             records = list(self._lines.read())
             if not records:
                 self._append(0, about)
-            else:
-                _compare(self._lines.path, records[0], json.loads(json.dumps(about)))
+                records = [*self._lines.read()][:1]  # another run may have begun just now
+            _compare(self._lines.path, records[0], json.loads(json.dumps(about)))
             self.finished.update(self._batches(records[1:], n_batches))
         except BaseException:
             self.close()
@@ -65,15 +68,21 @@ class Journal:
         for number, record in enumerate(records, start=2):
             try:
                 batch, state = range(n)[record["batch"]], MetricState.from_state(record["state"])
+                of = record["of"]
             except (ArithmeticError, LookupError, TypeError, ValueError):
                 raise _damaged(self._lines.path, f"record {number}") from None
+            if of != self._of:
+                raise InputError(
+                    f"{self._lines.path}: record {number} is of another evaluation, begun here at "
+                    "the same time; give each a folder of its own"
+                )
             if batch != record["batch"]:
                 raise _damaged(self._lines.path, f"record {number}")
             yield batch, state
 
     def add(self, batch: int, state: MetricState) -> None:
         """Write down a finished batch; it is on disk when this returns."""
-        self._append(batch + 1, {"batch": batch, "state": state.state()})
+        self._append(batch + 1, {"of": self._of, "batch": batch, "state": state.state()})
 
     def close(self) -> None:
         """Close the file."""
@@ -143,7 +152,7 @@ class _Remote:
 
     def read(self) -> Iterator[dict[str, Any]]:
         try:
-            names = sorted(self._fs.glob(f"{self._folder}/journal-*.json"))
+            names = sorted(self._fs.glob(f"{escape(self._folder)}/journal-*.json"))
             lines = {name: self._fs.cat_file(name) for name in names}
         except Exception as error:
             raise InputError(

@@ -18,11 +18,13 @@ Array = Any
 # What is no class though it is a float, no label though it is an integer, no scores though it is
 # a list: such columns are taken only where they are named.
 NOT_GUESSED = re.compile(
-    r"(.*_)?(id|idx|index|row|key|fold|split|time|timestamp|year|month|day)|__index_level_\d+__"
-    r"|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
+    r"(.*_)?(idx|index|row|key|fold|split|time|timestamp|year|month|day)|__index_level_\d+__"
+    r"|.*id|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
     re.IGNORECASE,
 )
-NO_LABEL = re.compile(r".*(pred|argmax|length|size|count).*", re.IGNORECASE)  # though an integer
+NO_LABEL = re.compile(  # though an integer
+    r".*(pred|argmax|output|length|size|count).*|.*hat|top_?\d+.*", re.IGNORECASE
+)
 # Columns that say what they are: where there is one, no other is taken unasked.
 TELLING = {
     "scores": re.compile(r"logits|scores", re.IGNORECASE),

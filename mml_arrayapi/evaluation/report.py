@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator
 from datetime import datetime
 from operator import index
@@ -18,7 +19,6 @@ ROWS = 200  # classes that the table shows at once
 COLUMNS = 60  # classes in the plot by class; of more, the sorted curve is drawn
 POINTS = 400  # of that curve
 SHARES = ("accuracy", "inside_margin")
-COMPARABLE = ("reduction", "p", "margin")  # options of which the figures depend
 
 
 def check_libraries() -> None:
@@ -35,7 +35,7 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
     path : str
         The file.
     options : dict
-        What the figures to compare with it are made with, by name.
+        On what the figures to compare with it depend, by the names of their attributes.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
         It is something else, or was made with other options.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             told = json.load(file)
         if told["schema"] != SCHEMA:
             raise ValueError(  # noqa: TRY301
@@ -67,11 +67,13 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
             f"{path}: holds no figures to compare with ({type(error).__name__}: {error}); write it "
             "by `mml-arrayapi evaluate ... --json > FILE`"
         ) from error
-    for name, value in options.items():
+    for name, value in as_json(options).items():
         if made[name] != value:
+            both = (made[name], value)
+            before, now = (reprlib.repr(v) if isinstance(v, list) else v for v in both)
             raise InputError(
-                f"{path}: was made with {name} {made[name]}, but this run has {value}; compare "
-                f"runs with the same {name}"
+                f"{path}: was made with {name} {before}, but this run has {now}; compare runs with "
+                f"the same {name}"
             )
     return dict(told)
 

@@ -132,6 +132,55 @@ def test_a_store_that_is_rewritten(arrays, files, serve):
         mml.evaluate(f"{url}/x.zarr", "y.npy", progress=rewrite)
 
 
+class Silent(Ranges):
+    """With ranges, and nothing that tells of changes."""
+
+    def send_header(self, keyword, value):
+        if keyword != "Last-Modified":
+            super().send_header(keyword, value)
+
+
+def test_a_file_of_whose_changes_nothing_tells_is_copied_once(arrays, files, wanted, serve):
+    url = serve(Silent)
+
+    def replace(*_):
+        np.save("x.npy", arrays[0] + 1)
+
+    figures = mml.evaluate(f"{url}/x.npy", f"{url}/y.npy", chunk_size=50, progress=replace)
+    assert figures == wanted
+
+
+def test_a_checkpoint_of_a_file_of_whose_changes_nothing_tells(arrays, files, serve):
+    url = serve(Silent)
+    ours = {"chunk_size": 50, "checkpoint": "ck"}
+    mml.evaluate(f"{url}/x.npy", f"{url}/y.npy", **ours)
+    with pytest.raises(mml.InputError, match="was begun with other inputs"):
+        mml.evaluate(f"{url}/x.npy", f"{url}/y.npy", **ours)
+
+
+def test_a_store_of_whose_changes_nothing_tells(arrays, files, serve):
+    zarr_file("x.zarr", arrays[0])
+    with pytest.raises(mml.InputError, match=r"x\.zarr: its server tells neither ETag nor Last-Mod"):
+        mml.evaluate(f"{serve(Silent)}/x.zarr", "y.npy")
+
+
+def test_a_server_that_leads_to_another_address_each_time(arrays, files, wanted, serve):
+    count = iter(range(10**6))
+
+    class Signed(Ranges):
+        def send_head(self):
+            if "?" in self.path:
+                return super().send_head()
+            self.send_response(302)
+            self.send_header("Location", f"{self.path}?signature={next(count)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
+
+    url = serve(Signed)
+    assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy", chunk_size=100) == wanted
+
+
 def test_patterns_and_folders(arrays, files, wanted, serve):
     url = serve(Server)
     os.mkdir("table")

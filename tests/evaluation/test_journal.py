@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
-from mml_arrayapi.evaluation import run
+from mml_arrayapi.evaluation import journal, run
 from mml_arrayapi.evaluation.journal import NAME
 
 
@@ -82,14 +82,15 @@ def test_a_damaged_journal_is_refused(files, capsys, fails, command):
 @pytest.mark.parametrize(
     "record",
     [
-        '{"batch":99,"state":STATE}',
-        '{"batch":-1,"state":STATE}',
-        '{"batch":"0","state":STATE}',
-        '{"batch":[0],"state":STATE}',
-        '{"state":STATE}',
-        '{"batch":0}',
-        '{"batch":0,"state":{}}',
-        '{"batch":0,"state":null}',
+        '{"of":"OF","batch":99,"state":STATE}',
+        '{"of":"OF","batch":-1,"state":STATE}',
+        '{"of":"OF","batch":"0","state":STATE}',
+        '{"of":"OF","batch":[0],"state":STATE}',
+        '{"of":"OF","state":STATE}',
+        '{"of":"OF","batch":0}',
+        '{"of":"OF","batch":0,"state":{}}',
+        '{"of":"OF","batch":0,"state":null}',
+        '{"batch":0,"state":STATE}',
         "[1,2]",
         "3",
     ],
@@ -99,8 +100,8 @@ def test_a_journal_whose_records_make_no_sense_is_refused(files, record, fails, 
     assert command("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60) == 0
     capsys.readouterr()
     first, second, *_ = (files / "ck" / NAME).read_bytes().splitlines(keepends=True)
-    state = json.dumps(json.loads(second[9:])["state"])
-    text = record.replace("STATE", state).encode()
+    told = json.loads(second[9:])
+    text = record.replace("STATE", json.dumps(told["state"])).replace("OF", told["of"]).encode()
     whole = first + b"%08x %s\n" % (crc32(text), text)
     (files / "ck" / NAME).write_bytes(whole)
     line = fails("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60)
@@ -266,3 +267,44 @@ def test_a_torn_last_line_of_a_remote_checkpoint_is_dropped(files, wanted):
     memory.pipe_file(names[1], whole[:-5])
     with pytest.raises(mml.InputError, match="is damaged; remove the file"):
         mml.evaluate("x.npy", "y.npy", **ours)
+
+
+def test_a_remote_checkpoint_whose_name_has_brackets(files, wanted):
+    pytest.importorskip("fsspec")
+    ours = {"checkpoint": "memory://ck[1]", "chunk_size": 100}
+    assert mml.evaluate("x.npy", "y.npy", **ours) == wanted
+    done = []
+    ours["progress"] = lambda *count: done.append(count)
+    assert mml.evaluate("x.npy", "y.npy", **ours) == wanted
+    assert not done
+    with pytest.raises(mml.InputError, match=r"was begun with p 1\.0, but this run has 2\.0"):
+        mml.evaluate("x.npy", "y.npy", p=2, **ours)
+
+
+def test_two_runs_that_begin_at_once_in_a_remote_folder(files, monkeypatch):
+    """Each reads an empty folder, then writes."""
+    fsspec = pytest.importorskip("fsspec")
+    ours = {"checkpoint": "memory://race", "chunk_size": 100}
+    with pytest.raises(Killed):
+        mml.evaluate("x.npy", "y.npy", progress=stop_after(3), **ours)
+    memory = fsspec.filesystem("memory")
+    names = sorted(memory.glob("memory://race/*.json"))
+    first = {name: memory.cat_file(name) for name in names}
+    memory.rm("/race", recursive=True)
+    with pytest.raises(Killed):
+        mml.evaluate("x.npy", "y.npy", p=2, progress=stop_after(1), **ours)
+    for name in names[2:]:
+        memory.pipe_file(name, first[name])
+    with pytest.raises(mml.InputError, match="is of another evaluation, begun here at the same"):
+        mml.evaluate("x.npy", "y.npy", p=2, **ours)
+    memory.rm("/race", recursive=True)
+    written = journal._Remote.append
+
+    def overtaken(self, number, line):
+        written(self, number, line)
+        if number == 0:
+            self._fs.pipe_file(names[0], first[names[0]])
+
+    monkeypatch.setattr(journal._Remote, "append", overtaken)
+    with pytest.raises(mml.InputError, match=r"was begun with p 1\.0, but this run has 2\.0"):
+        mml.evaluate("x.npy", "y.npy", p=2, **ours)

@@ -133,6 +133,20 @@ def test_comparison(arrays, files, command, fails, capsys):
         line = fails("x.npy", "y.npy", "--compare", "old.json", f"--{name}", value)
         assert f"old.json: was made with {name} {told[name]}, but this run has {value}" in line
         assert f"; compare runs with the same {name}" in line
+    np.save("w.npy", np.ones(len(arrays[0])))
+    for option, value, message in (
+        ("--weight", "1,2,1,1,1,1", "weight None, but this run has [1.0, 2.0, 1.0, 1.0, 1.0, 1.0]"),
+        ("--ignore-index", 0, "ignore_index None, but this run has 0"),
+        ("--sample-weight", "w.npy", "weighted False, but this run has True"),
+    ):
+        line = fails("x.npy", "y.npy", "--compare", "old.json", option, value)
+        assert f"old.json: was made with {message}; compare runs with the same " in line
+    assert "--compare: JSON has no room for it; give --report, or no --json" in fails(
+        "x.npy", "y.npy", "--compare", "old.json", "--json"
+    )
+    with open("bom.json", "w", encoding="utf-8-sig") as file:
+        json.dump(told, file)
+    assert command("x.npy", "y.npy", "--compare", "bom.json") == 0
 
 
 def test_class_names(arrays, files, fails, command, capsys):

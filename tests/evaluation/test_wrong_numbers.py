@@ -43,7 +43,13 @@ def test_numbers_in_names_are_numbers(arrays, files, wanted):
 
 @pytest.mark.parametrize(
     "names",
-    [("jan", "feb", "mar"), ("1", "01", "2"), ("a1", "b2", "c3")],
+    [
+        ("jan", "feb", "mar"),
+        ("1", "01", "2"),
+        ("a1", "b2", "c3"),
+        ("rank0-step0", "rank0-step1", "rank1-step0"),  # written step by step?
+        ("0.5", "0.25", "0.75"),
+    ],
     ids="-".join,
 )
 def test_an_order_in_doubt_is_refused(arrays, files, fails, names):
@@ -55,6 +61,81 @@ def test_an_order_in_doubt_is_refused(arrays, files, fails, names):
             mml.evaluate("part-*.npy", "label-*.npy").accuracy
             == mml.evaluate("x.npy", "y.npy").accuracy
         )
+
+
+def test_numbers_that_do_not_vary_leave_no_doubt(arrays, files, wanted):
+    parts("part", arrays[0], 3, ("v1.2-rank4-0.25", "v1.2-rank4-0.50", "v1.2-rank4-0.75"))
+    assert mml.evaluate("part-*.npy", "y.npy") == wanted
+    parts("shard", arrays[0], 3, ("2-of-12", "3-of-12", "10-of-12"))
+    assert mml.evaluate("shard-*.npy", "y.npy") == wanted
+
+
+def test_parts_of_different_wholes(arrays, files, fails, wanted):
+    for name, array in (("part", arrays[0]), ("label", arrays[1])):
+        for n in (2, 3):
+            parts(name, array, n, [f"0000{i}-of-0000{n}" for i in range(n)])
+    line = fails("part-*.npy", "label-*.npy")
+    assert "part-*.npy: stands for parts of 2 and parts of 3 files (-of-N); give a pattern" in line
+    assert mml.evaluate("part-*-of-00003.npy", "label-*-of-00003.npy") == wanted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [((2, 3), (3, 2)), ((1, 2), (2, 1)), ((1, 4), (4, 1)), ((2, 2, 2), (2, 3, 1))],
+)
+def test_patterns_of_lists_that_stand_for_different_numbers_of_files(files, fails, sizes, other):
+    x, y = np.eye(C, dtype="f4"), np.arange(C)
+    patterns = {}
+    for role, numbers, array in (("x", sizes, x), ("y", other, y)):
+        for k, n in enumerate(numbers):
+            patterns.setdefault(role, []).append(f"{role}{'abc'[k]}-*.npy")
+            parts(f"{role}{'abc'[k]}", np.concatenate([array] * n), n)
+    with pytest.raises(mml.InputError, match="so that it is in doubt which belong together"):
+        mml.evaluate(patterns["x"], patterns["y"])
+    in_order = sorted(name for name in os.listdir() if name.startswith("y") and "-" in name)
+    assert mml.evaluate(patterns["x"], in_order).accuracy == 1
+
+
+def test_labels_may_serve_two_patterns_of_scores(arrays, files):
+    for name, array in (("a", arrays[0]), ("b", arrays[0]), ("label", arrays[1])):
+        parts(name, array, 3)
+    twice = mml.evaluate(["a-*.npy", "b-*.npy"], ["label-*.npy", "label-*.npy"])
+    assert twice.accuracy == mml.evaluate(*arrays).accuracy
+    assert twice.samples == 2 * N
+
+
+TABLE_LOGS = {
+    "Delta": "table/_delta_log/00000000000000000000.json",
+    "Hudi": "table/.hoodie/hoodie.properties",
+    "Iceberg": "table/metadata/v1.metadata.json",
+}
+
+
+@pytest.mark.parametrize("kind", TABLE_LOGS)
+@pytest.mark.parametrize("inner", ["", "data", "data/day=1", "day=1/hour=2"])
+@pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
+def test_tables_of_which_only_a_log_tells_what_counts(files, fails, kind, inner, scheme):
+    fsspec = pytest.importorskip("fsspec")
+    folder = f"table/{inner}".rstrip("/")
+    os.makedirs(folder)
+    parquet(f"{folder}/part-0.parquet", logits=[[1.0, 2.0]], label=[1])
+    parquet(f"{folder}/part-1.parquet", logits=[[2.0, 1.0]], label=[1])
+    good = mml.evaluate(folder, folder)
+    assert good.samples == 2
+    assert mml.evaluate("table", "table").samples == 2
+    os.makedirs(os.path.dirname(TABLE_LOGS[kind]))
+    Path(TABLE_LOGS[kind]).write_text("{}")
+    top = str(files) if scheme == "file://" else ""
+    if scheme == "memory://":
+        memory = fsspec.filesystem("memory")
+        memory.put("table", "/table", recursive=True)
+    for given in ("table", folder, f"{folder}/*.parquet", f"{folder}/part-[01].parquet"):
+        url = f"{scheme}{top}/{given}" if scheme else given
+        assert f"holds files of a table of {kind}, " in fails(url, url)
+    url = f"{scheme}{top}/{folder}/part-0.parquet" if scheme else f"{folder}/part-0.parquet"
+    assert mml.evaluate(url, url).samples == 1  # a file that is named is read
+    if scheme == "memory://":
+        memory.rm("/table", recursive=True)
 
 
 def test_a_list_is_an_order(arrays, files, wanted):
@@ -1084,12 +1165,32 @@ def test_zarr_groups_that_were_consolidated_once(files, fails):
 
 
 @pytest.mark.parametrize("write", [zarr_file, hdf5_file], ids=["zarr", "hdf5"])
-def test_times_are_no_labels(files, fails, write):
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"units": "days since 2000-01-01"}, "times (days since 2000-01-01)"),
+        ({"units": "seconds"}, "times (seconds)"),
+        ({"units": "days", "dtype": "timedelta64[ns]"}, "times (days timedelta64[ns])"),
+        ({"dtype": "datetime64[s]"}, "times (datetime64[s])"),
+        ({"dtype": "bool"}, "booleans (bool)"),
+    ],
+)
+def test_times_and_booleans_are_no_labels(files, fails, write, attributes, message):
     name = {zarr_file: "t.zarr", hdf5_file: "t.h5"}[write]
-    write(name, np.zeros(100, int), attributes={"units": "days since 2000-01-01"})
+    write(name, np.zeros(100, int), attributes=attributes)
     np.save("s.npy", np.repeat(SMALL, 50, axis=0))
-    line = fails("s.npy", name)
-    assert f"{name}: holds times (days since 2000-01-01), which are no targets" in line
+    assert f"{name}: holds {message}, which are no targets" in fails("s.npy", name)
+
+
+@pytest.mark.parametrize("write", [zarr_file, hdf5_file], ids=["zarr", "hdf5"])
+def test_other_units_and_dtypes(files, write):
+    name = {zarr_file: "t.zarr", hdf5_file: "t.h5"}[write]
+    write(name, np.ones(100, int), attributes={"units": "1", "dtype": "int8"})
+    np.save("s.npy", np.repeat(SMALL, 50, axis=0))
+    assert mml.evaluate("s.npy", name).samples == 100
+    scores = "s" + name[1:]
+    write(scores, np.repeat(SMALL, 50, axis=0), attributes={"units": "seconds"})
+    assert mml.evaluate(scores, name).samples == 100
 
 
 def test_an_empty_row_group_in_the_middle(files):
