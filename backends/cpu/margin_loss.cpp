@@ -245,14 +245,14 @@ template <> class Sum<double> {
 
 struct One {
     template <class E> using Computing = typename std::conditional<sizeof(E) == 8, double, float>::type;
-    explicit One(double) {}
+    One(double, double) {}
     static constexpr double factor = 1;
     template <class F> INLINE F term(F h) const { return h; }
     template <class F> INLINE F slope(F h) const { return h; }  // 1 where that is positive
 };
 struct Two {
     template <class E> using Computing = One::Computing<E>;
-    explicit Two(double) {}
+    Two(double, double) {}
     static constexpr double factor = 2;
     template <class F> INLINE F term(F h) const { return h * h; }
     template <class F> INLINE F slope(F h) const { return h; }
@@ -260,15 +260,18 @@ struct Two {
 struct Other {
     // float64 for every type: float32 would lose 1e-6 of the power of a large h.
     template <class> using Computing = double;
-    double factor;
-    explicit Other(double p) : factor(p) {}
+    double factor, largest;  // of the scores' own computing type: what is beyond is infinite there
+    Other(double p, double largest) : factor(p), largest(largest) {}
     template <class F> INLINE F term(F h) const { return power(h, factor); }
     template <class F> INLINE F slope(F h) const { return power(h, factor - 1); }
 
   private:
-    template <class F> static NOINLINE F power(F h, double p) {
-        for (unsigned k = 0; k < sizeof h / sizeof h[0]; k++)
+    template <class F> NOINLINE F power(F h, double p) const {
+        for (unsigned k = 0; k < sizeof h / sizeof h[0]; k++) {
+            if (h[k] > largest) h[k] = INFINITY;
             if (h[k] != 0) h[k] = std::pow(h[k], p);
+            if (h[k] > largest) h[k] = INFINITY;
+        }
         return h;
     }
 };
@@ -399,6 +402,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     using I = typename L::I;
     static constexpr int W = L::W;
     static constexpr int64_t SIZE = sizeof(E);
+    static constexpr double LARGEST = std::numeric_limits<One::Computing<E>>::max();
     static constexpr int STEP = 4 * W, RUN = LANE_TERMS / 2 * STEP;
 
     const Call &c;
@@ -419,7 +423,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     int64_t base = 0;
 
     explicit Kernel(const Call &c)
-        : c(c), power(c.p), margin(L::all(T(One::Computing<E>(c.margin)))), n(c.classes),
+        : c(c), power(c.p, LARGEST), margin(L::all(T(One::Computing<E>(c.margin)))), n(c.classes),
           whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
                (L::iota() < (I{} + typename L::Index(n - last)))),
@@ -584,16 +588,18 @@ template <class E, class P, bool UNIT> struct Kernel {
             T z = (T(widen<E>(row + j * in_step)) - own) + margin[0];
             if (j == y || z <= 0) continue;
             Vec<double, 2> h = {double(z), 0};
-            s.terms += power.term(h)[0] / unit;
+            const double term = power.term(h)[0];
+            s.terms += (term > LARGEST ? INFINITY : term) / unit;
             s.slopes += (std::is_same<P, One>::value ? h[0] > 0 : power.slope(h)[0]) / unit;
         }
         return s;
     }
-    // The rest of a gradient: the target's class; NaN in all of a row whose loss is NaN.
+    // The rest of a gradient: the target's class; NaN in all of a row whose loss or factor is NaN. No
+    // class is active: 0, even where the factor is infinite.
     INLINE void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
-        if (loss != loss) return fill(to, NOT_A_NUMBER);
+        if (loss != loss || scale != scale) return fill(to, NOT_A_NUMBER);
         if (y < 0) return;
-        T own = T(-(s.slopes * scale) * s.unit);
+        T own = T(-(s.slopes == 0 ? 0 : s.slopes * scale) * s.unit);
         if constexpr (sizeof(T) == 4) write(to + y * out_step, in_element_type(L::all(own))[0]);
         else store_rounded<E>(to + y * out_step, own);
     }

@@ -575,12 +575,13 @@ DEVICE double own_gradient(Slopes slope, Real scale) {
 #endif
 }
 
-// What needs the sums: the gradient at the target's class, and all of it where the loss is NaN.
+// What needs the sums: the gradient at the target's class, and all of it where the loss or the factor
+// is NaN.
 // Returns the row's loss in the group's first lane, 0 in the others.
 template <int OP>
 DEVICE double finish_row(const Arguments& a, const Row& r, const Sums& sums) {
     const double loss = row_loss(a, r.y, r.pivot, sums.loss);
-    const bool no_value = loss != loss;
+    const bool no_value = loss != loss || (OP == LOSS_GRAD && r.y >= 0 && r.scale != r.scale);
     if (OP == LOSS_GRAD) {
         if (no_value) fill_row(a, r, to_scalar(not_a_number()));
         else if (r.y == IGNORED) fill_row(a, r, to_scalar(0));
@@ -697,7 +698,8 @@ DEVICE void rows_of_mask(const Arguments& a) {
         Row r = row_of<GRAD_MASK>(a, row, class_of(a, target), lane, lanes);
         if (r.y >= 0) r.scale = load_scale(a, row, r.y, factor);
         const u32 end = KIND == SPLIT && r.body > last ? last : r.body;
-        const bool no_value = count == NO_VALUE, ignored = r.y == IGNORED;
+        const bool ignored = r.y == IGNORED;
+        const bool no_value = count == NO_VALUE || (r.y >= 0 && r.scale != r.scale);
         const Real nan = not_a_number();
         const Scalar off = to_scalar(no_value ? nan : (Real)0);
         const Scalar on = ignored ? off : to_scalar(no_value ? nan : r.scale);
@@ -882,7 +884,7 @@ DEVICE double tile_row(const Arguments& a, i64 row, int y, Real factor, Real* ti
         if (POWER != 1) sums.slope = again.slope;
     }
     const double loss = row_loss(a, y, pivot, sums.loss);
-    const bool no_value = loss != loss;
+    const bool no_value = loss != loss || (OP == LOSS_GRAD && y >= 0 && scale != scale);
     if (OP == LOSS_MASK)
         ((u32*)a.mask)[row] = no_value ? TILE_NO_VALUE : y == IGNORED ? 0 : bits;
     if (OP == LOSS_GRAD) {
@@ -899,16 +901,16 @@ DEVICE void tile_row_of_mask(const Arguments& a, i64 row, int y, u32 bits, Real 
                              u32 start) {
     const u32 classes = tile_classes(a);
     const int column = y < 0 ? 0 : y;
-    const bool no_value = bits == TILE_NO_VALUE;
+    const Real scale = load_scale(a, row, column, factor);
+    const bool no_value = bits == TILE_NO_VALUE || (y >= 0 && scale != scale);
     const Real off = no_value ? not_a_number() : (Real)0;
-    const Real scale = no_value ? off : load_scale(a, row, column, factor);
 #ifdef CLASSES
 #pragma unroll
 #endif
     for (int first = 0; first < (int)classes; first += AT_ONCE) {
         Group<AT_ONCE> here;
 #pragma unroll
-        for (int e = 0; e < AT_ONCE; e++) here.x[e] = bits >> (first + e) & 1 ? scale : off;
+        for (int e = 0; e < AT_ONCE; e++) here.x[e] = bits >> (first + e) & 1 && !no_value ? scale : off;
         group_at<AT_ONCE>(tile, start + first, classes) = here;
     }
     if (!no_value)

@@ -57,7 +57,9 @@ class Engine(NamedTuple):
     loss_and_grad : callable
         ``loss_and_grad(input, target, weight, grad_output, options)``.
     mask_shape : callable
-        ``mask_shape(dtype, rows, n_classes)``: the mask's shape, in bytes.
+        ``mask_shape(dtype, rows, n_classes)``: the mask's shape, in bytes, on every machine.
+    keeps : callable
+        ``keeps(input, options)``: whether a mask pays for these scores.
     """
 
     device: str
@@ -66,6 +68,7 @@ class Engine(NamedTuple):
     grad: Callable[..., Tensor | None]
     loss_and_grad: Callable[..., tuple[Tensor, Tensor] | None]
     mask_shape: Callable[[torch.dtype, int, int], tuple[int, ...]]
+    keeps: Callable[[Tensor, Options], bool]
 
 
 _engines: dict[str, Engine] = {}
@@ -174,7 +177,9 @@ def _in_graph(input: Any, target: Any, weight: Any, options: Options) -> Tensor 
     """
     p, margin, reduction, ignore_index, axis, check_target = options
     if (
-        not input.is_cpu
+        type(axis) is not int
+        or axis not in (-1, input.ndim - 1)
+        or not input.is_cpu
         or not input.is_floating_point()
         or input.itemsize == 1
         or input.layout is not torch.strided
@@ -202,8 +207,6 @@ def _in_graph(input: Any, target: Any, weight: Any, options: Options) -> Tensor 
         or type(reduction) is not str
         or reduction not in ("none", "mean", "sum")
         or not (ignore_index is None or (type(ignore_index) is int and _fits(ignore_index)))
-        or type(axis) is not int
-        or axis not in (-1, input.ndim - 1)
         or type(check_target) is not str
         or check_target not in ("auto", "nan")
     ):
@@ -387,6 +390,9 @@ class _Loss(state.SingleLevelFunction):
             with torch.enable_grad(), below_autograd():  # outer levels of torch.func go on deriving
                 made = _loss(input, target, weight, *options, keep_mask)
         loss, mask = made
+        if engine is None and not state.is_transformed() and readable(input):
+            # What is saved must not depend on the way that led here: checkpoint() compares it.
+            mask = mask if _engines[input.device.type].keeps(input, options) else None
         _save(ctx, input=input, target=target, weight=weight, mask=mask)
         ctx.options, ctx.engine = options, engine
         ctx.set_materialize_grads(False)
@@ -464,7 +470,7 @@ class _Gradient(state.SingleLevelFunction):
         of_upstream, of_input, *_ = ctx.needs_input_grad
         return (
             _for_upstream(*arguments) if of_upstream else None,
-            _for_input(*arguments) if of_input and ctx.options[0] != 1 else None,
+            _for_input(*arguments) if of_input else None,
             *(None,) * 4,
         )
 
@@ -500,6 +506,8 @@ def _for_input(
     ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0``.
     """
     p, margin, reduction, ignore_index, axis, _ = options
+    if p == 1:
+        return torch.zeros_like(input)
     wide = torch.promote_types(input.dtype, torch.float32)
     x, v = (t.movedim(axis, -1).to(wide) for t in (input, tangent))
     n_classes = x.shape[-1]

@@ -26,7 +26,11 @@ def refuses(problem: Problem) -> str | None:
         return cpu.reason()
     if problem.input.dtype not in DTYPES:
         return f"input has dtype {problem.input.dtype}, not float16, bfloat16, float32 or float64"
-    return cpu.too_large(problem.input.shape, problem.axis)
+    # While a compiler traces, sizes may be symbols, of which a question would become a condition. The
+    # operators look at the sizes when they run.
+    return (
+        None if torch.compiler.is_compiling() else cpu.too_large(problem.input.shape, problem.axis)
+    )
 
 
 def loss(
@@ -36,7 +40,7 @@ def loss(
     if native is None:  # nobody may have asked refuses()
         return None
     mask = _new_mask(input, options) if keep_mask else None
-    bits = None if mask is None else mask[:-1]
+    bits = None if mask is None else mask[: native.bits_size(input, options)]
     out = None if _exchange else _new_loss(input, target, options)
     value = native.loss(input, target, weight, options, out, bits, get_num_threads)
     return None if value is None else (value, mask)
@@ -72,9 +76,19 @@ def loss_and_grad(
     return None if value is None else (value, into)
 
 
-def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:  # noqa: ARG001
-    """Return the mask's shape: a bit per score, and at the end 1 where they have been written."""
-    return (rows * ((n_classes + 7) // 8) + 1,)
+def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:
+    """Return the mask's shape: room for the bits, and at the end 1 where they have been written.
+
+    A byte holds those of one vector. The room is for the narrowest, so that exported programs fit
+    every machine.
+    """
+    lanes = 2 if dtype is torch.float64 else 4
+    return (rows * ((n_classes + lanes - 1) // lanes) + 1,)
+
+
+def keeps(input: Tensor, options: Options) -> bool:
+    """Tell whether keeping the mask takes less time than to read the scores again."""
+    return bool(native and native.bits_size(input, options))
 
 
 def _written(mask: Tensor | None, input: Tensor, options: Options) -> Tensor | None:
@@ -82,23 +96,29 @@ def _written(mask: Tensor | None, input: Tensor, options: Options) -> Tensor | N
     if mask is None or mask.dtype is not torch.uint8:
         return None
     size = native.bits_size(input, options)  # 0 for few scores; to read the mark takes longer
-    return mask[:-1] if size and mask.shape == (size + 1,) and mask[-1] else None
+    return mask[:size] if size and mask.shape == _mask_of(input, options) and mask[-1] else None
 
 
 def _new_mask(input: Tensor, options: Options) -> Tensor | None:
     """Make room for the mask, where keeping it takes less time than to read the scores again."""
-    size = native.bits_size(input, options)
-    if not size:
+    if not keeps(input, options):
         return None
-    mask = input.new_empty(size + 1, dtype=torch.uint8)
+    mask = input.new_empty(_mask_of(input, options), dtype=torch.uint8)
     mask[-1] = 1
     return mask
+
+
+def _mask_of(input: Tensor, options: Options) -> tuple[int, ...]:
+    n_classes = input.shape[options[4]]
+    return mask_shape(input.dtype, input.numel() // n_classes, n_classes)
 
 
 def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
     return input.new_empty(target.shape if options[2] == "none" else (), requires_grad=False)
 
 
-KERNEL = make_kernel("torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape))
+KERNEL = make_kernel(
+    "torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape, keeps)
+)
 if native is None:  # refuses() says so, and nothing may be tried before it is asked
     KERNEL = replace(KERNEL, direct={})

@@ -104,6 +104,11 @@ def loss_and_grad(
     return (out, into) if _launch("loss_grad", arrays, options) else None
 
 
+def keeps(input: Tensor, options: Options) -> bool:  # noqa: ARG001
+    """Tell that a mask always pays."""
+    return True
+
+
 def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:
     """Return the mask's shape: the bytes of each row."""
     return rows, plan.mask_bytes(SCALARS[dtype], n_classes)
@@ -215,4 +220,6 @@ def _readable(tensor: Tensor, dtype: torch.dtype, real: torch.dtype) -> Tensor:
     return tensor if tensor.dtype in (dtype, real) else tensor.to(real)
 
 
-KERNEL = make_kernel("torch-cuda", Engine(DEVICE, refuses, loss, grad, loss_and_grad, mask_shape))
+KERNEL = make_kernel(
+    "torch-cuda", Engine(DEVICE, refuses, loss, grad, loss_and_grad, mask_shape, keeps)
+)

@@ -160,7 +160,9 @@ def test_a_checkpoint_of_a_file_of_whose_changes_nothing_tells(arrays, files, se
 
 def test_a_store_of_whose_changes_nothing_tells(arrays, files, serve):
     zarr_file("x.zarr", arrays[0])
-    with pytest.raises(mml.InputError, match=r"x\.zarr: its server tells neither ETag nor Last-Mod"):
+    with pytest.raises(
+        mml.InputError, match=r"x\.zarr: its server tells neither ETag nor Last-Mod"
+    ):
         mml.evaluate(f"{serve(Silent)}/x.zarr", "y.npy")
 
 

@@ -114,6 +114,7 @@ class Case:
     grid: int | None = None  # instead of the geometry's own
     multiprocessors: int = 1  # few long rows are split over these
     upstream: str | None = "own"
+    upstreams: tuple[tuple[int, float], ...] = ()  # (row, the gradient for its loss)
     exact: bool = True  # scores are multiples of 1/8
     large: bool = False  # scores beside which the margin is less than a digit
     seed: int = 0
@@ -206,6 +207,10 @@ def _faults(scalar: int, classes: int) -> Iterator[Case]:
         )  # fmt: skip
         for value in (np.nan, np.inf, 0.0):
             yield Case(3, classes, reduction, "wide", weights=((1, value),))
+            yield Case(
+                4, classes, "none", margin=-2, upstreams=((1, value), (2, value), (3, value)),
+                ignore_index=-1, ignored=(2,),
+            )  # fmt: skip
         yield Case(
             3,
             classes,
@@ -308,7 +313,10 @@ def _check(
     losses, grads = losses_and_grad(
         scores, target, p=p, margin=margin, weight=weight, ignore_index=case.ignore_index
     )
-    grads *= per_row[:, None]
+    with np.errstate(invalid="ignore"):  # no class is active: 0, even times infinity
+        idle = (grads == 0) & ~np.isnan(per_row[:, None])
+        idle[list(case.ignored)] = True
+        grads = np.where(idle, 0, grads * per_row[:, None])
     wanted = losses
     with np.errstate(over="ignore", invalid="ignore"):
         if case.reduction == "sum":
@@ -370,6 +378,8 @@ def _upstream(
     kind = real if case.upstream == "wide" else dtype
     values = memory.array(max(case.rows, 1) if each else 1, kind)
     values[...] = random.standard_normal(values.shape)
+    for i, value in case.upstreams:
+        values[i] = value
     per_row = np.broadcast_to(values.astype(np.float64), (max(case.rows, 1),))[: case.rows]
     return per_row, values, int(each)
 

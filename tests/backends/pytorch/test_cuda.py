@@ -52,7 +52,7 @@ def kernel(device, monkeypatch):
     """The kernel, for tensors on the CPU. The operators stay the CPU kernel's."""
     monkeypatch.setattr(autograd, "_implement", lambda engine: None)
     monkeypatch.setattr(autograd, "_engines", {})
-    run = engine.loss, engine.grad, engine.loss_and_grad, engine.mask_shape
+    run = engine.loss, engine.grad, engine.loss_and_grad, engine.mask_shape, engine.keeps
     return autograd.make_kernel("torch-cuda", autograd.Engine("cpu", engine.refuses, *run))
 
 

@@ -72,9 +72,10 @@ def test_opcheck(batch, p, reduction, ignore_index):
 
 
 @OWN_WARNINGS
-def test_opcheck_of_a_mask_that_is_written():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck_of_a_mask_that_is_written(dtype):
     # From 2**20 scores on. Its shape must be what the fake implementation says.
-    x, target = torch.randn(1100, 1001), torch.arange(1100) % 1001
+    x, target = torch.randn(1100, 1001).to(dtype), torch.arange(1100) % 1001
     options = (1.0, 1.0, "mean", None, 1, "nan")
     loss = torch.ops.mml_arrayapi.multi_margin_loss.default
     torch.library.opcheck(
@@ -84,7 +85,14 @@ def test_opcheck_of_a_mask_that_is_written():
     assert mask[-1] == 1
     from mml_arrayapi.backends.pytorch import cpu
 
-    assert cpu.native.bits_size(x, options) == len(mask) - 1
+    assert 0 < cpu.native.bits_size(x, options) < len(mask)
+    compiled = torch.compile(multi_margin_loss, fullgraph=True)
+    grads = []
+    for function in (multi_margin_loss, compiled):
+        leaf = x.clone().requires_grad_()
+        function(leaf, target).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
 
 
 def compiled_graphs(function):
@@ -726,3 +734,78 @@ def test_half_precision_second_derivatives_add_no_rounded_numbers(shape):
     (grad,) = torch.autograd.grad(loss, x, upstream, create_graph=True)
     (second,) = torch.autograd.grad(grad, upstream, tangent)
     assert second.item() == pytest.approx(1 - 1 / shape[1], rel=1e-3)
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("shape", [(8, 5), (1100, 1001)], ids=["few", "many"])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("watched", ["forward", "backward", "both"])
+def test_checkpoints_under_a_mode_of_one_pass(shape, p, watched):
+    """What is saved is the same with and without a mode: else checkpoint() raises."""
+    from contextlib import nullcontext
+
+    from torch.utils.checkpoint import checkpoint
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def mode(which):
+        return FlopCounterMode(display=False) if watched in (which, "both") else nullcontext()
+
+    scores, target = torch.randn(shape), torch.arange(shape[0]) % shape[1]
+    leaf, plain = (scores.clone().requires_grad_() for _ in range(2))
+    multi_margin_loss(plain * 2, target, p=p).sin().backward()
+    with mode("forward"):
+        loss = checkpoint(
+            lambda x: multi_margin_loss(x * 2, target, p=p).sin(), leaf, use_reentrant=False
+        )
+    with mode("backward"):
+        loss.backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "at", "options"),
+    [
+        ((6, 5), 1, {}),
+        ((6, 5), 1, {"target": torch.int32}),
+        ((6, 5), 1, {"p": 1000}),
+        ((2, 6, 5), 2, {}),
+        ((5, 6), 0, {"axis": 0}),
+        ((2, 5, 6), 1, {"axis": 1}),
+        ((6, 5), 1, {"call": multi_margin_loss_and_grad}),
+    ],
+)
+def test_export_with_any_number_of_classes(strict, shape, at, options):
+    call, kind = options.pop("call", multi_margin_loss), options.pop("target", torch.int64)
+
+    class Module(torch.nn.Module):
+        def forward(self, x, y):
+            return call(x, y, **options)
+
+    target = torch.zeros([n for i, n in enumerate(shape) if i != at], dtype=kind)
+    classes = torch.export.Dim("classes")
+    exported = torch.export.export(
+        Module(), (torch.randn(shape), target), dynamic_shapes=({at: classes}, None), strict=strict
+    )
+    assert "mml_arrayapi.multi_margin_loss" in exported.graph_module.code
+    more = torch.randn([9 if i == at else n for i, n in enumerate(shape)])
+    torch.testing.assert_close(exported.module()(more, target), Module()(more, target))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_second_derivatives_of_p_1_are_zeros(batch, reduction, weighted):
+    scores, target, weight = batch
+    scores.requires_grad_()
+    loss = multi_margin_loss(
+        scores, target, weight=weight if weighted else None, reduction=reduction
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), scores, create_graph=True)
+    (second,) = torch.autograd.grad((grad * torch.randn_like(grad)).sum(), scores)
+    assert torch.equal(second, torch.zeros_like(scores))
+
+    def of_scores(x):
+        return multi_margin_loss(x, target)
+
+    torch.autograd.functional.hvp(of_scores, scores, torch.ones_like(scores), strict=True)
