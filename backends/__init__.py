@@ -62,9 +62,10 @@ def _cuda_missing() -> str | None:
     """Tell what PyTorch's CUDA kernels lack; cuda.bindings is no array library."""
     try:
         from mml_arrayapi.backends.cuda.driver import missing
-    except Exception as error:  # noqa: BLE001 - another build of CUDA raises anything
+
+        return missing()
+    except Exception as error:  # noqa: BLE001 - another build of CUDA, or half of one, raises anything
         return f"cannot be imported: {error}"
-    return missing()
 
 
 def _cupy_cuda() -> Kernel:

@@ -18,6 +18,7 @@ libraries has loaded the kernels before (:func:`load`), since a trace can't ente
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -80,7 +81,18 @@ class _Registry:
 
 _BUILT_IN = frozenset(lazy.name for lazy in built_in.KERNELS)
 _lock = threading.RLock()
+_threads = threading.local()
 _registry = _Registry(built_in.KERNELS, None)
+
+
+def _begin_anew() -> None:
+    """In a forked child no thread will release the lock that another held in the parent."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def register_kernel(kernel: Kernel) -> None:
@@ -316,7 +328,22 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
         raise ValueError(_cannot_run(name, source, reason))
     if reason is not None:
         return getattr(GENERIC, operation)(problem, *arguments)
+    if kernel.name not in _BUILT_IN:
+        _check_result(kernel, problem, operation, result)
     return result
+
+
+def _check_result(kernel: Kernel, problem: Problem, operation: str, result: Any) -> None:
+    """Refuse what a caller could not be given; a mean may be a plain number."""
+    both = operation == "loss_and_grad"
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    losses = result[0] if both and is_pair else result
+    if both > is_pair or (problem.reduction == "none" and not hasattr(losses, "ndim")):
+        accepted = "a loss and a gradient, a tuple of two arrays" if both else "an array"
+        raise TypeError(
+            f"kernel {kernel.name!r}: {operation} must return {accepted}, but returned "
+            f"{in_words(result)}"
+        )
 
 
 def _cannot_run(name: str, source: str, reason: str) -> str:
@@ -332,8 +359,20 @@ def _refusal(kernel: Kernel, problem: Problem) -> str | None:
     try:
         reason = kernel.refuses(problem)
     except Exception as error:  # noqa: BLE001 - a kernel nobody asked for must not end a call
-        return f"its refuses() raised {type(error).__name__}: {error}"
-    return reason if reason is None else str(reason) or "it gives no reason"
+        return f"its refuses() raised {_told(error)}"
+    if reason is None:
+        return None
+    with suppress(Exception):
+        return str(reason) or "it gives no reason"
+    return "it gives no reason"
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's kind and message, if it has one that can be printed."""
+    kind = type(error).__name__
+    with suppress(Exception):
+        return f"{kind}: {error}"
+    return kind
 
 
 def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
@@ -471,15 +510,25 @@ def list_backends() -> tuple[Backend, ...]:
 def _status(lazy: built_in.LazyKernel) -> Backend:
     missing = [name for name in lazy.requires if not _installed(name)]
     why = f"not installed: {', '.join(missing)}" if missing else None
-    why = why or _registry.broken.get(lazy.name) or lazy.missing()
+    why = why or _registry.broken.get(lazy.name) or _missing(lazy)
     return Backend(lazy.name, lazy.library, why is None, why or "built in")
+
+
+def _missing(lazy: built_in.LazyKernel) -> str | None:
+    try:
+        return lazy.missing()
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - it imports what may raise anything
+        return f"cannot be imported: {_told(error)}"
 
 
 def _installed(module: str) -> bool:
     try:
-        return find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):  # no parent package; a module without a spec
+        spec = find_spec(module)
+    except Exception:  # noqa: BLE001 - no parent package; a finder of the program's own
         return False
+    return spec is not None and spec.origin is not None  # else any folder of that name
 
 
 def kernels_of(library: str) -> tuple[Kernel, ...]:
@@ -511,20 +560,17 @@ def load(library: str) -> tuple[Kernel, ...]:
     tuple of Kernel
         As :func:`kernels_of`.
     """
+    for lazy in _registry.lazy:
+        if lazy.library == library and lazy.name not in _registry.loaded:
+            with _signals_wait():
+                _loaded_built_in(lazy)
+    for plugin in _plugins():
+        if _library(plugin) == library:
+            _loaded_plugin(plugin)
     with _lock:
-        for lazy in _registry.lazy:
-            if lazy.library != library or lazy.name in _registry.loaded:
-                continue
-            if (why := lazy.missing()) is not None:  # such as: no compiler built it
-                _keep(lazy.name, _unusable(lazy.name, library, why))
-            else:
-                with _signals_wait():
-                    _loaded(lazy.name, lazy.name, library, lazy.load)
-        for plugin in _plugins():
-            if _library(plugin) == library:
-                _loaded_plugin(plugin)
-        _reorder(library)
-        return _registry.orders[library]
+        if not _loading():  # else what asks is itself a part of what is loaded
+            _reorder(library)
+        return _order(library)
 
 
 def _reorder(*new: str) -> None:
@@ -579,12 +625,24 @@ def _plugins() -> tuple[EntryPoint, ...]:
         # Not at the top: it was 23 of the 70 ms that importing the package took.
         from importlib.metadata import entry_points
 
-        _registry.plugins = tuple(entry_points(group=ENTRY_POINTS))
+        try:
+            found = list(entry_points(group=ENTRY_POINTS))
+        except Exception:  # noqa: BLE001 - some package's file is damaged: the others count
+            found = list(_readable_entry_points())
+        _registry.plugins = tuple(found)
     return _registry.plugins
 
 
+def _readable_entry_points() -> Iterator[EntryPoint]:
+    from importlib.metadata import distributions
+
+    for distribution in distributions():
+        with suppress(Exception):
+            yield from distribution.entry_points.select(group=ENTRY_POINTS)
+
+
 def _library(plugin: EntryPoint) -> str:
-    return plugin.name.partition(".")[0]
+    return plugin.name.partition(".")[0] or f"{plugin.name!r}"
 
 
 def _key(plugin: EntryPoint) -> str:
@@ -595,23 +653,45 @@ def _loaded_plugin(plugin: EntryPoint) -> Kernel:
     return _loaded(_key(plugin), plugin.name, _library(plugin), plugin.load)
 
 
+def _loaded_built_in(lazy: built_in.LazyKernel) -> Kernel:
+    if (why := _missing(lazy)) is not None:  # such as: no compiler built it
+        _keep(lazy.name, _unusable(lazy.name, lazy.library, why))
+    return _loaded(lazy.name, lazy.name, lazy.library, lazy.load)
+
+
+def _loading() -> set[str]:
+    """Return the keys of what this thread is loading."""
+    keys: set[str] = _threads.__dict__.setdefault("loading", set())
+    return keys
+
+
 def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kernel:
-    """Load a kernel, once; what can't be loaded becomes a kernel that refuses with the reason."""
+    """Load a kernel; what can't be loaded becomes a kernel that refuses with the reason.
+
+    No lock is held meanwhile: another thread may import a module that asks for this kernel. Threads
+    that load the same one wait for each other in ``import``, which knows how to end a deadlock.
+    """
+    if key in _registry.loaded:
+        return _registry.loaded[key]
+    if key in _loading():  # it asks for itself
+        return _unusable(entry, library, "is being loaded")
+    _loading().add(key)
+    try:
+        kernel, why = load(), None
+    except (KeyboardInterrupt, GeneratorExit):  # the next call tries again
+        raise
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
+        kernel, why = None, f"cannot be imported: {_told(error)}"
+    finally:
+        _loading().discard(key)
     with _lock:
-        if key not in _registry.loaded:
-            _keep(key, _unusable(entry, library, "is being loaded"))  # if it asks for itself
-            try:
-                kernel, why = load(), None
-            except (KeyboardInterrupt, GeneratorExit):  # the next call tries again
-                _registry.loaded = {k: v for k, v in _registry.loaded.items() if k != key}
-                raise
-            except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
-                kernel, why = None, f"cannot be imported: {type(error).__name__}: {error}"
-            why = why or _misfit(kernel, key, library)
-            if why is not None:
-                _registry.broken = {**_registry.broken, key: why}
-                kernel = _unusable(entry, library, why)
-            _keep(key, kernel)
+        if key in _registry.loaded:  # another thread was quicker
+            return _registry.loaded[key]
+        why = why or _misfit(kernel, key, library)
+        if why is not None:
+            _registry.broken = {**_registry.broken, key: why}
+            kernel = _unusable(entry, library, why)
+        _keep(key, kernel)
         return _registry.loaded[key]
 
 

@@ -108,7 +108,7 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
 
 def _innermost(estimator: Any) -> Any:
     """Return the classifier at the end of pipelines, within searches and other meta-estimators."""
-    for name in ("best_estimator_", "estimator_"):
+    for name in ("best_estimator_", "estimator_", "final_estimator_"):
         if hasattr(estimator, name):
             return _innermost(getattr(estimator, name))
     steps = getattr(estimator, "steps", None)

@@ -9,7 +9,9 @@ the one that the environment variable ``MML_ARRAYAPI_CPU_KERNELS`` names (``base
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ MAX_DIMS = 16
 MAX_CLASSES = 2**31 - 65  # places in a row are 32 bits wide
 BUILDS = ("baseline", "x86_64_v3")
 
+_ELF = b"\x7fELF\x02\x01"  # 64 bits, little-endian
+_SECTIONS = (40, 48), (58, 60), (60, 62)  # in its head: where their list begins, its sizes
 _HERE = Path(__file__).parent
 _SOURCES = (
     "dlpack.h",
@@ -37,16 +41,34 @@ def _load() -> tuple[Any, str | None]:
     if asked and asked not in BUILDS:
         return None, f"{ENVIRONMENT} must be one of {', '.join(BUILDS)}, but is {asked!r}"
     try:
-        module = import_module(f"{__name__}._baseline")
+        module = _import("baseline")
         best = asked or module.best_build()
         if best != "baseline":
             if not module.supports(best):
                 return None, f"{ENVIRONMENT} is {best!r}, which this processor cannot run"
-            module = import_module(f"{__name__}._{best}")
+            module = _import(best)
     except ImportError as error:
         return None, _why_missing(error)
     stale = _stale(module)
     return (None, stale) if stale else (module, None)
+
+
+def _import(build: str) -> Any:
+    """Import a build. Of a file that was cut off, the processor would notice it: a fatal signal."""
+    name = f"{__name__}._{build}"
+    spec = find_spec(name)
+    if spec is not None and spec.origin is not None and _is_cut_off(Path(spec.origin)):
+        raise ImportError(f"{spec.origin} is not whole")
+    return import_module(name)
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Tell whether a 64-bit ELF file ends before its list of sections does, which stands last."""
+    with suppress(OSError), path.open("rb") as file:
+        head, size = file.read(64), os.fstat(file.fileno()).st_size
+        start, each, count = (int.from_bytes(head[a:b], "little") for a, b in _SECTIONS)
+        return head[:6] == _ELF and size < start + each * count
+    return False
 
 
 def _why_missing(error: ImportError) -> str:
@@ -55,9 +77,11 @@ def _why_missing(error: ImportError) -> str:
             f"the kernels of this checkout are not built ({error}): run `pip install -e .` in it, "
             "which needs gcc or clang"
         )
+    if not isinstance(error, ModuleNotFoundError):
+        return f"the compiled kernels cannot be loaded ({error}): install mml_arrayapi again"
     return (
-        f"this installation has no compiled kernels ({error}): it was made without gcc or clang; "
-        "install one of them, then reinstall with `pip install --no-binary mml_arrayapi`"
+        f"this installation has no compiled kernels ({error}): they are made where there is gcc or "
+        "clang; install one of them, then mml_arrayapi again, with pip's --no-cache-dir"
     )
 
 

@@ -506,8 +506,8 @@ def _for_input(
     ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0``.
     """
     p, margin, reduction, ignore_index, axis, _ = options
-    if p == 1:
-        return torch.zeros_like(input)
+    if p == 1:  # zeros that autograd knows to come from the tangent
+        return torch.where(torch.zeros_like(tangent, dtype=torch.bool), tangent, 0)
     wide = torch.promote_types(input.dtype, torch.float32)
     x, v = (t.movedim(axis, -1).to(wide) for t in (input, tangent))
     n_classes = x.shape[-1]

@@ -26,7 +26,7 @@ def refuses(problem: Problem) -> str | None:
         return cpu.reason()
     if problem.input.dtype not in DTYPES:
         return f"input has dtype {problem.input.dtype}, not float16, bfloat16, float32 or float64"
-    # While a compiler traces, sizes may be symbols, of which a question would become a condition. The
+    # While a compiler traces, sizes may be symbols, and a question would become a condition. The
     # operators look at the sizes when they run.
     return (
         None if torch.compiler.is_compiling() else cpu.too_large(problem.input.shape, problem.axis)

@@ -776,8 +776,9 @@ def test_checkpoints_under_a_mode_of_one_pass(shape, p, watched):
         ((6, 5), 1, {"call": multi_margin_loss_and_grad}),
     ],
 )
-def test_export_with_any_number_of_classes(strict, shape, at, options):
-    call, kind = options.pop("call", multi_margin_loss), options.pop("target", torch.int64)
+def test_export_with_any_number_of_classes_of_any_call(strict, shape, at, options):
+    options = {"call": multi_margin_loss, "target": torch.int64, **options}
+    call, kind = options.pop("call"), options.pop("target")
 
     class Module(torch.nn.Module):
         def forward(self, x, y):
