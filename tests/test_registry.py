@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -903,3 +904,179 @@ def test_on_chunks_of_another_kernel_that_raises():
         assert loss.ndim == 0
     finally:
         unregister_kernel("theirs")
+
+
+# A broken accelerator, or package, that a call has not asked for.
+
+BROKEN_CUDA = {
+    "no version": "",
+    "no function": "__version__ = '13.0.0'",
+    "raises": "raise OSError('libcuda.so.1: wrong ELF class')",
+    "exits": "raise SystemExit(3)",
+    "has no words": "class Mute(Exception):\n def __str__(self): return 1 / 0\nraise Mute",
+}
+CALLS = """
+import numpy as np
+import mml_arrayapi as mml
+x, y = np.zeros((2, 3)), np.array([0, 1])
+if TENSORS:
+    import torch, mml_arrayapi.pytorch
+    tensors = torch.asarray(x), torch.asarray(y)
+    assert mml.multi_margin_loss(*tensors).item() == mml.multi_margin_loss(x, y)
+    assert mml.explain(*tensors).kernel in ("torch-cpu", "generic")
+print(next(b for b in mml.list_backends() if b.name == "torch-cuda"))
+print(mml.multi_margin_loss(x, y), mml.explain(x, y).kernel)
+"""
+
+
+@pytest.mark.parametrize("what", BROKEN_CUDA)
+def test_half_a_cuda(tmp_path, what):
+    pytest.importorskip("torch")
+    for name, source in (
+        ("", ""),
+        ("bindings", BROKEN_CUDA[what]),
+        ("bindings/driver", None),
+        ("bindings/nvrtc", None),
+    ):
+        path = tmp_path / "cuda" / (f"{name}/__init__.py" if source is not None else f"{name}.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source or "")
+    tensors = what.startswith("no ")  # PyTorch imports it too, and has no patience with the others
+    code = CALLS.replace("TENSORS", str(tensors))
+    cuda, of_arrays = run_python(code, path=[tmp_path]).splitlines()
+    assert of_arrays.split()[1] in ("numpy-cpu", "generic")
+    assert "available=False" in cuda
+    assert "cannot be imported" in cuda or "no CUDA driver" in cuda
+
+
+@pytest.mark.parametrize(
+    "text", [b"[console_scripts]\nbroken line\n", b"[\xff\xfe]\n"], ids=["a line", "the encoding"]
+)
+def test_a_damaged_list_of_entry_points_of_another_package(tmp_path, text):
+    folder = tmp_path / "broken-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_bytes(text)
+    code = """
+import numpy as np, mml_arrayapi as mml
+print(mml.multi_margin_loss(np.zeros((2, 3)), np.array([0, 1])))
+print([b.name for b in mml.list_backends()])
+"""
+    loss, listed = run_python(code, path=[tmp_path, PLUGIN]).splitlines()
+    assert float(loss) == pytest.approx(2 / 3)
+    assert "generic" in listed
+    assert listed == run_python(code, path=[PLUGIN]).splitlines()[1]
+
+
+def test_an_entry_point_without_a_library(plugins):
+    plugins(__a="math:pi")
+    assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
+    broken, _ = list_backends()
+    assert (broken.name, broken.available) == (".a", False)
+
+
+def test_errors_whose_words_raise(plugins, module):
+    source = "class Mute(Exception):\n def __str__(self): return 1 / 0\nraise Mute"
+    plugins(numpy=f"{module('mute', source)}:KERNEL")
+    assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
+    assert list_backends()[0].reason == "cannot be imported: Mute"
+
+    class Mute(Exception):
+        def __str__(self):
+            raise ZeroDivisionError
+
+    def refuses(_):
+        raise Mute
+
+    register_kernel(Kernel("raises", "numpy", refuses, print, print))
+    register_kernel(Kernel("gives", "numpy", lambda _: Mute(), print, print))
+    assert dict(explain(X, T).considered) == {
+        "numpy": "cannot be imported: Mute",
+        "raises": "its refuses() raised Mute",
+        "gives": "it gives no reason",
+        "generic": None,
+    }
+
+
+def test_a_finder_of_the_programs_own(monkeypatch):
+    class Refusing:
+        def find_spec(self, name, *_):
+            if name in ("cupy", "jax"):
+                raise ImportError(f"{name} is not allowed here")
+
+    monkeypatch.setattr(sys, "meta_path", [Refusing(), *sys.meta_path])
+    for name in ("cupy", "jax"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    found = {b.name: b for b in list_backends()}
+    assert found["jax-jit"].reason == "not installed: jax"
+
+
+def test_a_folder_is_not_a_library(tmp_path):
+    (tmp_path / "cupy").mkdir()
+    code = (
+        "import mml_arrayapi as mml; print([b for b in mml.list_backends() if b.library == 'cupy'])"
+    )
+    assert "not installed: cupy" in run_python(code, path=[tmp_path], cwd=tmp_path)
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_kernel_that_returns_something_else():
+    register_kernel(Kernel("odd", "numpy", lambda _: None, lambda _: 1.5, lambda *_: 1.5))
+    assert multi_margin_loss(X, T) == 1.5
+    with pytest.raises(TypeError, match=r"kernel 'odd': loss must return an array, but returned 1"):
+        multi_margin_loss(X, T, reduction="none")
+    with pytest.raises(
+        TypeError, match="'odd': loss_and_grad must return a loss and a gradient, a"
+    ):
+        multi_margin_loss_and_grad(X, T)
+
+
+def test_a_plugin_that_imports_what_another_thread_imports(tmp_path):
+    """The one waits for the plugin, the plugin for what the one imports."""
+    pytest.importorskip("torch")
+    folder = tmp_path / "slow-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[mml_arrayapi.backends]\ntorch.slow = slow:KERNEL\n")
+    (tmp_path / "slow.py").write_text(
+        "import time; time.sleep(1)\nimport mml_arrayapi.pytorch\n"
+        "KERNEL = mml_arrayapi.Kernel('slow', 'torch', lambda _: 'never', print, print)\n"
+    )
+    code = """
+import threading, time, faulthandler
+faulthandler.dump_traceback_later(60, exit=True)
+import torch, mml_arrayapi as mml
+thread = threading.Thread(target=mml.list_backends)
+thread.start()
+time.sleep(0.3)
+print(mml.multi_margin_loss(torch.zeros(2, 3), torch.tensor([0, 1])).item())
+thread.join()
+print([b.available for b in mml.list_backends() if b.name == "slow"])
+"""
+    loss, available = run_python(code, path=[tmp_path]).splitlines()
+    assert float(loss) == pytest.approx(2 / 3)
+    assert available == "[True]"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_while_the_lock_is_held():
+    code = """
+import os, signal, threading, time, warnings
+warnings.simplefilter("ignore")
+import numpy as np, mml_arrayapi as mml
+from mml_arrayapi import registry
+held = threading.Event()
+def hold():
+    with registry._lock:
+        held.set()
+        time.sleep(2)
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    loss = mml.multi_margin_loss(np.zeros((2, 3)), np.array([0, 1]))
+    os._exit(0 if abs(loss - 2 / 3) < 1e-6 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run_python(code) == "0"

@@ -8,6 +8,7 @@ import pytest
 sklearn = pytest.importorskip("sklearn")
 from sklearn.base import clone
 from sklearn.datasets import load_iris
+from sklearn.ensemble import StackingClassifier
 from sklearn.feature_selection import RFE
 from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import hinge_loss
@@ -66,6 +67,19 @@ def test_grid_search_takes_the_smallest_loss():
     assert means[0] == search.best_score_ > means[1]
     assert means.max() < 0
     assert search.score(X, NAMES[Y]) == MultiMarginScorer()(search.best_estimator_, X, NAMES[Y])
+
+
+def test_ovo_behind_a_stack_of_classifiers():
+    """Of three classes there are as many pairs: the number of columns doesn't tell."""
+    layers = [("first", RidgeClassifier())]
+    for shape, fits in (("ovr", True), ("ovo", False)):
+        stack = StackingClassifier(layers, final_estimator=SVC(decision_function_shape=shape))
+        stack.fit(X, Y)
+        if fits:
+            assert MultiMarginScorer()(stack, X, Y) <= 0
+            continue
+        with pytest.raises(ValueError, match="decision_function"):
+            MultiMarginScorer()(stack, X, Y)
 
 
 def test_several_scorers():

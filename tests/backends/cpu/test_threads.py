@@ -1,5 +1,6 @@
 """The pool: many callers, forks, interrupts, threads that don't start; the number of threads."""
 
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +308,25 @@ def test_quota_of_control_groups(tmp_path, groups, files, expected):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     assert threads.cpu_quota(str(tmp_path)) == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only ELF files are looked at")
+def test_a_library_that_was_cut_off_is_not_loaded(tmp_path, monkeypatch):
+    """To load it would be a fatal signal."""
+    whole = Path(cpu.native.__file__)
+    assert not cpu._is_cut_off(whole)
+    assert not cpu._is_cut_off(tmp_path / "none")
+    cut = tmp_path / whole.name
+    for size in (100, 5000, whole.stat().st_size - 1):
+        cut.write_bytes(whole.read_bytes()[:size])
+        assert cpu._is_cut_off(cut)
+    spec = importlib.util.spec_from_file_location("cut", cut)
+    monkeypatch.setattr(cpu, "find_spec", lambda _: spec)
+    module, reason = cpu._load()
+    assert module is None
+    assert f"{cut} is not whole" in reason
+    monkeypatch.setattr(cpu, "_HERE", tmp_path)  # an installation, which has no sources
+    assert cpu._load() == (
+        None,
+        f"the compiled kernels cannot be loaded ({cut} is not whole): install mml_arrayapi again",
+    )
