@@ -62,6 +62,8 @@ class Shard:
         What was chosen of the file, where no one array was named: its columns, or its only array.
     categories : tuple of str
         Of an enum, what its codes stand for.
+    index : tuple of str
+        Of a table, the columns that pandas keeps its index in.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Shard:
     columns: tuple[str, ...] = ()
     chosen: str = ""
     categories: tuple[str, ...] = ()
+    index: tuple[str, ...] = ()
 
     def read(self, axis: int, start: int, stop: int) -> Array:
         """Return some rows as a NumPy array; ``axis`` is the rows' axis."""
@@ -394,6 +397,7 @@ def open_dataset(
                 f"targets: no integer type holds those of {' and '.join(kinds)}; convert some"
             )
         _check_lengths(scores, shards, data.rows_axis)
+        _check_indices(scores, shards)
     per_row = max(1, data.n_classes * data.samples_per_row)
     step = max(ROWS, BATCH // per_row) if chunk_size is None else chunk_size
     return data._replace(batches=list(_batches(data, step)))
@@ -637,6 +641,28 @@ def _check_lengths(scores: list[Shard], others: list[Shard], rows_axis: int) -> 
         )
 
 
+def _check_indices(scores: list[Shard], others: list[Shard]) -> None:
+    """Refuse tables whose rows, by their pandas indices, are not those of the scores."""
+    from mml_arrayapi.evaluation.parquet import first_difference
+
+    names = {shard.index for shard in (*scores, *others)}
+    if len(names) > 1 or names == {()}:
+        return
+    difference = first_difference(*map(_index_rows, (scores, others)))
+    if difference is not None:
+        row, ours, theirs = difference
+        raise InputError(
+            f"{others[0].name}: row {row} of its {others[0].role} has the pandas index {theirs}, "
+            f"that of the scores {ours}, so that it is in doubt which belong together; sort both "
+            "alike, or write them without an index"
+        )
+
+
+def _index_rows(shards: list[Shard]) -> Iterator[Any]:
+    for shard in shards:
+        yield from _open(shard.source, shard.role, shard.rules, shard.version).index_rows()
+
+
 def _batches(data: Dataset, step: int) -> Iterator[Batch]:
     base = 0
     spans_of = [_spans(data.shards.get(role, [])) for role in (TARGETS, WEIGHTS)]
@@ -787,6 +813,7 @@ def _shard(shard: Shard, array: Array) -> Shard:
         columns=columns,
         chosen="" if named else ", ".join(columns) or getattr(array, "item", ""),
         categories=tuple(getattr(array, "categories", ())),
+        index=tuple(getattr(array, "index", ())),
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from typing import Any
@@ -45,6 +46,8 @@ class ParquetColumns:
         The columns, in the order in which they are read.
     categories : tuple of str
         Of an enum, what its codes stand for.
+    index : tuple of str
+        The columns that pandas keeps its index in.
     shape : tuple of int or None
         The number of classes is None where no row tells it.
     """
@@ -73,16 +76,17 @@ class ParquetColumns:
         (self._fragment,) = dataset.get_fragments()
         groups = [group.num_rows for group in self._fragment.row_groups]
         self._starts = tuple(accumulate(groups, initial=0))
+        self.index = _index_columns(self._fragment.physical_schema)
         names = self._schema.names
         plain = file.plain_name
         if file.item:
             self.columns = _named(file.item, names, plain)
         else:
-            # Not just any partition, which a folder is named after: rank=0, epoch=3 ...
+            # Not just any partition, which a folder is named after (rank=0, epoch=3), or index.
             likely = [
                 f
                 for f in self._schema
-                if f.name not in keys or TELLING["targets"].fullmatch(f.name)
+                if f.name not in (*keys, *self.index) or TELLING["targets"].fullmatch(f.name)
             ]
             self.columns = _guess(role, likely, plain)
         self._refuse_doubles()
@@ -125,7 +129,7 @@ class ParquetColumns:
         parts = [np.empty((0, *self.shape[1:]), self.dtype)]
         for group, (low, high) in enumerate(pairwise(self._starts)):
             if low < high and start < high and low < stop:
-                rows = self._array(self._table(group))
+                rows = self._array(self._table(group, self.columns))
                 if rows.shape != (high - low, *self.shape[1:]):
                     raise InputError(
                         f"{self._name}: lists of column {self.columns[0]!r} have different "
@@ -135,16 +139,21 @@ class ParquetColumns:
                 parts.append(rows[max(0, start - low) : stop - low])
         return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
-    def _table(self, group: int) -> Any:
+    def index_rows(self) -> Iterator[Any]:
+        """Yield the index of each row group, as Arrow tables."""
+        for group in range(len(self._starts) - 1):
+            yield self._table(group, self.index)
+
+    def _table(self, group: int, names: Sequence[str]) -> Any:
         # By expressions, since a name with a dot is otherwise taken for a path.
-        columns = {name: self._ds.field(name) for name in self.columns}
+        columns = {name: self._ds.field(name) for name in names}
         part = self._fragment.subset(row_group_ids=[group])
         return part.to_table(schema=self._schema, columns=columns, use_threads=False)
 
     def _first_width(self) -> tuple[Any, ...]:
         for group, (low, high) in enumerate(pairwise(self._starts)):
             if low < high:
-                return tuple(self._array(self._table(group)).shape[1:])
+                return tuple(self._array(self._table(group, self.columns)).shape[1:])
         return (None,)
 
     def _array(self, table: Any) -> Array:
@@ -162,6 +171,32 @@ class ParquetColumns:
         if self._kinds[0].nested or len(self.shape) == 1:
             return columns[0]
         return np.stack(columns, axis=1)
+
+
+def _index_columns(schema: Any) -> tuple[str, ...]:
+    with suppress(ValueError):  # no JSON
+        told = (schema.pandas_metadata or {}).get("index_columns", ())
+        return tuple(name for name in told if isinstance(name, str) and name in schema.names)
+    return ()
+
+
+def first_difference(first: Iterator[Any], second: Iterator[Any]) -> tuple[int, Any, Any] | None:
+    """Return where two streams of Arrow tables differ, and the two rows; None if they don't."""
+    import pyarrow as pa
+
+    at, (a, b) = 0, (next(first, None), next(second, None))
+    while a is not None and b is not None:
+        n = min(len(a), len(b))
+        ours, theirs = a.slice(0, n), b.slice(0, n)
+        with suppress(pa.ArrowException):  # other types may hold the same values
+            theirs = theirs.cast(ours.schema)
+        if not ours.equals(theirs):
+            rows = enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=True), at)
+            return next(((i, x, y) for i, (x, y) in rows if x != y), (at, ours.schema, b.schema))
+        at += n
+        a = a.slice(n) if n < len(a) else next(first, None)
+        b = b.slice(n) if n < len(b) else next(second, None)
+    return None
 
 
 class _Kind:

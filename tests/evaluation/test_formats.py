@@ -268,7 +268,7 @@ def test_labels_in_one_chunk_are_decoded_once(arrays, files, wanted, monkeypatch
     path = {"zarr": "labels", "parquet": "labels.parquet", "hdf5": "labels.h5"}[kind]
     reads = []
     original = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda self, w: reads.append(1) or original(self, w))
+    monkeypatch.setattr(owner, name, lambda self, *w: reads.append(1) or original(self, *w))
     assert mml.evaluate("x.npy", path, chunk_size=5, workers=4) == wanted
     assert len(reads) == 1
 

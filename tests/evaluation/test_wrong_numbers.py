@@ -1263,3 +1263,40 @@ def test_headers_with_more_classes_than_memory_holds(files, fails, kind):
 def test_json_that_python_cannot_hold(files, fails, option, text, message):
     Path("big.json").write_text(text)
     assert message in fails("x.npy", "y.npy", option, "big.json")
+
+
+def frames(index, other, **columns):
+    """Scores and labels as pandas writes them, with an index each."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    told = {"index_columns": ["key"], "columns": [], "column_indexes": []}
+    scores = np.eye(4, dtype="f4")[[0, 1, 2, 3, 0, 1]]
+    for path, keys, rest in (
+        ("s.parquet", index, {f"c{k}": scores[:, k] for k in range(4)}),
+        ("t.parquet", other, {"label": [0, 1, 2, 3, 0, 1]}),
+    ):
+        table = pa.table({**rest, "key": keys})
+        table = table.replace_schema_metadata({"pandas": json.dumps(told)})
+        pq.write_table(table, path, row_group_size=4 if path[0] == "s" else 3)
+
+
+@pytest.mark.parametrize("index", [list("abcdef"), [7, 5, 3, 1, 0, 2]], ids=["text", "numbers"])
+def test_indices_of_pandas_that_contradict_the_order(files, fails, index):
+    frames(index, index)
+    assert mml.evaluate("s.parquet", "t.parquet").accuracy == 1
+    assert mml.evaluate("s.parquet", np.asarray([0, 1, 2, 3, 0, 1])).accuracy == 1
+    frames(index, [*index[:4], index[5], index[4]])
+    line = fails("s.parquet", "t.parquet")
+    assert f"t.parquet: row 4 of its targets has the pandas index {{'key': {index[5]!r}}}, " in line
+    assert "so that it is in doubt which belong together; sort both alike, or write" in line
+
+
+def test_indices_of_other_types_are_compared_by_value(files, fails):
+    pa = pytest.importorskip("pyarrow")
+    frames([1, 2, 3, 4, 5, 6], pa.array([1, 2, 3, 4, 5, 6], pa.int32()))
+    assert mml.evaluate("s.parquet", "t.parquet").accuracy == 1
+    frames([1, 2, 3, 4, 5, 6], list("abcdef"))
+    assert "row 0 of its targets has the pandas index {'key': 'a'}" in fails(
+        "s.parquet", "t.parquet"
+    )
