@@ -37,7 +37,7 @@ CONFIGURATIONS = {
 }
 
 # JAX compiles every operation for every shape, half a minute in all: float64 goes through the
-# checks that differ by dtype only, 16-bit types through these.
+# checks that differ by dtype only, 16-bit types through these. Three options would take minutes.
 BRIEFLY = (
     "intermediate results do not overflow",
     "small gradients keep their precision",
@@ -71,6 +71,8 @@ def cases():
     for configuration, (dtypes, _) in CONFIGURATIONS.items():
         for check in all_checks():
             if configuration == "jax x64" and not check.every_dtype:
+                continue
+            if configuration == "jax" and check.name == "any three options work together":
                 continue
             for dtype in dtypes if check.every_dtype else dtypes[:1]:
                 yield configuration, check, dtype
