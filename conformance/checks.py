@@ -5,6 +5,7 @@ from __future__ import annotations
 from mml_arrayapi.conformance import (
     checks_arguments,
     checks_arrays,
+    checks_combinations,
     checks_gradient,
     checks_limits,
     checks_shapes,
@@ -25,6 +26,7 @@ _TOPICS = (
     checks_arguments.TOPIC,
     checks_arrays.TOPIC,
     checks_limits.LAYOUTS,
+    checks_combinations.TOPIC,
     checks_arrays.AGREEMENT,
 )
 

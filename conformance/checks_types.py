@@ -73,6 +73,30 @@ def weight_is_used_in_the_computing_precision(ctx: Context) -> None:
         ctx.agrees(ctx.array(rows), y, wanted, "weight of 2**-26", p=2, weight=small)
 
 
+@check(TOPIC)
+def target_may_be_any_class_that_its_dtype_holds(ctx: Context) -> None:
+    """The first, the middle and the last of as many classes as there can be."""
+    for dtype, classes in (("int8", 2**7), ("uint8", 2**8), ("int16", 2**15), ("uint16", 2**16)):
+        if not ctx.has_dtype(dtype):
+            continue
+        target = [0, classes // 2, classes - 1]
+        x, y = ctx.full((3, classes), 0.0), ctx.integers(target, dtype)
+        loss, grad = ctx.loss_and_grad(x, y, reduction="none")
+        _close(ctx, ctx.loss(x, y), 1 - 1 / classes, f"{dtype} targets: mean")
+        for i, place in enumerate(target):
+            _close(ctx, loss[i], 1 - 1 / classes, f"{dtype} target {place}: loss")
+            _close(ctx, grad[i, place], 1 / classes - 1, f"{dtype} target {place}: its gradient")
+
+
+@check(TOPIC, every_dtype=True)
+def margin_is_used_in_the_computing_precision(ctx: Context) -> None:
+    """It is not rounded to the input's 16 bits: a difference of scores nearly makes up for it."""
+    rows = [[0.0, -rounded(0.1, ctx.dtype), -1.0]]
+    for p in (1, 2, 1.5):
+        wanted = reference(rows, [0], p=p, margin=0.1)
+        ctx.agrees(ctx.array(rows), ctx.integers([0]), wanted, f"p={p}", p=p, margin=0.1)
+
+
 @check(TOPIC, every_dtype=True)
 def intermediate_results_do_not_overflow(ctx: Context) -> None:
     """float16 scores of 300 with p = 2: squares and the batch's sum are beyond float16."""

@@ -161,7 +161,7 @@ def adding_a_number_to_all_scores_changes_nothing(ctx: Context) -> None:
 
 @check(TOPIC)
 def empty_batches(ctx: Context) -> None:
-    """``[]`` for none, 0 for sum, NaN for mean; an empty gradient."""
+    """``[]`` for none, 0 for sum, NaN for mean; an empty gradient. All of the input's dtype."""
     for shape in ((0, 3), (2, 0, 3)):
         x = ctx.full(shape, 0.0)
         y = ctx.full(shape[:-1], 0, ctx.integer())
@@ -171,6 +171,8 @@ def empty_batches(ctx: Context) -> None:
             ctx.same(ctx.loss(x, y, reduction=reduction), wanted, 0.0, f"{reduction} alone")
             if tuple(grad.shape) != shape:
                 raise Fail(f"the gradient's shape is {tuple(grad.shape)}, expected {shape}")
+            if not grad.dtype == loss.dtype == x.dtype:
+                raise Fail(f"dtypes are {loss.dtype}, {grad.dtype}, expected {x.dtype}")
         loss = ctx.loss(x, y, reduction="none")
         if tuple(loss.shape) != shape[:-1]:
             raise Fail(f"the losses' shape is {tuple(loss.shape)}, expected {shape[:-1]}")

@@ -54,6 +54,24 @@ class Reference:
         ]
         return replace(self, grad=grad, grad_scales=scales)
 
+    def repeated(self, times: int) -> Reference:
+        """Return that of the same samples, several times one after the other."""
+        return Reference(
+            losses=self.losses * times,
+            loss_scales=self.loss_scales * times,
+            grad=self.grad * times,
+            grad_scales=self.grad_scales * times,
+            ignored=self.ignored * times,
+        )
+
+    def loosened(self, factor: float) -> Reference:
+        """Return the same with all scales multiplied by a factor."""
+        return replace(
+            self,
+            loss_scales=[scale * factor for scale in self.loss_scales],
+            grad_scales=[[scale * factor for scale in row] for row in self.grad_scales],
+        )
+
 
 def reference(
     rows: Sequence[Sequence[float]],

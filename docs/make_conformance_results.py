@@ -30,7 +30,7 @@ sys.path.insert(0, str(TOP))  # for tests.conformance.broken
 from mml_arrayapi.conformance import Context, Result, all_checks  # noqa: E402
 from mml_arrayapi.conformance.capabilities import capabilities  # noqa: E402
 from mml_arrayapi.conformance.report import Run, as_markdown, from_json, header  # noqa: E402
-from tests.conformance.broken import kernels, libraries  # noqa: E402
+from tests.conformance.broken import combinations, libraries  # noqa: E402
 from tests.conformance.test_conformance import CONFIGURATIONS, state_of  # noqa: E402
 
 SINGLE = ("--dtype", "float32")
@@ -168,7 +168,7 @@ def text_of_others(runs):
 
 def broken():
     """List everything that is broken on purpose, and the check that a test sees find it."""
-    faults = {f"kernel: {fault}": claim for fault, claim in kernels.FAULTS.items()}
+    faults = {f"kernel: {fault}": claim for fault, claim in combinations.CLAIMS.items()}
     for xp, claim in libraries.LIBRARIES.items():
         faults[f"library: {xp.__name__.replace('_', ' ')}"] = claim
     rows = [f"| {fault} | {name} [{dtype}] |" for fault, (name, dtype) in faults.items()]

@@ -1,11 +1,17 @@
 """Tests of the conformance checks: what is broken on purpose is found by the check that claims it."""
 
+import dataclasses
+import itertools
+from random import Random
+
 import pytest
 
 from mml_arrayapi import Kernel, LossAccumulator, registry
-from mml_arrayapi.conformance import Context, all_checks
+from mml_arrayapi.conformance import Context, all_checks, checks_combinations
+from mml_arrayapi.conformance.covering import covering
 from mml_arrayapi.conformance.suite import FAIL, MISSING, NOT_RUN, PASS, UNSUPPORTED
-from tests.conformance.broken import kernels, libraries
+from tests.conformance.broken import combinations, kernels, libraries
+from tests.conformance.broken.arrays import Array
 
 CHECKS = {check.name: check for check in all_checks()}
 LIBRARY = libraries.SOUND.__name__
@@ -38,9 +44,12 @@ def test_nothing_is_found_where_nothing_is_wrong(name, kernel, registered):
         assert result.state in (PASS, NOT_RUN), result.reason
 
 
-@pytest.mark.parametrize(("fault", "claim"), kernels.FAULTS.items(), ids=list(kernels.FAULTS))
+@pytest.mark.parametrize(
+    ("fault", "claim"), combinations.CLAIMS.items(), ids=list(combinations.CLAIMS)
+)
 def test_broken_kernels_are_found(fault, claim, registered):
-    registered(kernels.kernel(fault, LIBRARY))
+    module = combinations if fault in combinations.FAULTS else kernels
+    registered(module.kernel(fault, LIBRARY))
     name, dtype = claim
     result = outcome(name, libraries.SOUND, dtype, backend=kernels.name_of(fault))
     assert result.state == FAIL, f"{fault}: {result}"
@@ -62,7 +71,7 @@ def test_broken_libraries_are_found(xp, claim):
 
 def test_every_check_that_judges_numbers_finds_something():
     """Only checks of our own argument checking, and of two libraries, have no broken partner."""
-    claimed = {name for name, _ in (*kernels.FAULTS.values(), *libraries.LIBRARIES.values())}
+    claimed = {name for name, _ in (*combinations.CLAIMS.values(), *libraries.LIBRARIES.values())}
     left = {name for name in CHECKS if name not in claimed}
     assert left == {
         # argument checks run before any kernel
@@ -267,6 +276,43 @@ def test_a_kernel_that_refuses_is_not_run(name, registered):
     if name in ("golden vectors agree", "check target raise raises"):
         assert result.state == NOT_RUN
         assert "only on Sundays" in result.reason
+
+
+def test_a_kernel_that_refuses_some_calls_is_found_to_be_wrong_in_others(registered):
+    fault = "reverses the weights along another axis"
+    broken = combinations.kernel(fault, LIBRARY)
+    name, refuses = combinations.TWO[0], lambda problem: "no" if problem.p == 1.5 else None
+    registered(dataclasses.replace(broken, refuses=refuses))
+    assert outcome(name, libraries.SOUND, backend=broken.name).state == FAIL
+
+
+def test_a_shorter_way_that_is_wrong_is_found(registered):
+    def direct(input, target, weight, options):
+        return libraries.SOUND.asarray(0.5) if options[0] == 2 and weight is not None else None
+
+    sound = kernels.kernel("", LIBRARY)
+    registered(dataclasses.replace(sound, direct={Array: direct}))
+    result = outcome(combinations.TWO[0], libraries.SOUND, backend=sound.name)
+    assert result.state == FAIL
+    assert "backend=None" in result.snippet
+
+
+def test_three_options_are_not_walked_where_it_takes_long(monkeypatch):
+    monkeypatch.setattr(checks_combinations, "_PATIENCE", 0.0)
+    result = outcome(combinations.THREE[0], libraries.SOUND)
+    assert result.state == NOT_RUN
+    assert result.reason.endswith("cases would take 0 minutes")
+
+
+@pytest.mark.parametrize("strength", [1, 2, 3])
+def test_all_values_of_so_many_options_meet(strength):
+    values = {"a": (1, 2, 3), "b": "xyz", "c": (True, False), "d": (0.5, None, None), "e": "no"}
+    hiding = {("a", 3), ("d", None)}
+    cases = [set(case.items()) for case in covering(values, hiding, strength, Random(0))]
+    for options in itertools.combinations(values, strength):
+        for met in itertools.product(*(values[option] for option in options)):
+            wanted = set(zip(options, met, strict=True))
+            assert any(wanted <= case and case & hiding <= wanted for case in cases)
 
 
 def test_a_missing_function_is_no_wrong_error():
