@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from mml_arrayapi.conformance.context import Context, Fail
 from mml_arrayapi.conformance.reference import EPS, reference
 from mml_arrayapi.conformance.suite import check
@@ -59,6 +61,17 @@ def grad_output_multiplies_the_gradient(ctx: Context) -> None:
             _, grad = ctx.loss_and_grad(x, y, p=p, reduction=reduction, grad_output=ctx.array(-1.5))
             wanted = base.scaled([factor] * 4)
             ctx.same(grad, wanted.grad, wanted.grad_scales, f"p={p}, {reduction}")
+
+
+@check(TOPIC, every_dtype=True)
+def an_infinite_grad_output_reaches_active_classes_only(ctx: Context) -> None:
+    """Classes without a share in the loss get 0, and so does a target without any."""
+    x, y = ctx.array([[5.0, 0.0, 0.0], [0.0, 1.0, -3.0]]), ctx.integers([0, 0])
+    grad_output = ctx.array([inf, -inf])
+    wanted = [[0.0] * 3, [inf, -inf, 0.0]]
+    for p in (1, 2, 1.5):
+        _, grad = ctx.loss_and_grad(x, y, p=p, reduction="none", grad_output=grad_output)
+        ctx.same(grad, wanted, wanted, f"p={p}")
 
 
 @check(TOPIC)

@@ -43,6 +43,10 @@ FAULTS = {
     "forgets the target's gradient": ("gradient rows sum to 0", "float32"),
     "forgets the factor p": ("finite differences agree", "float32"),
     "ignores grad_output": ("grad output multiplies the gradient", "float32"),
+    "infinite grad_output times 0 is NaN": (
+        "an infinite grad output reaches active classes only",
+        "float32",
+    ),
     "another loss beside the gradient": ("loss with and without gradient is the same", "float32"),
     "returns float64": ("results have the dtype of input", "float32"),
     "returns another device": ("results are on the device of input", "float32"),
@@ -224,11 +228,17 @@ def _compute(problem, grad_output, fault):
     scale = np.where(lost, np.nan, scale)
     if fault != "ignored samples have a gradient":
         scale = np.where(ignored, 0, scale)
-    grad = slope * scale[..., None]
+    if fault != "infinite grad_output times 0 is NaN":
+        finite = np.where(np.isinf(scale), 0, scale)
+        own_scale = np.where(total == 0, finite, scale)
+        scales = np.where(slope == 0, finite[..., None], scale[..., None])
+    else:
+        own_scale, scales = scale, scale[..., None]
+    grad = slope * scales
     if fault == "drops NaN":
         grad = np.nan_to_num(grad)
     if fault != "forgets the target's gradient":
-        grad = np.where(own, (-total * scale)[..., None], grad)
+        grad = np.where(own, (-total * own_scale)[..., None], grad)
     if fault == "one sample too few of more than 64" and grad.ndim == 2 and len(grad) > 64:
         grad[-1] = 0
     if fault == "one block of many is missing" and grad.size > 2**20:
