@@ -22,8 +22,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "mml_arrayapi.backends"
+BEING_LOADED = "is being loaded"
 
 
 def _never_refuses(problem: Problem) -> str | None:  # noqa: ARG001
@@ -501,6 +502,8 @@ def list_backends() -> tuple[Backend, ...]:
     for plugin in _plugins():
         kernel = _loaded_plugin(plugin)
         why = _registry.broken.get(_key(plugin))
+        if _key(plugin) not in _registry.loaded:
+            why = BEING_LOADED
         reason = why or f"plugin {plugin.value}"
         found.append(Backend(kernel.name, kernel.library, why is None, reason))
     found.append(Backend("generic", "*", True, "the array API implementation"))
@@ -560,22 +563,24 @@ def load(library: str) -> tuple[Kernel, ...]:
     tuple of Kernel
         As :func:`kernels_of`.
     """
+    found = {}
     for lazy in _registry.lazy:
-        if lazy.library == library and lazy.name not in _registry.loaded:
-            with _signals_wait():
-                _loaded_built_in(lazy)
+        if lazy.library == library:
+            with _signals_wait() if lazy.name not in _registry.loaded else nullcontext():
+                found[lazy.name] = _loaded_built_in(lazy)
     for plugin in _plugins():
         if _library(plugin) == library:
-            _loaded_plugin(plugin)
+            found[_key(plugin)] = _loaded_plugin(plugin)
     with _lock:
-        if not _loading():  # else what asks is itself a part of what is loaded
+        if found.keys() <= _registry.loaded.keys():  # else some are still being imported
             _reorder(library)
-        return _order(library)
+        return _order(library, found)
 
 
 def _reorder(*new: str) -> None:
     """Bring the kernels of the libraries that are loaded, and of new ones, into order."""
-    orders = {library: _order(library) for library in (*_registry.orders, *new)}
+    loaded = _registry.loaded
+    orders = {library: _order(library, loaded) for library in (*_registry.orders, *new)}
     direct: dict[type, tuple[Callable[..., Array | None], ...]] = {}
     for kernels in orders.values():
         for kernel in kernels:
@@ -604,10 +609,10 @@ def _guarded(kernel: Kernel, direct: Callable[..., Array | None]) -> Callable[..
     return guarded
 
 
-def _order(library: str) -> tuple[Kernel, ...]:
-    order = [_registry.loaded[lazy.name] for lazy in _registry.lazy if lazy.library == library]
+def _order(library: str, loaded: Mapping[str, Kernel]) -> tuple[Kernel, ...]:
+    order = [loaded[lazy.name] for lazy in _registry.lazy if lazy.library == library]
     others = [kernel for kernel in _registry.registered if kernel.library == library]
-    others += [_loaded_plugin(plugin) for plugin in _plugins() if _library(plugin) == library]
+    others += [loaded[_key(plugin)] for plugin in _plugins() if _library(plugin) == library]
     order += [kernel for kernel in others if kernel.before is None]
     waiting = [kernel for kernel in others if kernel.before is not None]
     while waiting:  # a kernel may name one that is placed after it
@@ -654,7 +659,7 @@ def _loaded_plugin(plugin: EntryPoint) -> Kernel:
 
 
 def _loaded_built_in(lazy: built_in.LazyKernel) -> Kernel:
-    if (why := _missing(lazy)) is not None:  # such as: no compiler built it
+    if lazy.name not in _registry.loaded and (why := _missing(lazy)) is not None:  # no compiler ...
         _keep(lazy.name, _unusable(lazy.name, lazy.library, why))
     return _loaded(lazy.name, lazy.name, lazy.library, lazy.load)
 
@@ -674,13 +679,15 @@ def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kern
     if key in _registry.loaded:
         return _registry.loaded[key]
     if key in _loading():  # it asks for itself
-        return _unusable(entry, library, "is being loaded")
+        return _unusable(entry, library, BEING_LOADED)
     _loading().add(key)
     try:
         kernel, why = load(), None
     except (KeyboardInterrupt, GeneratorExit):  # the next call tries again
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
+        if _is_unfinished(key, error):
+            return _unusable(entry, library, BEING_LOADED)
         kernel, why = None, f"cannot be imported: {_told(error)}"
     finally:
         _loading().discard(key)
@@ -693,6 +700,13 @@ def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kern
             kernel = _unusable(entry, library, why)
         _keep(key, kernel)
         return _registry.loaded[key]
+
+
+def _is_unfinished(key: str, error: BaseException) -> bool:
+    """Tell whether a plugin's module is just being imported: the next call may find it whole."""
+    module = sys.modules.get(key.partition(" = ")[2].partition(":")[0].strip())
+    spec = getattr(module, "__spec__", None)
+    return getattr(spec, "_initializing", False) or type(error).__name__ == "_DeadlockError"
 
 
 @contextmanager
@@ -721,7 +735,8 @@ def _signals_wait() -> Iterator[None]:
 
 
 def _keep(key: str, kernel: Any) -> None:
-    _registry.loaded = {**_registry.loaded, key: kernel}
+    with _lock:
+        _registry.loaded = {**_registry.loaded, key: kernel}
 
 
 def _unusable(name: str, library: str, reason: str) -> Kernel:

@@ -1058,6 +1058,41 @@ print([b.available for b in mml.list_backends() if b.name == "slow"])
     assert available == "[True]"
 
 
+USER = "import time; time.sleep(0.5)\nimport numpy as np, mml_arrayapi as mml\nmml.explain(X, T)\n"
+IMPORTS = {
+    "a thread": "threading.Thread(target=lambda: __import__('user')).start(); time.sleep(0.2)",
+    "the plugin": "import circular",
+}
+
+
+@pytest.mark.parametrize("first", IMPORTS)
+def test_a_plugin_whose_module_is_just_being_imported(tmp_path, first):
+    """It serves the next call, whatever came first."""
+    folder = tmp_path / "circular-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: circular\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(
+        "[mml_arrayapi.backends]\nnumpy.circular = circular:KERNEL\n"
+    )
+    arrays = "np.zeros((2, 3)), np.array([0, 1])"
+    (tmp_path / "user.py").write_text(USER.replace("X, T", arrays))
+    (tmp_path / "circular.py").write_text(
+        f"import numpy as np, mml_arrayapi as mml\nmml.explain({arrays})\nimport user\n"
+        "KERNEL = mml.Kernel('circular', 'numpy', lambda _: None, lambda _: np.float64(7), print,"
+        " before='numpy-cpu')\n"
+    )
+    code = f"""
+import faulthandler, threading, time
+faulthandler.dump_traceback_later(60, exit=True)
+import numpy as np, mml_arrayapi as mml
+{IMPORTS[first]}
+mml.explain({arrays})
+time.sleep(1)
+print(mml.explain({arrays}).kernel, [b.available for b in mml.list_backends() if b.name == "circular"])
+"""
+    assert run_python(code, path=[tmp_path]) == "circular [True]"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_fork_while_the_lock_is_held():
     code = """

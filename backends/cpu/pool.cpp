@@ -17,9 +17,9 @@ namespace mml {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// How long a thread without work stays awake: waking it takes up to 100 us, and so long as this is
-// what a program does between two calls of a compiled function.
-constexpr auto SPIN = std::chrono::milliseconds(1);
+// A thread without work stays awake for four times as long as its last work took, within these
+// bounds: waking it takes up to 100 us, and a compiled program has 150 us between two calls.
+constexpr std::chrono::nanoseconds LEAST = std::chrono::microseconds(100), MOST = std::chrono::milliseconds(1);
 constexpr auto ASK = std::chrono::milliseconds(20);    // how often the caller looks for a Ctrl-C
 
 // The blocks of one call. It stands on the caller's stack, where it stays until no helper is left.
@@ -47,8 +47,8 @@ struct Call {
     void stop() { turns.store(each * parts, std::memory_order_relaxed); }
 };
 
-template <class F> bool spin_until(F ready) {
-    for (auto end = Clock::now() + SPIN; Clock::now() < end; std::this_thread::yield())
+template <class F> bool spin_until(std::chrono::nanoseconds most, F ready) {
+    for (auto end = Clock::now() + most; Clock::now() < end; std::this_thread::yield())
         if (ready()) return true;
     return false;
 }
@@ -67,19 +67,22 @@ class Pool {
     }
     void work() {
         std::unique_lock<std::mutex> lock(mutex);
+        std::chrono::nanoseconds awake = LEAST;
         for (;;) {
             Call *call = find();
             if (!call) {
                 int64_t seen = news;
                 lock.unlock();
-                spin_until([&] { return news != seen; });
+                spin_until(awake, [&] { return news != seen; });
                 lock.lock();
                 come.wait(lock, [&] { return news != seen || find(); });
                 continue;
             }
             call->helpers++;
             lock.unlock();
+            const auto begun = Clock::now();
             for (int64_t block; (block = call->take()) >= 0;) call->block(block);
+            awake = std::clamp<std::chrono::nanoseconds>(4 * (Clock::now() - begun), LEAST, MOST);
             lock.lock();
             if (!--call->helpers) done.notify_all();
         }

@@ -8,6 +8,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product, takewhile
 from typing import Any
@@ -20,7 +21,13 @@ CACHES = ("simplecache", "filecache", "blockcache")
 # Of what fsspec tells; a web server may lead to another address each time.
 VOLATILE = ("name", "ino", "nlink", "mode", "uid", "gid", "islink", "url")
 VALIDATORS = {"ETag", "Content-MD5", "Digest", "Last-Modified"}  # of a web server's file
-TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
+TABLES = {
+    "_delta_log": "Delta",
+    ".hoodie": "Hudi",
+    "metadata/v[0-9]*.metadata.json": "Iceberg",
+    "metadata/[0-9][0-9][0-9][0-9][0-9]-*.metadata.json": "Iceberg",
+}
+DATE = re.compile(r"[0-9]{4}(?:[-_.T:][0-9]{2}){2,5}(?![0-9])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,26 +291,28 @@ def _expand(file: File) -> tuple[list[File], str]:
 
 def _refuse_mixtures(file: File, found: list[str]) -> None:
     """Refuse files of several wholes, and of tables of which only the log tells what counts."""
-    wholes = sorted({int(n) for name in found for n in re.findall("-of-([0-9]+)", name)})
-    if len(wholes) > 1:
-        raise InputError(
-            f"{file.name}: stands for parts of {wholes[0]} and parts of {wholes[1]} files "
-            "(-of-N); give a pattern for those of one data set"
-        )
     split = os.path.split if file.filesystem is None else posixpath.split
-    places = set()
+    wholes: dict[str, int] = {}  # by folder
+    tables = set()
     for name in found:
-        place = split(name)[0]
-        while place not in places and name.lower().endswith((".parquet", ".pq")):
-            places.add(place)
-            above, last = split(place)
-            place = above if "=" in last or last == "data" else place
-    for place, (log, kind) in product(sorted(places), TABLES.items()):
-        if _glob(file.filesystem, f"{glob.escape(place)}/{log}"):
-            raise InputError(
-                f"{file.name}: holds files of a table of {kind}, {place}, whose log tells which of "
-                "them still count; write its rows to a folder of their own"
-            )
+        place, last = split(name)
+        for whole in map(int, re.findall("-of-([0-9]+)", last)[-1:]):
+            if wholes.setdefault(place, whole) != whole:
+                raise InputError(
+                    f"{file.name}: stands for parts of {wholes[place]} and parts of {whole} files "
+                    "(-of-N); give a pattern for those of one data set"
+                )
+        if last.lower().endswith((".parquet", ".pq")):
+            while "=" in split(place)[1]:
+                place = split(place)[0]
+            tables |= {place, split(place)[0] if split(place)[1] == "data" else place}
+    for place, (log, kind) in product(sorted(tables), TABLES.items()):
+        with suppress(OSError):  # it may not be allowed to look there
+            if _glob(file.filesystem, f"{glob.escape(place)}/{log}"):
+                raise InputError(
+                    f"{file.name}: holds files of a table of {kind}, {place}, whose log tells "
+                    "which of them still count; write its rows to a folder of their own"
+                )
 
 
 def _is_folder(fs: Any, path: str) -> bool:
@@ -371,17 +380,19 @@ def _common_start(names: Sequence[str]) -> str:
 
 
 def numbered(names: Sequence[str]) -> bool:
-    """Whether names differ in one number only, so that their order is beyond doubt.
+    """Whether names differ in numbers only, so that their order is beyond doubt.
 
-    Of several, nobody knows which goes round first; fractions of other lengths sort otherwise.
+    Of several numbers none may ever fall, since nobody knows which goes round first; a date is one.
+    Fractions of other lengths sort otherwise.
     """
+    names = [DATE.sub(lambda date: re.sub("[^0-9]", "", date[0]), name) for name in names]
     keys = [natural(core) for core in cores(names)]
     texts = {tuple(text for _, _, text in key) for key in keys}
-    numbers = {tuple(number for _, number, _ in key) for key in keys}
-    vary = sum(len(set(column)) > 1 for column in zip(*numbers, strict=False))
+    numbers = sorted({tuple(number for _, number, _ in key) for key in keys})
+    rising = all(list(column) == sorted(column) for column in zip(*numbers, strict=False))
     fractions = [re.findall(r"[0-9]\.([0-9]+)", name) for name in names]
     even = len({tuple(map(len, one)) for one in fractions}) == 1
-    return len(texts) == 1 and len(numbers) == len(names) and vary <= 1 and even
+    return len(texts) == 1 and len(numbers) == len(names) and rising and even
 
 
 def correspond(first: Sequence[str], second: Sequence[str]) -> bool:

@@ -566,7 +566,7 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
             if not _in_order(names):
                 raise InputError(
                     f"{names[0]}: the order of its {len(names)} files is in doubt, since their "
-                    f"names differ in more than one whole number, and {len(scores)} file(s) of "
+                    f"names differ in more than rising numbers, and {len(scores)} file(s) of "
                     f"scores stand beside {len(others)} of {others[0].role}; give a list, or as "
                     "many files of both"
                 )

@@ -20,11 +20,11 @@ Array = Any
 # a list: such columns are taken only where they are named.
 NOT_GUESSED = re.compile(
     r"(.*_)?(idx|index|row|key|fold|split|time|timestamp|year|month|day)|__index_level_\d+__"
-    r"|.*id|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
+    r"|(.*_)?id|(user|image|img|sample|item|row|doc|record|file|query|video|patient|uu|gu)id|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
     re.IGNORECASE,
 )
 NO_LABEL = re.compile(  # though an integer
-    r".*(pred|argmax|output|length|size|count).*|.*hat|top_?\d+.*", re.IGNORECASE
+    r".*(pred|argmax|output|length|size|count).*|(.*_|y)?hat|top_?\d+.*", re.IGNORECASE
 )
 # Columns that say what they are: where there is one, no other is taken unasked.
 TELLING = {

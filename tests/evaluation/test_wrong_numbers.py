@@ -70,6 +70,36 @@ def test_numbers_that_do_not_vary_leave_no_doubt(arrays, files, wanted):
     assert mml.evaluate("shard-*.npy", "y.npy") == wanted
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0-100", "100-200", "200-300"),  # no number falls: every way to read them is one order
+        ("00000-tid-6053-u-3-c000", "00001-tid-6053-u-4-c000", "00002-tid-6053-u-5-c000"),
+        ("epoch-1-step-9", "epoch-1-step-10", "epoch-2-step-11"),
+        ("2024-01-31", "2024-02-01", "2025-01-01"),
+        ("2024-01-31T22-00-00", "2024-01-31T23-00-00", "2024-02-01T00-00-00"),
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_rise_together_leave_no_doubt(arrays, files, wanted, names):
+    parts("part", arrays[0], 3, names)
+    assert mml.evaluate("part-*.npy", "y.npy") == wanted
+
+
+def test_wholes_in_other_places_of_a_path(arrays, files, wanted):
+    x, y = arrays
+    os.makedirs("fold-2-of-5")
+    parts("fold-2-of-5/logits", x, 2, ["00000-of-00002", "00001-of-00002"])
+    parts("fold-2-of-5/labels", y, 2, ["00000-of-00002", "00001-of-00002"])
+    assert mml.evaluate("fold-2-of-5/logits-*.npy", "fold-2-of-5/labels-*.npy") == wanted
+    for folder, part, n in (("de", slice(0, 300), 2), ("en", slice(300, None), 3)):
+        os.makedirs(f"table/{folder}")
+        for i, rows in enumerate(np.array_split(np.arange(N)[part], n)):
+            path = f"table/{folder}/train-{i}-of-{n}.parquet"
+            parquet(path, logits=list(x[rows]), label=y[rows])
+    assert mml.evaluate("table", "table") == wanted
+
+
 def test_parts_of_different_wholes(arrays, files, fails, wanted):
     for name, array in (("part", arrays[0]), ("label", arrays[1])):
         for n in (2, 3):
@@ -136,6 +166,40 @@ def test_tables_of_which_only_a_log_tells_what_counts(files, fails, kind, inner,
     assert mml.evaluate(url, url).samples == 1  # a file that is named is read
     if scheme == "memory://":
         memory.rm("/table", recursive=True)
+
+
+def test_what_is_no_table(files):
+    os.makedirs("project/data")
+    os.makedirs("project/metadata")
+    parquet("project/data/p.parquet", logits=[[1.0, 2.0]], label=[1])
+    Path("project/metadata/run.metadata.json").write_text("{}")
+    assert mml.evaluate("project/data", "project/data").samples == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_a_folder_above_which_may_not_be_looked_into(files):
+    os.makedirs("team/data")
+    parquet("team/data/p.parquet", logits=[[1.0, 2.0]], label=[1])
+    os.chmod("team", 0o100)
+    try:
+        assert mml.evaluate("team/data", "team/data").samples == 1
+    finally:
+        os.chmod("team", 0o700)
+
+
+def test_each_partition_is_not_looked_at(files, monkeypatch):
+    from mml_arrayapi.evaluation import files as module
+
+    for day in range(9):
+        os.makedirs(f"table/year=2024/day={day}")
+        parquet(f"table/year=2024/day={day}/p.parquet", logits=[[1.0, 2.0]], label=[1])
+    asked = []
+    original = module._glob
+    monkeypatch.setattr(
+        module, "_glob", lambda fs, pattern: asked.append(pattern) or original(fs, pattern)
+    )
+    assert mml.evaluate("table", "table").samples == 9
+    assert len(asked) < 20
 
 
 def test_a_list_is_an_order(arrays, files, wanted):
