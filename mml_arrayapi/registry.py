@@ -659,8 +659,10 @@ def _loaded_plugin(plugin: EntryPoint) -> Kernel:
 
 
 def _loaded_built_in(lazy: built_in.LazyKernel) -> Kernel:
-    if lazy.name not in _registry.loaded and (why := _missing(lazy)) is not None:  # no compiler ...
-        _keep(lazy.name, _unusable(lazy.name, lazy.library, why))
+    if lazy.name not in _registry.loaded:
+        why = _missing(lazy)  # such as: no compiler built it
+        if why is not None:
+            _keep(lazy.name, _unusable(lazy.name, lazy.library, why))
     return _loaded(lazy.name, lazy.name, lazy.library, lazy.load)
 
 

@@ -54,7 +54,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 def _import(build: str) -> Any:
-    """Import a build. Of a file that was cut off, the processor would notice it: a fatal signal."""
+    """Import a build. To load a file that was cut off would end the process by a signal."""
     name = f"{__name__}._{build}"
     spec = find_spec(name)
     if spec is not None and spec.origin is not None and _is_cut_off(Path(spec.origin)):
