@@ -27,7 +27,10 @@ TABLES = {
     "metadata/v[0-9]*.metadata.json": "Iceberg",
     "metadata/[0-9][0-9][0-9][0-9][0-9]-*.metadata.json": "Iceberg",
 }
-DATE = re.compile(r"[0-9]{4}(?:[-_.T:][0-9]{2}){2,5}(?![0-9])")
+DATE = re.compile(  # year, month, day; perhaps hour, minute, second
+    r"(?<![0-9])(?:19|20)[0-9]{2}([-_.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
+    r"(?:[-_.T:][0-9]{2}){0,3}(?![0-9])"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,6 +297,7 @@ class _Attributed:
         self._name, self._source, self.shape = file.name, source, tuple(source.shape)
         self.chunks, self._role = source.chunks, role
         self.item = str(getattr(source, "name", None) or "").strip("/")
+        self.address = getattr(source, "address", "")
         stored = np.dtype(source.dtype)
         real = stored.kind in "iuf"  # no other type is accepted, which is told later
         attributes = {key: source.attrs[key] for key in _CF if real and key in source.attrs}
@@ -490,8 +491,11 @@ class _Hdf5Dataset:
     """A dataset whose file is opened for each read: what is open is not read anew if it changes."""
 
     def __init__(self, file: File, item: str, source: Array) -> None:
+        from h5py import h5o
+
         self._file, self._item = file, item
         self.name = f"/{item}"
+        self.address = h5o.get_info(source.id).addr  # whatever links lead to it
         self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
         self.attrs = dict(source.attrs)
 

@@ -64,6 +64,8 @@ class Shard:
         Of an enum, what its codes stand for.
     index : tuple of str
         Of a table, the columns that pandas keeps its index in.
+    address : str
+        Where an HDF5 file holds the array, under whatever names.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Shard:
     chosen: str = ""
     categories: tuple[str, ...] = ()
     index: tuple[str, ...] = ()
+    address: str = ""
 
     def read(self, axis: int, start: int, stop: int) -> Array:
         """Return some rows as a NumPy array; ``axis`` is the rows' axis."""
@@ -530,6 +533,7 @@ def _check_once(scores: list[Shard]) -> None:
         if not shard.version:
             continue
         place, item = shard.source.identity(shard.columns)
+        item = shard.address or item
         if shard.source.store:
             stores.append((f"{place}/", shard.name))
             continue
@@ -814,6 +818,7 @@ def _shard(shard: Shard, array: Array) -> Shard:
         chosen="" if named else ", ".join(columns) or getattr(array, "item", ""),
         categories=tuple(getattr(array, "categories", ())),
         index=tuple(getattr(array, "index", ())),
+        address=str(getattr(array, "address", "")),
     )
 
 

@@ -49,6 +49,7 @@ def test_numbers_in_names_are_numbers(arrays, files, wanted):
         ("a1", "b2", "c3"),
         ("rank0-step0", "rank0-step1", "rank1-step0"),  # written step by step?
         ("0.5", "0.25", "0.75"),
+        ("1001-00-01", "1001-01-00", "1001-01-01"),  # no date
     ],
     ids="-".join,
 )
@@ -1364,3 +1365,16 @@ def test_indices_of_other_types_are_compared_by_value(files, fails):
     assert "row 0 of its targets has the pandas index {'key': 'a'}" in fails(
         "s.parquet", "t.parquet"
     )
+
+
+@pytest.mark.parametrize("other", ["soft", "hard", "group/x", "./x"])
+def test_links_within_an_hdf5_file_lead_to_one_array(arrays, files, fails, other):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File("f.h5", "w") as file:
+        file["x"], file["y"] = arrays[0], arrays[0]
+        file["soft"] = h5py.SoftLink("/x")
+        file["hard"] = file["x"]
+        file.create_group("group")["x"] = h5py.SoftLink("/x")
+    with pytest.raises(mml.InputError, match=r"is given twice, as f\.h5#x too; its samples would"):
+        mml.evaluate(["f.h5#x", f"f.h5#{other}"], ["y.npy", "y.npy"])
+    assert mml.evaluate(["f.h5#x", "f.h5#y"], ["y.npy", "y.npy"]).samples == 2 * N
