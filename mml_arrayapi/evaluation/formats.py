@@ -491,11 +491,10 @@ class _Hdf5Dataset:
     """A dataset whose file is opened for each read: what is open is not read anew if it changes."""
 
     def __init__(self, file: File, item: str, source: Array) -> None:
-        from h5py import h5o
-
         self._file, self._item = file, item
         self.name = f"/{item}"
-        self.address = h5o.get_info(source.id).addr  # whatever links lead to it
+        # The same, whatever links lead to it.
+        self.address = require("h5py.h5o", file.name).get_info(source.id).addr
         self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
         self.attrs = dict(source.attrs)
 
