@@ -81,8 +81,8 @@ def evaluate(
         the same paths.
     workers : int, optional
         The number of processes, or of threads. If left out, as many as the CPUs allowed to this
-        process (threads: one more), and no more than its memory suffices for. Of a cluster, how
-        many workers to wait for. At most 10,000.
+        process (threads that read files: one more), and no more than its memory suffices for. Of a
+        cluster, how many workers to wait for. At most 10,000.
     chunk_size : int, optional
         The number of rows per batch; about 2 million scores and at least 64 rows if left out. What
         is stored together (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz``
@@ -170,7 +170,9 @@ def evaluate(
             progress = stack.enter_context(bar())
         left = {n: batch for n, batch in enumerate(data.batches) if n not in finished}
         options = (data.axis, loss, data.n_classes, data.samples_per_row)
-        work = Work(count_batch, options, left, data.is_lazy, data.largest_batch())
+        work = Work(
+            count_batch, options, left, data.is_lazy, data.largest_batch(), data.reads_files
+        )
         workers = None if workers is None else int(workers)
         for number, state in run(work, scheduler, workers, float(timeout)) if left else ():
             if folder is not None:
