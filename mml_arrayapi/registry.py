@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -566,8 +566,7 @@ def load(library: str) -> tuple[Kernel, ...]:
     found = {}
     for lazy in _registry.lazy:
         if lazy.library == library:
-            with _signals_wait() if lazy.name not in _registry.loaded else nullcontext():
-                found[lazy.name] = _loaded_built_in(lazy)
+            found[lazy.name] = _registry.loaded.get(lazy.name) or _loaded_built_in(lazy)
     for plugin in _plugins():
         if _library(plugin) == library:
             found[_key(plugin)] = _loaded_plugin(plugin)
@@ -659,11 +658,10 @@ def _loaded_plugin(plugin: EntryPoint) -> Kernel:
 
 
 def _loaded_built_in(lazy: built_in.LazyKernel) -> Kernel:
-    if lazy.name not in _registry.loaded:
-        why = _missing(lazy)  # such as: no compiler built it
-        if why is not None:
+    with _signals_wait():
+        if (why := _missing(lazy)) is not None:  # such as: no compiler built it
             _keep(lazy.name, _unusable(lazy.name, lazy.library, why))
-    return _loaded(lazy.name, lazy.name, lazy.library, lazy.load)
+        return _loaded(lazy.name, lazy.name, lazy.library, lazy.load)
 
 
 def _loading() -> set[str]:

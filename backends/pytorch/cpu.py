@@ -40,8 +40,10 @@ def loss(
     """Compute the loss; see :class:`Engine`."""
     if native is None:  # nobody may have asked refuses()
         return None
-    mask = _new_mask(input, options) if keep_mask else None
-    bits = None if mask is None else mask[: native.bits_size(input, options)]
+    # 0 where keeping the mask takes more time than to read the scores again.
+    size = native.bits_size(input, options) if keep_mask else 0
+    mask = _new_mask(input, options) if size else None
+    bits = None if mask is None else mask[:size]
     out = None if _exchange else _new_loss(input, target, options)
     value = native.loss(input, target, weight, options, out, bits, get_num_threads)
     return None if value is None else (value, mask)
@@ -101,10 +103,8 @@ def _written(mask: Tensor | None, input: Tensor, options: Options) -> Tensor | N
     return mask[:size] if fits else None
 
 
-def _new_mask(input: Tensor, options: Options) -> Tensor | None:
-    """Make room for the mask, where keeping it takes less time than to read the scores again."""
-    if not keeps(input, options):
-        return None
+def _new_mask(input: Tensor, options: Options) -> Tensor:
+    """Make room for the mask, and mark it as written."""
     mask = input.new_empty(_mask_of(input, options), dtype=torch.uint8)
     mask[-1] = _MARK
     return mask

@@ -40,8 +40,6 @@ class Work(NamedTuple):
         Whether there are Dask arrays in the batches.
     largest : int
         The bytes of the scores of the largest batch.
-    waits : bool
-        Whether files are read.
     """
 
     count: Callable[..., Any]
@@ -49,7 +47,6 @@ class Work(NamedTuple):
     batches: Mapping[int, Batch]
     lazy: bool
     largest: int
-    waits: bool = False
 
 
 def run(
@@ -82,7 +79,8 @@ def run(
     """
     if isinstance(scheduler, str) and scheduler == "threads":
         # One more than there are CPUs: one of them waits for its file most of the time.
-        threads = workers or _affordable(_allowed_cpus() + work.waits, work.largest)
+        waits = any(p.shard.version for b in work.batches.values() for one in b[2:] for p in one)
+        threads = workers or _affordable(_allowed_cpus() + waits, work.largest)
         busy = max(1, min(threads, len(work.batches)))
         work = work._replace(count=partial(_beside, busy, work.count))
         yield from (_on_dask_threads if work.lazy else _on_threads)(work, threads)

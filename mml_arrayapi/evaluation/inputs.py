@@ -268,11 +268,6 @@ class Dataset(NamedTuple):
         """Whether any input is a Dask array."""
         return any(hasattr(s.source, "dask") for shards in self.shards.values() for s in shards)
 
-    @property
-    def reads_files(self) -> bool:
-        """Whether any input is a file."""
-        return any(s.version for shards in self.shards.values() for s in shards)
-
     def refuse_persisted(self) -> None:
         """Raise if chunks of a Dask array are on a cluster already."""
         if not self.is_lazy or "distributed" not in sys.modules:

@@ -170,9 +170,7 @@ def evaluate(
             progress = stack.enter_context(bar())
         left = {n: batch for n, batch in enumerate(data.batches) if n not in finished}
         options = (data.axis, loss, data.n_classes, data.samples_per_row)
-        work = Work(
-            count_batch, options, left, data.is_lazy, data.largest_batch(), data.reads_files
-        )
+        work = Work(count_batch, options, left, data.is_lazy, data.largest_batch())
         workers = None if workers is None else int(workers)
         for number, state in run(work, scheduler, workers, float(timeout)) if left else ():
             if folder is not None:
