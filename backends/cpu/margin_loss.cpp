@@ -35,6 +35,7 @@ constexpr int GROUP = 64;         // rows whose targets are looked up together, 
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
 constexpr int64_t AHEAD = 6144;     // bytes from what is read to what is fetched, about
 constexpr int64_t STAGE = 1 << 17;  // bytes of rows that are copied together
+constexpr int64_t JOINED = 1 << 15;  // of rows that are put together from pieces: the nearest cache
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr int32_t OUTSIDE = -1, IGNORED = -2;
@@ -369,13 +370,15 @@ NOINLINE void look_up_weights(const Call &c, const int32_t *y, int64_t count, do
         }
     });
 }
-template <class E, class T> NOINLINE void look_up(const Call &c, int64_t start, int64_t count, Group<T> &g) {
+// Rows from ``start`` on; their scores are those of x from ``at`` on.
+template <class E, class T>
+NOINLINE void look_up(const Call &c, const Scores &x, int64_t at, int64_t start, int64_t count, Group<T> &g) {
     const bool needs_own = !c.bits || !c.grad.data;  // the backward pass by bits reads no score
     g.count = int(count);
     look_up_targets(c, start, count, g.y);
-    each(c.x, start, count, [&](int64_t t, const char *p) {
+    each(x, at, count, [&](int64_t t, const char *p) {
         g.row[t] = p;
-        if (!c.part && needs_own) g.own[t] = g.y[t] >= 0 ? T(widen<E>(p + g.y[t] * c.x.step)) : T(NOT_A_NUMBER);
+        if (!c.part && needs_own) g.own[t] = g.y[t] >= 0 ? T(widen<E>(p + g.y[t] * x.step)) : T(NOT_A_NUMBER);
     });
     if (c.part) each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
     if (c.weight.data) look_up_weights(c, g.y, count, g.weight);
@@ -402,6 +405,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     using I = typename L::I;
     static constexpr int W = L::W;
     static constexpr int64_t SIZE = sizeof(E);
+    static constexpr bool SIDE_BY_SIDE = UNIT;
     static constexpr double LARGEST = std::numeric_limits<One::Computing<E>>::max();
     static constexpr int STEP = 4 * W, RUN = LANE_TERMS / 2 * STEP;
 
@@ -428,7 +432,7 @@ template <class E, class P, bool UNIT> struct Kernel {
           rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
                (L::iota() < (I{} + typename L::Index(n - last)))),
           last_classes(L::iota() + typename L::Index(last)),
-          staged(UNIT && !in_place(c)), pitch(pitch_of(n)), in_step(staged ? SIZE : c.x.step),
+          staged(UNIT && (c.pieces || !in_place(c))), pitch(pitch_of(n)), in_step(staged ? SIZE : c.x.step),
           out_step(staged ? SIZE : c.grad.step), ahead(ahead_of(c.x)) {}
 
     static bool in_place(const Call &c) {
@@ -783,7 +787,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         // Few rows at a time where they are long: what a look at the target has fetched is in reach.
         const int64_t size = group_size(NEAR / (c.classes * SIZE));
         for (int64_t first = start; first < stop; first += size) {
-            look_up<E>(c, first, first + size < stop ? size : stop - first, group);
+            look_up<E>(c, c.x, first, first, first + size < stop ? size : stop - first, group);
             work(kernel, first, group);
         }
     }
@@ -797,7 +801,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         copies = in + STAGE;
         for (base = start; base < stop; base += size) {
             const int64_t count = base + size < stop ? size : stop - base;
-            look_up<E>(c, base, count, group);
+            look_up<E>(c, c.x, base, base, count, group);
             each(c.x, base, count, [&](int64_t t, char *p) { rows[t] = p; });
             copy<true>(in, rows, count, c.x.step, c.x);
             for (int64_t t = 0; t < count; t++) group.row[t] = in + t * pitch;
@@ -805,6 +809,36 @@ template <class E, class P, bool UNIT> struct Kernel {
             if (!c.grad.data) continue;
             each(c.grad, base, count, [&](int64_t t, char *p) { rows[t] = p; });
             copy<false>(copies, rows, count, c.grad.step, c.grad);
+        }
+    }
+    INLINE void copy_row(char *to, const char *from, const Piece &piece) const {
+        const int64_t length = piece.classes * SIZE, step = piece.x.step;
+        auto move = [&](int64_t k) { write(to + k, read<F>(from + k)); };
+        if (step != SIZE || length < WIDTH) {
+            for (int64_t k = 0; k < length; k += SIZE, from += step) write(to + k, read<E>(from));
+            return;
+        }
+        fetch(from, length);
+        for (int64_t k = 0; k < length - WIDTH; k += WIDTH) move(k);
+        move(length - WIDTH);  // may overlap the one before
+    }
+    // Rows in pieces are put together, a few at a time.
+    static bool can_join(const Call &c) { return pitch_of(c.classes) <= JOINED; }
+    template <class Work> NOINLINE void in_pieces(int64_t start, int64_t stop, Work work) const {
+        alignas(64) char room[JOINED] = {};
+        Group<T> group;
+        Scores joined;
+        joined.data = room, joined.ndim = 1, joined.stride[0] = pitch, joined.step = SIZE;
+        const int64_t size = group_size(JOINED / pitch);
+        for (int64_t first = start; first < stop; first += size) {
+            const int64_t count = first + size < stop ? size : stop - first;
+            char *to = room;
+            for (const Piece *piece = c.pieces; piece < c.pieces + c.n_pieces; piece++) {
+                each(piece->x, first, count, [&](int64_t t, const char *p) { copy_row(to + t * pitch, p, *piece); });
+                to += piece->classes * SIZE;
+            }
+            look_up<E>(c, joined, 0, first, count, group);
+            work(*this, first, group);
         }
     }
     // Between rows and their copies. What lies side by side in the rows' memory is taken in turn.
@@ -827,6 +861,9 @@ template <class E, class P, bool UNIT> struct Kernel {
                 if (c.bits) return k.losses_and_bits(first, g, result);
             k.losses(first, g, result);
         });
+    }
+    static void joined_block(const Call &c, int64_t start, int64_t stop, Result &result) {
+        Kernel(c).in_pieces(start, stop, [&](const Kernel &k, int64_t first, const Group<T> &g) { k.losses(first, g, result); });
     }
     static void part_block(const Call &c, int64_t start, int64_t stop, Result &result) {
         in_groups(c, start, stop, [&](const auto &k, int64_t first, const Group<T> &g) {
@@ -1044,8 +1081,11 @@ int64_t row_bytes(Type type, int64_t classes) {
 }
 Block loss_block(const Call &c) {
     return choose(c, [&](auto *k) -> Block {
-        return c.part ? std::remove_pointer_t<decltype(k)>::part_block
-                      : std::remove_pointer_t<decltype(k)>::loss_block;
+        using K = std::remove_pointer_t<decltype(k)>;
+        if constexpr (K::SIDE_BY_SIDE)
+            if (c.pieces && K::can_join(c)) return K::joined_block;
+        if (c.pieces) return nullptr;
+        return c.part ? K::part_block : K::loss_block;
     });
 }
 Block grad_block(const Call &c) {

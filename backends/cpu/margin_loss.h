@@ -33,9 +33,17 @@ struct Scores : Walk {
     int64_t step = 0;
 };
 
+// Scores of some of the classes.
+struct Piece {
+    Scores x;
+    int64_t classes;
+};
+
 // One call. What has no data was not given or not asked for.
 struct Call {
     Scores x;           // (rows, classes)
+    const Piece *pieces = nullptr;  // in place of x: arrays whose classes follow one another
+    int64_t n_pieces = 0;
     Walk y;             // any integers
     Walk weight;        // (classes), any floats
     int64_t rows, classes;
@@ -79,7 +87,8 @@ double load_float(const char *, Type);               // any of the four float ty
 void store_float(char *, Type, double);              // rounded once, to nearest even
 int64_t count_not_ignored(const Call &);             // looks at the targets only
 int64_t row_bytes(Type, int64_t classes);            // bits of one row, in whole bytes
-Block loss_block(const Call &), grad_block(const Call &), bits_block(const Call &);
+Block loss_block(const Call &);                      // null where pieces can't be put together
+Block grad_block(const Call &), bits_block(const Call &);
 Block own_block(const Call &);                       // writes Call::own, 0 where elsewhere
 Block standings_block(const Call &);                 // classes side by side; the losses too if asked for
 

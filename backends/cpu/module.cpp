@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -267,11 +268,15 @@ void scores(Scores &out, const Array &array, int axis) {
     out.step = axis < 0 ? size_of(array.type) : array.strides[axis];
 }
 
+constexpr int64_t MOST_CLASSES = INT32_MAX - 64;
+
 // A call as it came from Python, and the arrays that it keeps open.
 struct Job {
     const Family *family;
     Options options;
     Array input, target, weight;
+    std::unique_ptr<Array[]> arrays;  // of input in pieces
+    std::vector<Piece> pieces;
     Call call;
     int axis;  // of the classes in input; -1: input is 0-d, one class
 
@@ -282,6 +287,31 @@ struct Job {
         if (!input.read(x, family) || !input.is_float()) return false;
         if (!target.read(y, family) || !target.is_integer()) return false;
         if (!read_shapes()) return false;
+        return read_rest(w);
+    }
+    // The same for scores whose classes lie in several arrays.
+    bool read_pieces(PyObject *tuple, PyObject *y, PyObject *w, PyObject *given) {
+        const Py_ssize_t n = PyTuple_Size(tuple);
+        if (!n || !read(PyTuple_GetItem(tuple, 0), y, Py_None, given) || axis < 0) return false;
+        arrays.reset(new Array[size_t(n)]);
+        pieces.resize(size_t(n));
+        call.classes = 0;
+        for (Py_ssize_t k = 0; k < n; k++) {
+            Array &array = arrays[size_t(k)];
+            if (!array.read(PyTuple_GetItem(tuple, k), family) || array.type != input.type) return false;
+            if (array.ndim != input.ndim) return false;
+            for (int d = 0; d < array.ndim; d++)
+                if (d != axis && array.shape[d] != input.shape[d]) return false;
+            Piece &piece = pieces[size_t(k)];
+            scores(piece.x, array, axis);
+            call.classes += piece.classes = array.shape[axis];
+            if (call.classes > MOST_CLASSES) return false;
+        }
+        call.pieces = pieces.data();
+        call.n_pieces = n;
+        return read_rest(w);
+    }
+    bool read_rest(PyObject *w) {
         if (w != Py_None) {
             if (!weight.read(w, family) || !weight.is_float() || weight.ndim != 1) return false;
             if (weight.shape[0] != call.classes) return false;
@@ -329,7 +359,7 @@ struct Job {
         if (wanted < -ndim || wanted >= ndim) return false;
         axis = input.ndim ? int(wanted < 0 ? wanted + ndim : wanted) : -1;
         call.classes = axis < 0 ? 1 : input.shape[axis];
-        if (call.classes < 1 || call.classes > INT32_MAX - 64) return false;
+        if (call.classes < 1 || call.classes > MOST_CLASSES) return false;
         call.rows = 1;
         for (int d = 0; d < input.ndim; d++)
             if (d != axis) call.rows *= input.shape[d];
@@ -583,11 +613,18 @@ bool wrong_count(Py_ssize_t n, Py_ssize_t least, Py_ssize_t most) {
 PyObject *loss(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 4, 7)) return nullptr;
     Job job;
-    if (!job.read(args[0], args[1], args[2], args[3])) Py_RETURN_NONE;
-    PyObject *given = argument(args, n, 5);
+    PyObject *input = args[0], *given = argument(args, n, 5);
+    if (PyTuple_CheckExact(input)) {
+        if (given != Py_None || !job.read_pieces(input, args[1], args[2], args[3])) Py_RETURN_NONE;
+        input = PyTuple_GetItem(input, 0);
+    } else if (!job.read(input, args[1], args[2], args[3])) {
+        Py_RETURN_NONE;
+    }
     Array bits;
     if (given != Py_None && !(job.call.bits = bits_of(job, given, bits))) Py_RETURN_NONE;
-    return compute(job, args[0], argument(args, n, 4), argument(args, n, 6), loss_block(job.call));
+    Block block = loss_block(job.call);
+    if (!block) Py_RETURN_NONE;
+    return compute(job, input, argument(args, n, 4), argument(args, n, 6), block);
 }
 
 // loss_and_grad(input, target, weight, options, grad, grad_output=None, out=None, threads=None)

@@ -35,7 +35,7 @@ def accept(
     """
 
 def loss(
-    input: Array,
+    input: Array | tuple[Array, ...],
     target: Array,
     weight: Array | None,
     options: Options,
@@ -48,6 +48,8 @@ def loss(
 
     Returns ``out`` (target's shape for the reduction "none", else 0-d; input's dtype) or a new
     result. ``bits``: uint8, 1-d, contiguous, as many as ``bits_size`` says; written for ``grad``.
+    ``input`` may be a tuple of arrays of one dtype, whose classes follow one another: at most 32 KB
+    in a row, p 1 or 2, no ``bits``. The bits of the result are those of whole rows.
     """
 
 def loss_and_grad(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from mml_arrayapi.evaluation.errors import on_a_line
 from mml_arrayapi.evaluation.inputs import Dataset, printable
@@ -22,8 +22,7 @@ BARS = 64  # bars of one width in the histogram
 OUTSIDE = 1000  # at most one in so many samples lies outside these
 
 
-@dataclass(frozen=True, slots=True)
-class ClassFigures:
+class ClassFigures(NamedTuple):
     """The figures of the samples whose target is one class.
 
     Attributes
@@ -42,8 +41,7 @@ class ClassFigures:
     inside_margin: float
 
 
-@dataclass(frozen=True, slots=True)
-class WorstSample:
+class WorstSample(NamedTuple):
     """A sample with one of the highest losses.
 
     Attributes
@@ -165,9 +163,9 @@ class Evaluation:
         """
         made = {"schema": SCHEMA, **{name: getattr(self, name) for name in self.__slots__}}
         made["n_classes"] = len(self.classes)
-        made["classes"] = {str(c): asdict(f) for c, f in enumerate(self.classes) if f.count}
+        made["classes"] = {str(c): f._asdict() for c, f in enumerate(self.classes) if f.count}
         made["histogram"] = self.bars()
-        made["worst"] = [asdict(sample) for sample in self.worst]
+        made["worst"] = [sample._asdict() for sample in self.worst]
         plain: dict[str, Any] = as_json(made)
         return plain
 
@@ -348,15 +346,22 @@ def _worst(sample: Any, data: Dataset) -> WorstSample:
 
 
 def _class_figures(state: MetricState) -> tuple[ClassFigures, ...]:
+    counts = state.counts.T.tolist()
+    weights = zip(*state.weights, strict=True) if state.weights else (row[:3] for row in counts)
+    found = [
+        ClassFigures(
+            count,
+            _over(ExactSum(units, count, *odd), weight, weighted=bool(state.weights)),
+            _share(right, weight),
+            _share(inside, weight),
+        )
+        for (count, _, _, *odd), units, (weight, right, inside) in zip(
+            counts, state.sums, weights, strict=True
+        )
+    ]
     made = [ClassFigures(0, math.nan, math.nan, math.nan)] * state.n_classes
-    weighted = bool(state.weights)
-    for i, (c, counts) in enumerate(
-        zip(state.classes.tolist(), state.counts.T.tolist(), strict=True)
-    ):
-        count, right, inside, *odd = counts
-        weight, right, inside = [row[i] for row in state.weights] or (count, right, inside)
-        mean = _over(ExactSum(state.sums[i], count, *odd), weight, weighted=weighted)
-        made[c] = ClassFigures(count, mean, _share(right, weight), _share(inside, weight))
+    for c, figures in zip(state.classes.tolist(), found, strict=True):
+        made[c] = figures
     return tuple(made)
 
 

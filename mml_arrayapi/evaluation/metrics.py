@@ -388,9 +388,8 @@ def _frequencies(values: np.ndarray) -> Counter[int]:
         kept = np.flatnonzero(counts)
         counts = counts[kept]
         kept += lowest
-    else:
-        kept, counts = np.unique(values, return_counts=True)
-    return Counter(dict(zip(kept.tolist(), counts.tolist(), strict=True)))
+        return Counter(dict(zip(kept.tolist(), counts.tolist(), strict=True)))
+    return Counter(values.tolist())
 
 
 def _worst(losses: np.ndarray) -> np.ndarray:

@@ -43,6 +43,13 @@ for dtype, p, (n, c), layout in itertools.product(
             native.grad(x, y, given, how, again, None, bits)
             assert np.array_equal(grad, again, equal_nan=True)
         count += 1
+for dtype, p, sizes, layout in itertools.product(
+    ("f8", "f4", "f2"), (1, 2), ((1, 2), (7, 8, 9), (33, 16), (1001, 3)), LAYOUTS
+):
+    pieces = tuple(layout(rng.normal(size=(70, c)).astype(dtype)) for c in sizes)
+    y, how = rng.integers(0, sum(sizes), 70), (p, 0.5, "none", 3, -1, "nan")
+    whole = native.loss(np.concatenate(pieces, 1), y, None, how)
+    assert np.array_equal(native.loss(pieces, y, None, how), whole)
 x, y = rng.normal(size=(5000, 100)).astype("f4"), rng.integers(0, 100, 5000)
 for _ in range(20):  # on three threads
     native.loss_and_grad(x, y, None, (2, 1.0, "mean", None, -1, "auto"), np.empty_like(x))

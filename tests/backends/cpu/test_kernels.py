@@ -403,6 +403,62 @@ def test_classes_in_parts(native, rng, dtype, p):
     assert (grad[8] == 0).all()
 
 
+@pytest.mark.parametrize("sizes", [(25, 25, 25, 25), (3, 4), (1, 1, 1), (2, 0, 5), (100, 3), (9,)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["C", "F", "unaligned", "backwards", "classes first"])
+def test_classes_in_several_arrays_have_the_bits_of_whole_rows(native, rng, dtype, sizes, layout):
+    kind, n = DTYPES[dtype][0], 333
+    pieces = [rng.normal(scale=3, size=(n, size)).astype(kind) for size in sizes]
+    pieces[0][5, 0], pieces[-1][6, -1] = math.nan, math.inf
+    x, y = np.concatenate(pieces, 1), rng.integers(-1, sum(sizes), n)
+    y[9] = sum(sizes)  # and some are ignored
+    weight = rng.normal(size=sum(sizes))
+    laid = {
+        "C": lambda piece: piece,
+        "F": np.asfortranarray,
+        "unaligned": unaligned,
+        "backwards": lambda piece: np.ascontiguousarray(piece[::-1, ::-1])[::-1, ::-1],
+        "classes first": lambda piece: np.ascontiguousarray(piece.T),
+    }[layout]
+    axis = int(layout != "classes first")
+    for p, reduction in ((1, "none"), (2, "none"), (1, "mean"), (2, "sum")):
+        how = options(p, reduction=reduction, ignore_index=-1, check_target="nan")
+        wanted = native.loss(x, y, weight, how)
+        how = (*how[:4], axis, how[5])
+        got = native.loss(tuple(map(laid, pieces)), y, weight, how)
+        assert got.tobytes() == wanted.tobytes()
+        assert type(got) is type(wanted)
+
+
+def test_classes_in_several_arrays_are_declined(native, rng):
+    x, y = rng.normal(size=(4, 3)), np.zeros(4, int)
+    none = options(reduction="none")
+    assert native.loss((x, x), y, None, none) is not None
+    for pieces in (
+        (),
+        [x, x],
+        (x, x[:3]),
+        (x, x[None]),
+        (x, x.astype(np.float32)),
+        (x, x.astype(">f8")),
+        (x, x.view(Sub)),
+        (x, None),
+        (x[:, :0], x),
+        (x[:, :0], x[:, :0]),
+        (np.asarray(1.0), np.asarray(1.0)),
+        (np.zeros((4, 5000)), x),  # more than the room in which rows are put together
+    ):
+        assert native.loss(pieces, y, None, none) is None, pieces
+    for weight in (np.ones(3), np.ones(7)):
+        assert native.loss((x, x), y, weight, none) is None
+    for how in (options(1.5, reduction="none"), options(axis=2), options(axis=0)):
+        assert native.loss((x, x), y, None, how) is None
+    assert native.loss((x, x), np.full(4, 6), None, options()) is None
+    assert native.loss((x, x), y, None, options(), None, np.empty(8, np.uint8)) is None
+    assert native.loss_and_grad((x, x), y, None, options(), np.empty_like(x)) is None
+    assert native.bits_size((x, x), options()) == 0
+
+
 def in_order(row, wanted):
     """The classes of the highest scores: NaN first, then by score, then by class."""
     return sorted(range(len(row)), key=lambda j: (row[j] == row[j], -row[j], j))[:wanted]

@@ -398,13 +398,14 @@ def test_factors_of_bfloat16(cut):
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
 @pytest.mark.parametrize("backend", [None, "generic"])
 @pytest.mark.parametrize("tile", [2**20, 50])
+@pytest.mark.parametrize("p", [1, 1.5])
 def test_rows_in_several_chunks_have_the_bits_of_whole_rows(
-    axis, dtype, backend, tile, monkeypatch
+    axis, dtype, backend, tile, p, monkeypatch
 ):
     monkeypatch.setattr(chunks, "TILE", tile)
     scores = np.moveaxis(RNG.standard_normal((9, 5, C)).astype(dtype), -1, axis)
     target, upstream = RNG.integers(0, C, (9, 5)), RNG.standard_normal((9, 5))
-    how = {"p": 1.5, "axis": axis, "weight": RNG.random(C), "backend": backend}
+    how = {"p": p, "axis": axis, "weight": RNG.random(C), "backend": backend}
     several, whole = (
         da.from_array(scores, chunks=tuple(of_classes if i == axis else 4 for i in range(3)))
         for of_classes in ((10, 0, 23), C)
