@@ -7,6 +7,7 @@ function of the parsed arguments that returns the exit code.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from mml_arrayapi.registry import list_backends
 BAD_OUTPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say
 CLOSED = 141  # 128 + SIGPIPE
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,8 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return CLOSED
-    except _OutputError as error:
-        complain(f"mml-arrayapi: error: the output cannot be written ({error})")
+    except OSError as error:
+        # After an error in the middle of the output, nothing may be left that _flush() would write.
+        full = error.filename is None and error.errno in FULL
+        if not (full or isinstance(error, _OutputError)):
+            raise
+        complain(f"mml-arrayapi: error: the output cannot be written ({error.strerror})")
         return BAD_OUTPUT
 
 
@@ -107,7 +113,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return made
 
 
-class _OutputError(Exception):
+class _OutputError(OSError):
     pass
 
 
@@ -120,7 +126,7 @@ def _flush() -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise
-        raise _OutputError(error.strerror) from error
+        raise _OutputError(error.errno, error.strerror) from error
 
 
 def _backends(_: Any) -> int:

@@ -155,7 +155,7 @@ def multi_margin_loss_and_grad(
         grad_output = validation.check_grad_output(problem, target.shape, grad_output)
     loss, grad = registry.run(problem, backend, "loss_and_grad", grad_output)
     if input.ndim == 0:
-        grad = problem.xp.reshape(grad, ())
+        grad = validation.of_one_element(grad, 0)
     if problem.input.dtype != input.dtype:
         grad = problem.xp.astype(grad, input.dtype, copy=False)
     return _in_targets_shape(problem, target, loss), grad
@@ -210,7 +210,7 @@ def _check(
 def _in_targets_shape(problem: Problem, target: Array, loss: Any) -> Any:
     """Give per-sample losses the target's shape, where one sample was spelled another way."""
     if problem.reduction == "none" and loss.ndim != target.ndim:
-        return problem.xp.reshape(loss, target.shape)
+        return validation.of_one_element(loss, target.ndim)
     return loss
 
 

@@ -174,9 +174,9 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     if library.cast is not None:
         input = library.cast(input)
     if len(shape) != input.ndim:
-        input = library.namespace.reshape(input, (1,))
+        input = of_one_element(input, 1)
     if len(given) != len(batch):
-        target = target_library.namespace.reshape(target, batch)
+        target = of_one_element(target, len(batch))
     p, margin, reduction, ignore_index, _, check_target = options
     mode = _resolve(check_target, library, target)
     of, arrays = (library.namespace, library.name), (input, target, weight)
@@ -247,8 +247,16 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
     _check_together("grad_output", grad_output, library, problem.input, input_library)
     grad_output = _native(grad_output)
     if problem.reduction == "none" and not _same_shape(shape, problem.target.shape):
-        return problem.xp.reshape(grad_output, problem.target.shape)
+        return of_one_element(grad_output, problem.target.ndim)
     return grad_output
+
+
+def of_one_element(array: Array, ndim: int) -> Array:
+    """Return an array of one element with another number of axes, 0 or 1.
+
+    By indexing: the query planner of Dask has no reshape.
+    """
+    return array[None] if ndim else array[0, ...]
 
 
 def check_targets(problem: Problem) -> Problem:

@@ -1,8 +1,10 @@
 """The command line: dispatch, ``backends`` and ``demo``. ``evaluate`` and ``conformance`` have theirs."""
 
+import errno
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -107,6 +109,37 @@ def test_output_that_cannot_be_written(tmp_path, arguments):
     os.close(write)
     assert done.stderr == ""
     assert done.returncode == 141 or arguments == "--help"  # argparse looks away
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no limit")
+@pytest.mark.parametrize("size", [0, 100, 9000])
+def test_output_that_a_disk_takes_in_part(tmp_path, size):
+    resource = pytest.importorskip("resource")
+    np.save(tmp_path / "x.npy", np.eye(300))
+    np.save(tmp_path / "y.npy", np.arange(300))
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    command = [sys.executable, "-B", "-m", "mml_arrayapi", "evaluate", "x.npy", "y.npy", "--json"]
+    with open(tmp_path / "out", "w") as out:
+        done = subprocess.run(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=limit
+        )
+    message = "mml-arrayapi: error: the output cannot be written (File too large)\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_other_errors_of_the_system_are_not_taken_for_the_outputs(monkeypatch):
+    for error in (OSError(errno.ENOSPC, "full", "a file"), OSError(errno.EPERM, "not allowed")):
+
+        def run(_, error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "_backends", run)
+        with pytest.raises(OSError, match=error.strerror):
+            cli.main(["backends"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no POSIX shell")

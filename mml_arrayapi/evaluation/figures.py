@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 from mml_arrayapi.evaluation.errors import on_a_line
 from mml_arrayapi.evaluation.inputs import Dataset, printable
@@ -22,7 +22,8 @@ BARS = 64  # bars of one width in the histogram
 OUTSIDE = 1000  # at most one in so many samples lies outside these
 
 
-class ClassFigures(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ClassFigures:
     """The figures of the samples whose target is one class.
 
     Attributes
@@ -41,7 +42,8 @@ class ClassFigures(NamedTuple):
     inside_margin: float
 
 
-class WorstSample(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WorstSample:
     """A sample with one of the highest losses.
 
     Attributes
@@ -163,9 +165,9 @@ class Evaluation:
         """
         made = {"schema": SCHEMA, **{name: getattr(self, name) for name in self.__slots__}}
         made["n_classes"] = len(self.classes)
-        made["classes"] = {str(c): f._asdict() for c, f in enumerate(self.classes) if f.count}
+        made["classes"] = {str(c): asdict(f) for c, f in enumerate(self.classes) if f.count}
         made["histogram"] = self.bars()
-        made["worst"] = [sample._asdict() for sample in self.worst]
+        made["worst"] = [asdict(sample) for sample in self.worst]
         plain: dict[str, Any] = as_json(made)
         return plain
 

@@ -27,6 +27,7 @@ TABLES = {
     "metadata/v[0-9]*.metadata.json": "Iceberg",
     "metadata/[0-9][0-9][0-9][0-9][0-9]-*.metadata.json": "Iceberg",
 }
+PART_OF = re.compile(r"(?:[0-9][-_. ]?|-)of[-_. ]?([0-9]+)", re.IGNORECASE)
 DATE = re.compile(  # year, month, day; perhaps hour, minute, second
     r"(?<![0-9])(?:19|20)[0-9]{2}([-_.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
     r"(?:[-_.T:][0-9]{2}){0,3}(?![0-9])"
@@ -82,7 +83,10 @@ class File:
         item = posixpath.normpath("/" + self.item.strip("/")).strip("/")
         item = str(columns) if columns else item
         if self.filesystem is not None:
-            place = replace(self, item="").where.rstrip("/")
+            original = replace(self, item="")._original()
+            if original.filesystem is None:
+                return original.identity(())[0], item
+            place = original.where.rstrip("/")
         elif self.store:
             place = os.path.realpath(self.path)
         else:
@@ -91,6 +95,14 @@ class File:
         if self.store:
             return f"{place}/{item}".rstrip("/"), ""
         return place, item
+
+    def _original(self) -> File:
+        """Return the file of which this is a copy in a cache of fsspec, or else this one."""
+        kinds = getattr(self.filesystem, "protocol", ())
+        if not {*CACHES} & {*([kinds] if isinstance(kinds, str) else kinds)}:
+            return self
+        fs, rest = self.filesystem.fs, _archive(self.archive.partition("::")[2])
+        return replace(self, filesystem=None if _is_local(fs) else fs, archive=rest)._original()
 
     @property
     def plain_name(self) -> str:
@@ -217,13 +229,21 @@ def _file(path: str, item: str, name: str) -> File:
         fs, inner = core.url_to_fs(path, **{one: {"skip_instance_cache": True} for one in caches})
     except (ImportError, ValueError) as error:  # no package for it; no such protocol
         raise InputError(f"{name}: {one_line(error)}") from error
-    if getattr(fs, "protocol", "") in ("file", ("file", "local")):
+    if _is_local(fs):
         return File(None, inner, item, name)
     fs.invalidate_cache()  # files may have come since this process listed them
-    archive = path.partition("::")[2].removeprefix("file://")
-    if archive and not re.match(r"[A-Za-z0-9+.-]+(://|::)", archive):
-        archive = os.path.realpath(archive)
-    return File(fs, inner, item, name, archive=archive)
+    return File(fs, inner, item, name, archive=_archive(path.partition("::")[2]))
+
+
+def _is_local(fs: Any) -> bool:
+    return getattr(fs, "protocol", "") in ("file", ("file", "local"))
+
+
+def _archive(url: str) -> str:
+    """Return what stands behind a URL's ``::`` in one form."""
+    path = url.removeprefix("file://")
+    is_url = not path or re.match(r"[A-Za-z0-9+.-]+(://|::)", path)
+    return path if is_url else os.path.realpath(path)
 
 
 def _seekable(file: File) -> Any:
@@ -266,15 +286,14 @@ def _expand(file: File) -> tuple[list[File], str]:
             and (fs is not None or not os.path.isdir(name))
         ]
         # What begins with _ or . is a writer's own (Spark, Hive, Delta).
-        names = {name: name[len(path) :] for name in found}
-        found = [name for name, below in names.items() if not re.search(r"/[._]", below)]
+        found = [name for name in found if not re.search(r"/[._]", _below(name, path))]
         why, root = "the folder is no Zarr store and holds no .parquet files", path
     else:
         _refuse_silence(file)
-        found, root = _glob(fs, path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        found, root = _glob(fs, path), _fixed(path)
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
-    _refuse_mixtures(file, found)
     found.sort(key=lambda name: (natural(name), name))  # x-01 and x-1 are one number
+    _refuse_mixtures(file, found)
     for one in found:
         if fs is None and not os.path.exists(one):
             return [], f"{one} is a link to what does not exist"
@@ -299,11 +318,11 @@ def _refuse_mixtures(file: File, found: list[str]) -> None:
     tables = set()
     for name in found:
         place, last = split(name)
-        for whole in map(int, re.findall("-of-([0-9]+)", last)[-1:]):
+        for whole in map(int, PART_OF.findall(last)[-1:]):
             if wholes.setdefault(place, whole) != whole:
                 raise InputError(
-                    f"{file.name}: stands for parts of {wholes[place]} and parts of {whole} files "
-                    "(-of-N); give a pattern for those of one data set"
+                    f"{file.name}: stands for parts of {wholes[place]} and parts of {whole} "
+                    "files, by their names; give a pattern for those of one data set"
                 )
         if last.lower().endswith((".parquet", ".pq")):
             while "=" in split(place)[1]:
@@ -346,7 +365,22 @@ def _is_store(file: File) -> bool:
 def _glob(fs: Any, pattern: str) -> list[str]:
     if fs is None:
         return glob.glob(pattern, recursive=True)
-    return list(fs.glob(pattern))
+    found = fs.glob(pattern)
+    if re.search(r"(^|/)\.", pattern):
+        return list(found)
+    # As on this machine, a * stands for no dot at the beginning.
+    root = _fixed(pattern)
+    return [name for name in found if "/." not in _below(name, root)]
+
+
+def _fixed(pattern: str) -> str:
+    """Return the folder in which a pattern begins to stand for names."""
+    return re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+
+
+def _below(name: str, folder: str) -> str:
+    """Return what of a name stands below a folder, from the slash on."""
+    return "/" + name[len(folder) :].lstrip("/")
 
 
 def _shown(file: File, path: str) -> str:

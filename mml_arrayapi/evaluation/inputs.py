@@ -62,8 +62,8 @@ class Shard:
         What was chosen of the file, where no one array was named: its columns, or its only array.
     categories : tuple of str
         Of an enum, what its codes stand for.
-    index : tuple of str
-        Of a table, the columns that pandas keeps its index in.
+    index : tuple of str, range or None
+        Of a table that pandas wrote, the columns that keep its index, or the range that it is.
     address : str
         Where an HDF5 file holds the array, under whatever names.
     """
@@ -79,7 +79,7 @@ class Shard:
     columns: tuple[str, ...] = ()
     chosen: str = ""
     categories: tuple[str, ...] = ()
-    index: tuple[str, ...] = ()
+    index: tuple[str, ...] | range | None = None
     address: str = ""
 
     def read(self, axis: int, start: int, stop: int) -> Array:
@@ -647,22 +647,36 @@ def _check_lengths(scores: list[Shard], others: list[Shard], rows_axis: int) -> 
 
 def _check_indices(scores: list[Shard], others: list[Shard]) -> None:
     """Refuse tables whose rows, by their pandas indices, are not those of the scores."""
-    from mml_arrayapi.evaluation.parquet import first_difference
+    from mml_arrayapi.evaluation.parquet import first_difference, is_shuffled
 
-    names = {shard.index for shard in (*scores, *others)}
-    if len(names) > 1 or names == {()}:
+    sides = scores, others
+    if any(shard.index is None for shard in (*scores, *others)):
         return
-    difference = first_difference(*map(_index_rows, (scores, others)))
+    # An index from 0 on says nothing: pandas makes one for rows that had another, or none.
+    plain = [all(shard.index == range(shard.shape[0]) for shard in shards) for shards in sides]
+    if all(plain):
+        return
+    if any(plain):
+        other = sides[plain.index(False)]
+        if not is_shuffled(_index_rows(other), sum(shard.shape[0] for shard in other)):
+            return
+    difference = first_difference(*map(_index_rows, sides, plain))
     if difference is not None:
         row, ours, theirs = difference
         raise InputError(
-            f"{others[0].name}: row {row} of its {others[0].role} has the pandas index {theirs}, "
-            f"that of the scores {ours}, so that it is in doubt which belong together; sort both "
+            f"{others[0].name}: row {row} of its {others[0].role} has the pandas index {theirs!r}, "
+            f"that of the scores {ours!r}, so that it is in doubt which belong together; sort both "
             "alike, or write them without an index"
         )
 
 
-def _index_rows(shards: list[Shard]) -> Iterator[Any]:
+def _index_rows(shards: list[Shard], plain: bool = False) -> Iterator[Any]:
+    """Yield the pandas index of shards that follow one another; plain ones go on where one ends."""
+    from mml_arrayapi.evaluation.parquet import index_table
+
+    if plain:
+        yield index_table(range(sum(shard.shape[0] for shard in shards)))
+        return
     for shard in shards:
         yield from _open(shard.source, shard.role, shard.rules, shard.version).index_rows()
 
@@ -752,6 +766,10 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
             f"{type(given).__name__}"
         )
     refuse_subclass(role, given)
+    if hasattr(given, "toarray"):  # NumPy makes an object of it, or of each of its elements
+        raise TypeError(
+            f"{role} must be dense, but are of type {type(given).__name__}; give their toarray()"
+        )
     array = adopt(given, role, rules)
     if any(n != n for n in given.shape):
         raise InputError(
@@ -807,7 +825,7 @@ def _shard(shard: Shard, array: Array) -> Shard:
         raise InputError(f"{shard.name}: {shard.role} must be real numbers, but are {dtype}")
     shape = tuple(n if n is None else int(n) for n in array.shape)
     chunks = getattr(array, "chunks", None) or None
-    columns = tuple(getattr(array, "columns", ()))
+    columns, index = tuple(getattr(array, "columns", ())), getattr(array, "index", None)
     named = not isinstance(shard.source, File) or (shard.source.item and len(columns) < 2)
     return replace(
         shard,
@@ -817,7 +835,7 @@ def _shard(shard: Shard, array: Array) -> Shard:
         columns=columns,
         chosen="" if named else ", ".join(columns) or getattr(array, "item", ""),
         categories=tuple(getattr(array, "categories", ())),
-        index=tuple(getattr(array, "index", ())),
+        index=index if isinstance(index, (tuple, range)) else None,
         address=str(getattr(array, "address", "")),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any
 from urllib.parse import unquote
 
@@ -76,7 +77,8 @@ class ParquetColumns:
         (self._fragment,) = dataset.get_fragments()
         groups = [group.num_rows for group in self._fragment.row_groups]
         self._starts = tuple(accumulate(groups, initial=0))
-        self.index = _index_columns(self._fragment.physical_schema)
+        self.index = _index_of(self._fragment.physical_schema, self._starts[-1])
+        keeps = self.index if isinstance(self.index, tuple) else ()
         names = self._schema.names
         plain = file.plain_name
         if file.item:
@@ -86,7 +88,7 @@ class ParquetColumns:
             likely = [
                 f
                 for f in self._schema
-                if f.name not in (*keys, *self.index) or TELLING["targets"].fullmatch(f.name)
+                if f.name not in (*keys, *keeps) or TELLING["targets"].fullmatch(f.name)
             ]
             self.columns = _guess(role, likely, plain)
         self._refuse_doubles()
@@ -140,9 +142,13 @@ class ParquetColumns:
         return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
     def index_rows(self) -> Iterator[Any]:
-        """Yield the index of each row group, as Arrow tables."""
-        for group in range(len(self._starts) - 1):
-            yield self._table(group, self.index)
+        """Yield the index of pandas of each row group, as Arrow tables."""
+        for group, (low, high) in enumerate(pairwise(self._starts)):
+            if isinstance(self.index, range):
+                yield index_table(self.index[low:high])
+            elif self.index:
+                names = map(str, range(len(self.index)))  # of two files they may differ
+                yield self._table(group, self.index).rename_columns([*names])
 
     def _table(self, group: int, names: Sequence[str]) -> Any:
         # By expressions, since a name with a dot is otherwise taken for a path.
@@ -173,30 +179,69 @@ class ParquetColumns:
         return np.stack(columns, axis=1)
 
 
-def _index_columns(schema: Any) -> tuple[str, ...]:
+def _index_of(schema: Any, rows: int) -> tuple[str, ...] | range | None:
+    """Return the columns in which pandas keeps the index, or the range that it is."""
+    told: Any = ()
     with suppress(ValueError):  # no JSON
         told = (schema.pandas_metadata or {}).get("index_columns", ())
-        return tuple(name for name in told if isinstance(name, str) and name in schema.names)
-    return ()
+    names = tuple(name for name in told if isinstance(name, str) and name in schema.names)
+    if names or len(told) != 1 or not isinstance(told[0], dict):
+        return names or None
+    with suppress(LookupError, TypeError, ValueError):  # damaged
+        made = range(*(index(told[0][name]) for name in ("start", "stop", "step")))
+        return made if len(made) == rows else None
+    return None
+
+
+def index_table(rows: range) -> Any:
+    """Return a part of an index that is a range, as an Arrow table."""
+    import numpy as np
+    import pyarrow as pa
+
+    return pa.table({"0": np.arange(rows.start, rows.stop, rows.step)})
 
 
 def first_difference(first: Iterator[Any], second: Iterator[Any]) -> tuple[int, Any, Any] | None:
-    """Return where two streams of Arrow tables differ, and the two rows; None if they don't."""
+    """Return where two indices differ, and how they go on there; None if they don't."""
     import pyarrow as pa
 
     at, (a, b) = 0, (next(first, None), next(second, None))
     while a is not None and b is not None:
         n = min(len(a), len(b))
         ours, theirs = a.slice(0, n), b.slice(0, n)
-        with suppress(pa.ArrowException):  # other types may hold the same values
+        with suppress(pa.ArrowException, ValueError):  # other types may hold the same values
             theirs = theirs.cast(ours.schema)
         if not ours.equals(theirs):
-            rows = enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=True), at)
+            rows = enumerate(zip(_rows(ours), _rows(theirs), strict=True), at)
             return next(((i, x, y) for i, (x, y) in rows if x != y), (at, ours.schema, b.schema))
         at += n
         a = a.slice(n) if n < len(a) else next(first, None)
         b = b.slice(n) if n < len(b) else next(second, None)
     return None
+
+
+def _rows(table: Any) -> list[Any]:
+    columns = [column.to_pylist() for column in table.columns]
+    return columns[0] if len(columns) == 1 else [*zip(*columns, strict=True)]
+
+
+def is_shuffled(index: Iterator[Any], n: int) -> bool:
+    """Whether an index holds the numbers from 0 to n - 1 in another order."""
+    import numpy as np
+    import pyarrow.types as kinds
+
+    seen, at, in_order = np.zeros(n, bool), 0, True
+    for table in index:
+        column = table.column(0)
+        if table.num_columns > 1 or not kinds.is_integer(column.type) or column.null_count:
+            return False
+        values = column.to_numpy()
+        if not ((values >= 0) & (values < n)).all():
+            return False
+        seen[values] = True
+        in_order = in_order and bool((values == np.arange(at, at + len(values))).all())
+        at += len(values)
+    return bool(seen.all()) and not in_order
 
 
 class _Kind:

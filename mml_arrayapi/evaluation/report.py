@@ -52,7 +52,8 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
         for figures in (told, *told["classes"].values()):
             for name in ("loss", *SHARES):
                 figures[name] = float(figures[name])
-        told["samples"] = index(told["samples"])
+        for name in ("samples", "n_classes"):
+            told[name] = index(told[name])
         made = {name: told[name] for name in options}
     except (
         OSError,
@@ -93,6 +94,8 @@ def comparison(figures: Evaluation, before: dict[str, Any], name: str) -> str:
     lines = [f"{'':<15}{'now':>15}{'before':>15}{'change':>15}   before: {name}"]
     for key, new, old, change, _ in _changes(figures, before):
         lines.append(f"{key.replace('_', ' '):<15}{new:>15}{old:>15}{change:>15}")
+    if before["n_classes"] != len(figures.classes):
+        lines.append(f"{'classes':<15}{len(figures.classes):>15,}{before['n_classes']:>15,}")
     return "\n".join(lines)
 
 
@@ -156,7 +159,7 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
         by_class_note=note,
         headings=headings[: 6 if old else 5],
         rows=[[_cell(v, i) for i, v in enumerate(row)] for row in data[:ROWS]],
-        table_note=f"{min(ROWS, len(data)):,} of {len(data):,} classes",
+        table_note=f"{min(ROWS, len(data)):,} of {_classes(len(data))}",
         pairs=figures.pairs(1000),
         command=command,
         data=data,
@@ -181,10 +184,16 @@ def _cards(figures: Evaluation, before: dict[str, Any] | None) -> list[Any]:
         (new, labels[key], old, (change, style))
         for key, new, old, change, style in _changes(figures, before)
     ]
-    samples = f"samples in {len(figures.classes):,} classes"
     old = "" if before is None else f"{before['samples']:,}"
+    if before is not None and before["n_classes"] != len(figures.classes):
+        old += f" in {_classes(before['n_classes'])}"
+    samples = f"samples in {_classes(len(figures.classes))}"
     cards.append((f"{figures.samples:,}", samples, old, ("", "")))
     return cards
+
+
+def _classes(n: int) -> str:
+    return f"{n:,} class{'' if n == 1 else 'es'}"
 
 
 def _cell(value: Any, column: int) -> str:
@@ -248,11 +257,7 @@ def _scaled(values: list[float]) -> tuple[list[float], float]:
 def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
     finite = [(c, f) for c, f in classes if math.isfinite(f.loss)]
     left = len(classes) - len(finite)
-    note = (
-        f"{left:,} classes without a finite mean loss are not drawn; the table shows them."
-        if left
-        else ""
-    )
+    note = f"Not drawn: {_classes(left)} without a finite mean loss; see the table." if left else ""
     if not finite:
         return "", note or "There are no samples."
     losses, scale = _scaled([f.loss for _, f in finite])
@@ -261,10 +266,11 @@ def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
         axes.set_ylabel("mean loss" + ("" if scale == 1 else f" x {scale:g}"))
         if len(finite) <= COLUMNS:
             axes.bar(range(len(losses)), losses, color=page.OTHER)
-            names = [figures.name(c)[:16] for c, _ in finite]
+            names = [_short(figures.name(c)) for c, _ in finite]
             crowded = len(names) > 20 or max(map(len, names)) * len(names) > 110
             axes.set_xticks(range(len(names)), names, rotation=90 if crowded else 0)
             axes.set_xlim(-0.6, len(names) - 0.4)
+            axes.set_ylim(bottom=None if min(losses) < 0 else 0)
             return
         ordered = sorted(losses, reverse=True)
         ranks = [*range(0, len(losses), max(1, len(losses) // POINTS)), len(losses) - 1]
@@ -274,3 +280,8 @@ def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
         axes.set_ylim(bottom=min(0, ordered[-1]))
 
     return page.plot(draw, "classes", "Mean loss by class"), note
+
+
+def _short(name: str) -> str:
+    """Shorten a name in the middle: many begin alike, others end alike."""
+    return name if len(name) <= 16 else f"{name[:8]}\u2026{name[-7:]}"

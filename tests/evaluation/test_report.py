@@ -23,6 +23,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.links, self.text, self.scripts = [], [], "", ""
+        self.source = text
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -85,7 +86,7 @@ def test_many_classes_stay_readable(n_classes):
     assert len(page.data) == len(set(target.tolist()))
     assert page.data[0][2] == "NaN"  # first what has no number
     assert page.tags.count("tr") < 260
-    assert "1 classes without a finite mean loss are not drawn" in page.text
+    assert "Not drawn: 1 class without a finite mean loss; see the table." in page.text
     assert "1 of 300: scores (1)" in " ".join(page.text.split())
 
 
@@ -105,7 +106,20 @@ def test_many_classes_stay_readable(n_classes):
     ids=["empty", "nan", "inf", "negative", "many", "huge", "tiny", "one", "ignored"],
 )
 def test_odd_evaluations_have_a_report_too(figures):
-    assert "Multi-class hinge loss" in Page(to_html(figures(), "x")).text
+    page = Page(to_html(figures(), "x"))
+    assert "Multi-class hinge loss" in page.text
+    assert ("another class wins (red)" in page.text) == ('aria-label="Histogram' in page.source)
+    assert " 1 classes" not in page.text
+
+
+def test_long_names_of_classes_can_be_told_apart():
+    names = [f"a class of plants {kind}" for kind in ("with leaves", "with needles", "of the sea")]
+    figures = mml.evaluate(np.eye(3), np.arange(3), class_names=names)
+    source = to_html(figures, "x")
+    for shown in ("a class \u2026 leaves", "a class \u2026needles", "a class \u2026the sea"):
+        assert shown in source
+    worst = source[source.index("<h2>Worst samples") :]
+    assert f'<bdi title="{names[0]}">{names[0]}</bdi>: 1' in worst
 
 
 def test_comparison(arrays, files, command, fails, capsys):
@@ -121,6 +135,13 @@ def test_comparison(arrays, files, command, fails, capsys):
         page = Page(file.read())
     assert f"{before.loss:.6g} before" in page.text
     assert [row[5] for row in page.data] == [one.loss for one in before.classes]
+    other = mml.evaluate(np.eye(7), np.arange(7)).to_json()
+    with open("other.json", "w") as file:
+        json.dump(other, file)
+    assert command("x.npy", "y.npy", "--compare", "other.json", "--report", "r.html") == 0
+    assert re.search(r"\nclasses +6 +7\n", capsys.readouterr().out)
+    with open("r.html") as file:
+        assert "7 in 7 classes before" in Page(file.read()).text
     told = before.to_json()
     odd = ({**told, "samples": "700"}, {k: told[k] for k in told if k != "samples"})
     for text in ("{}", "[]", "no", '{"schema": 1}', "[" * 10**5, *map(json.dumps, odd)):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -106,8 +107,20 @@ def test_parts_of_different_wholes(arrays, files, fails, wanted):
         for n in (2, 3):
             parts(name, array, n, [f"0000{i}-of-0000{n}" for i in range(n)])
     line = fails("part-*.npy", "label-*.npy")
-    assert "part-*.npy: stands for parts of 2 and parts of 3 files (-of-N); give a pattern" in line
+    assert "part-*.npy: stands for parts of 2 and parts of 3 files, by their names; give a" in line
     assert mml.evaluate("part-*-of-00003.npy", "label-*-of-00003.npy") == wanted
+
+
+@pytest.mark.parametrize(
+    "form", ["{}_of_{}", "{}of{}", "A{}of{}", "{}-Of-{}", "{}.of.{}", "{} of {}"]
+)
+def test_parts_of_different_wholes_in_other_forms(arrays, files, fails, wanted, form):
+    for name, array in (("part", arrays[0]), ("label", arrays[1])):
+        for n in (2, 3):
+            parts(name, array, n, [form.format(i, n) for i in range(n)])
+    assert "stands for parts of 2 and parts of 3 files" in fails("part-*.npy", "label-*.npy")
+    two = form.format("*", 2)
+    assert mml.evaluate(f"part-{two}.npy", f"label-{two}.npy") == wanted
 
 
 @pytest.mark.parametrize(
@@ -274,6 +287,24 @@ def test_subclasses_of_arrays_are_refused(arrays, make):
         mml.evaluate(scores, make(target))
     with pytest.raises(TypeError, match="scores must be plain arrays, but are of type M"):
         mml.evaluate([make(scores)], target)
+
+
+class Sparse:
+    """As scipy's matrices: NumPy makes an object of it."""
+
+    shape, dtype = (3, 3), np.dtype("f4")
+
+    def toarray(self):
+        return np.eye(3, dtype="f4")
+
+
+def test_sparse_matrices_are_refused():
+    matrix = Sparse()
+    with pytest.raises(
+        TypeError, match=r"scores must be dense, but are of type Sparse; give their"
+    ):
+        mml.evaluate(matrix, np.arange(3))
+    assert mml.evaluate(matrix.toarray(), np.arange(3)).accuracy == 1
 
 
 def masked_later(block):
@@ -834,6 +865,30 @@ def test_what_spark_leaves_beside_its_parts(arrays, files, wanted):
         assert mml.evaluate(folder, folder) == wanted
 
 
+def test_hidden_files_of_other_file_systems(arrays, files, wanted):
+    fsspec = pytest.importorskip("fsspec")
+    os.mkdir("folder")
+    for name, rows in (("part-0", slice(0, 350)), ("part-1", slice(350, N)), ("_tmp", slice(0, 9))):
+        parquet(f"folder/{name}.parquet", logits=list(arrays[0][rows]), label=arrays[1][rows])
+    shutil.copy("folder/_tmp.parquet", "folder/.part-9.parquet")
+    for archive, inner in (("folder.zip", ""), ("inner.zip", "inner/")):
+        with zipfile.ZipFile(archive, "w") as opened:
+            for name in os.listdir("folder"):
+                opened.write(f"folder/{name}", inner + name)
+    memory = fsspec.filesystem("memory")
+    memory.put("folder", "/hidden", recursive=True)
+    for place in (
+        *("folder", "folder/", "zip://::folder.zip", "zip://inner::inner.zip"),
+        *("zip://inner/::inner.zip", "memory://hidden", "memory://hidden/"),
+        *("folder/*part-*.parquet", "memory://hidden/*part-*.parquet", "zip://*part*::folder.zip"),
+        *("memory://hidd*/*part-*", "zip://in*/*part*::inner.zip", "memory://hidden/**/p*"),
+    ):
+        assert mml.evaluate(place, place) == wanted, place
+    for place in ("folder/.part*", "memory://hidden/.part*", "zip://.part*::folder.zip"):
+        assert mml.evaluate(place, place).samples == 9
+    memory.rm("/hidden", recursive=True)
+
+
 def test_names_with_odd_characters(arrays, files, wanted):
     os.mkdir("a b#c%20[1]")
     np.save("a b#c%20[1]/x 1.npy", arrays[0])
@@ -983,6 +1038,27 @@ def test_the_same_under_another_name(arrays, files, fails):
         os.symlink(target, f"p/{link}")
         assert "is given twice" in fails("p", "y.npy")
         os.remove(f"p/{link}")
+
+
+def test_the_same_through_a_cache(arrays, files):
+    fsspec = pytest.importorskip("fsspec")
+    with fsspec.open("memory://cached.npy", "wb") as file:
+        np.save(file, arrays[0])
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.write("x.npy")
+    here = os.path.abspath("x.npy")
+    for names in (
+        ("memory://cached.npy", "simplecache::memory://cached.npy"),
+        ("filecache::memory://cached.npy", "simplecache::memory://cached.npy"),
+        ("simplecache::memory://cached.n*", "memory://c*d.npy"),
+        ("x.npy", f"simplecache::file://{here}"),
+        (f"filecache::file://{here}", f"file://{here}"),
+        ("zip://x.npy::x.zip", "simplecache::zip://x.npy::x.zip"),
+        ("simplecache::zip://*.npy::x.zip", f"zip://x.npy::file://{os.path.abspath('x.zip')}"),
+    ):
+        with pytest.raises(mml.InputError, match=r"is given twice, as .* too; its samples would"):
+            mml.evaluate([*names], ["y.npy", "y.npy"])
+    fsspec.filesystem("memory").rm("/cached.npy")
 
 
 def test_the_same_array_by_two_names(arrays, files):
@@ -1353,7 +1429,7 @@ def test_indices_of_pandas_that_contradict_the_order(files, fails, index):
     assert mml.evaluate("s.parquet", np.asarray([0, 1, 2, 3, 0, 1])).accuracy == 1
     frames(index, [*index[:4], index[5], index[4]])
     line = fails("s.parquet", "t.parquet")
-    assert f"t.parquet: row 4 of its targets has the pandas index {{'key': {index[5]!r}}}, " in line
+    assert f"t.parquet: row 4 of its targets has the pandas index {index[5]!r}, " in line
     assert "so that it is in doubt which belong together; sort both alike, or write" in line
 
 
@@ -1362,9 +1438,123 @@ def test_indices_of_other_types_are_compared_by_value(files, fails):
     frames([1, 2, 3, 4, 5, 6], pa.array([1, 2, 3, 4, 5, 6], pa.int32()))
     assert mml.evaluate("s.parquet", "t.parquet").accuracy == 1
     frames([1, 2, 3, 4, 5, 6], list("abcdef"))
-    assert "row 0 of its targets has the pandas index {'key': 'a'}" in fails(
+    assert "row 0 of its targets has the pandas index 'a', that of the scores 1," in fails(
         "s.parquet", "t.parquet"
     )
+
+
+def by_pandas(path, index, columns):
+    """Write a table as pandas does: with an index in columns, or one that is a range."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    if isinstance(index, range):
+        one = {"kind": "range", "name": None}
+        kept = [{**one, "start": index.start, "stop": index.stop, "step": index.step}]
+        levels = {}
+    else:
+        levels = index if isinstance(index, dict) else {"__index_level_0__": index}
+        kept = list(levels)
+    told = {"index_columns": kept, "columns": [], "column_indexes": []}
+    table = pa.table({**columns, **levels})
+    pq.write_table(
+        table.replace_schema_metadata({"pandas": json.dumps(told)}), path, row_group_size=4
+    )
+
+
+SIX = range(6)
+EYE = np.eye(4, dtype="f4")[[0, 1, 2, 3, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "at"),
+    [
+        (
+            SIX,
+            range(5, -1, -1),
+            "row 0 of its targets has the pandas index 5, that of the scores 0",
+        ),
+        (
+            range(5, -1, -1),
+            SIX,
+            "row 0 of its targets has the pandas index 0, that of the scores 5",
+        ),
+        (SIX, [0, 1, 2, 3, 5, 4], "row 4 of its targets has the pandas index 5, that of the sc"),
+        (range(2, 8), range(3, 9), "row 0 of its targets has the pandas index 3, that of the sc"),
+        (range(2, 8), [2, 3, 4, 5, 6, 8], "row 5 of its targets has the pandas index 8, that of"),
+        ({"id": [*"abcdef"]}, [*"abcdfe"], "row 4 of its targets has the pandas index 'f', that"),
+        (
+            {"a": [*"xxxyyy"], "b": [1, 2, 3] * 2},
+            {"a": [*"xxxyyy"], "b": [1, 2, 3, 1, 3, 2]},
+            "row 4 of its targets has the pandas index ('y', 3), that of the scores ('y', 2)",
+        ),
+        ({"a": [*"xxxyyy"], "b": [1, 2, 3] * 2}, [*"xxxyyy"], "row 0 of its targets has"),
+        (SIX, SIX, ""),
+        (SIX, range(1, 7), ""),  # another table's rows, or numbered from 1
+        (SIX, [3, 1, 2, 9, 8, 7], ""),  # a random part of a larger table
+        (SIX, [0, 1, 2, 3, 4, 5], ""),
+        (SIX, [*"abcdef"], ""),
+        (SIX, [0, 1, 2, 3, 4, 4], ""),
+        (range(2, 8), [2, 3, 4, 5, 6, 7], ""),
+        ({"id": [*"abcdef"]}, [*"abcdef"], ""),
+        (None, range(5, -1, -1), ""),
+    ],
+)
+def test_indices_that_pandas_keeps_in_any_form(files, fails, ours, theirs, at):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    scores = {f"c{k}": EYE[:, k] for k in range(4)}
+    if ours is None:
+        pq.write_table(pa.table(scores), "s.parquet")
+    else:
+        by_pandas("s.parquet", ours, scores)
+    by_pandas("t.parquet", theirs, {"label": [0, 1, 2, 3, 0, 1]})
+    if at:
+        assert f"t.parquet#label: {at}" in fails("s.parquet", "t.parquet#label")
+    else:
+        assert mml.evaluate("s.parquet", "t.parquet#label").accuracy == 1
+
+
+def test_parts_are_numbered_anew_or_go_on(files, fails):
+    scores, labels = {f"c{k}": EYE[:3, k] for k in range(4)}, {"label": [0, 1, 2]}
+    for parts in ((range(3), range(3)), (range(3), range(3, 6))):
+        for i, rows in enumerate(parts):
+            by_pandas(f"s-{i}.parquet", rows, scores)
+        by_pandas("t.parquet", SIX, {"label": [0, 1, 2, 0, 1, 2]})
+        assert mml.evaluate("s-*.parquet", "t.parquet").accuracy == 1
+    by_pandas("t.parquet", range(3, -3, -1), {"label": [0, 1, 2, 0, 1, 2]})
+    assert "row 0 of its targets has the pandas index 3" in fails("s-*.parquet", "t.parquet")
+    by_pandas("t-0.parquet", range(3, 6), labels)
+    by_pandas("t-1.parquet", range(3), labels)
+    assert (
+        "t-0.parquet: row 0 of its targets has the pandas index 3, that of the scores 0"
+        in fails("s-*.parquet", "t-*.parquet")
+    )
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [{"kind": "range", "start": "a", "stop": 6, "step": 1}],
+        [{"kind": "range", "start": 0, "stop": 6, "step": 0}],
+        [{"kind": "range", "start": 0, "stop": 7, "step": 1}],
+        [{"kind": "range"}],
+        [{"kind": "range", "start": 5, "stop": -1, "step": -1}, 3],
+        ["gone"],
+        [],
+    ],
+)
+def test_what_pandas_says_of_its_index_may_be_damaged(files, told):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    by_pandas("s.parquet", range(5, -1, -1), {f"c{k}": EYE[:, k] for k in range(4)})
+    table = pa.table({"label": [0, 1, 2, 3, 0, 1]})
+    pq.write_table(
+        table.replace_schema_metadata({"pandas": json.dumps({"index_columns": told})}), "t.parquet"
+    )
+    assert mml.evaluate("s.parquet", "t.parquet").accuracy == 1
 
 
 @pytest.mark.parametrize("other", ["soft", "hard", "group/x", "./x"])

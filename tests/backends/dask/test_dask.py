@@ -466,3 +466,22 @@ def test_a_gradient_for_each_of_an_unknown_number_of_rows():
     np.testing.assert_array_equal(grad, wanted)
     with pytest.raises(ValueError, match="grad_output must be a Dask array where input has chunks"):
         mml.multi_margin_loss_and_grad(x, y, grad_output=upstream, **options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("shape", "of_target"), [((3,), (1,)), ((3,), ()), ((1, 3), ()), ((1, 3), (1,)), ((), (1,))]
+)
+def test_one_sample_in_every_spelling(shape, of_target, reduction):
+    """By indexing, since the query planner has no reshape."""
+    scores = np.resize([0.5, 0.0, -2.0], shape)
+    lazy, target = da.from_array(scores), da.zeros(of_target, dtype=int)
+    of_loss = of_target if reduction == "none" else ()
+    upstream = da.full(of_loss, 2.0)
+    loss, grad = mml.multi_margin_loss_and_grad(
+        lazy, target, reduction=reduction, grad_output=upstream
+    )
+    assert (loss.shape, grad.shape) == (of_loss, shape)
+    row = np.asarray([-1.0, 1.0, 0.0]) / 3 if shape else np.zeros(())
+    assert loss.compute() == (1 / 6 if shape else 0)
+    assert np.array_equal(grad.compute(), np.resize(2 * row, shape))
