@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from mml_arrayapi.evaluation.errors import on_a_line
+from mml_arrayapi.evaluation.files import common_start
 from mml_arrayapi.evaluation.inputs import Dataset, printable
 from mml_arrayapi.evaluation.metrics import Loss, MetricState, bin_start
 from mml_arrayapi.exact_sum import UNIT, ExactSum
@@ -154,6 +155,23 @@ class Evaluation:
         """Return a class's name, or its number where it has none."""
         return str(c) if self.class_names is None else self.class_names[c]
 
+    def short_names(self, classes: Sequence[int], most: int) -> dict[int, str]:
+        """Return names of some classes by number, in at most so many characters.
+
+        Of what all begin with, as much is left out as is too long; then the middle.
+        """
+        names = {c: on_a_line(self.name(c)) for c in dict.fromkeys(classes)}
+        over = max(map(len, names.values()), default=0) - most
+        if over > 0:
+            drop = min(over + 1, len(common_start([*names.values()])))
+            if drop > 1 and len(names) > 1:
+                names = {c: "\u2026" + name[drop:] for c, name in names.items()}
+        half = most // 2
+        return {
+            c: name if len(name) <= most else f"{name[:half]}\u2026{name[half + 1 - most :]}"
+            for c, name in names.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain JSON; NaN and infinities are strings.
 
@@ -228,7 +246,7 @@ class Evaluation:
     def __str__(self) -> str:
         lines = [f"{key:<15}{value}" for key, value in self._head()]
         shown = self.shown_classes()
-        names = {c: on_a_line(self.name(c))[:30] for c, _ in shown}
+        names = self.short_names([c for c, _ in shown], 30)
         width = max([7, *map(len, names.values())])
         lines += [
             "",

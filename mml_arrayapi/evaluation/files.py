@@ -403,14 +403,15 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def cores(names: Sequence[str]) -> list[str]:
     """Return where names differ: without the beginning and the end that all share."""
-    head = re.sub(r"[0-9]+$", "", _common_start(names))
+    head = re.sub(r"[0-9]+$", "", common_start(names))
     rests = [name[len(head) :] for name in names]
-    tail = _common_start([rest[::-1] for rest in rests])[::-1]
+    tail = common_start([rest[::-1] for rest in rests])[::-1]
     tail = re.sub(r"^[0-9]+", "", tail)
     return [rest[: len(rest) - len(tail)] for rest in rests]
 
 
-def _common_start(names: Sequence[str]) -> str:
+def common_start(names: Sequence[str]) -> str:
+    """Return what all names begin with."""
     first, last = min(names), max(names)
     same = (a == b for a, b in zip(first, last, strict=False))
     return first[: sum(1 for _ in takewhile(bool, same))]

@@ -161,11 +161,19 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
         rows=[[_cell(v, i) for i, v in enumerate(row)] for row in data[:ROWS]],
         table_note=f"{min(ROWS, len(data)):,} of {_classes(len(data))}",
         pairs=figures.pairs(1000),
+        short=_short_names(figures),
         command=command,
         data=data,
         page=ROWS,
         percent_columns=[3, 4],
     )
+
+
+def _short_names(figures: Evaluation) -> dict[int, str]:
+    """Return the names of classes in the tables of confusions and of the worst samples."""
+    confused = [c for pair in figures.confusions or () for c in pair[:2]]
+    worst = [c for s in figures.worst for c in (s.target, *(one for one, _ in s.highest))]
+    return figures.short_names([*confused, *worst], 28)
 
 
 def _title(figures: Evaluation) -> str:
@@ -266,7 +274,7 @@ def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
         axes.set_ylabel("mean loss" + ("" if scale == 1 else f" x {scale:g}"))
         if len(finite) <= COLUMNS:
             axes.bar(range(len(losses)), losses, color=page.OTHER)
-            names = [_short(figures.name(c)) for c, _ in finite]
+            names = [*figures.short_names([c for c, _ in finite], 16).values()]
             crowded = len(names) > 20 or max(map(len, names)) * len(names) > 110
             axes.set_xticks(range(len(names)), names, rotation=90 if crowded else 0)
             axes.set_xlim(-0.6, len(names) - 0.4)
@@ -280,8 +288,3 @@ def _by_class(figures: Evaluation, classes: list[Any]) -> tuple[Any, str]:
         axes.set_ylim(bottom=min(0, ordered[-1]))
 
     return page.plot(draw, "classes", "Mean loss by class"), note
-
-
-def _short(name: str) -> str:
-    """Shorten a name in the middle: many begin alike, others end alike."""
-    return name if len(name) <= 16 else f"{name[:8]}\u2026{name[-7:]}"

@@ -116,10 +116,29 @@ def test_long_names_of_classes_can_be_told_apart():
     names = [f"a class of plants {kind}" for kind in ("with leaves", "with needles", "of the sea")]
     figures = mml.evaluate(np.eye(3), np.arange(3), class_names=names)
     source = to_html(figures, "x")
-    for shown in ("a class \u2026 leaves", "a class \u2026needles", "a class \u2026the sea"):
+    for shown in ("\u2026ts with leaves", "\u2026ts with needles", "\u2026ts of the sea"):
         assert shown in source
     worst = source[source.index("<h2>Worst samples") :]
-    assert f'<bdi title="{names[0]}">{names[0]}</bdi>: 1' in worst
+    assert f'<bdi title="{names[0]}">\u2026lass of plants with leaves</bdi>: 1' in worst
+
+
+@pytest.mark.parametrize(
+    ("names", "most", "short"),
+    [
+        (["ab", "abc"], 3, ["ab", "abc"]),
+        (["a class of x", "a class of yz"], 6, ["\u2026of x", "\u2026of yz"]),
+        (["x of many words", "y of many words"], 7, ["x o\u2026rds", "y o\u2026rds"]),
+        (["abcdefgh 1 of ten", "abcdefgh 2 of ten"], 9, ["\u20261 of ten", "\u20262 of ten"]),
+        (["one long name"], 7, ["one\u2026ame"]),
+        (["", "a longer name"], 4, ["", "a \u2026e"]),
+    ],
+)
+def test_short_names(names, most, short):
+    n = len(names)
+    figures = mml.evaluate(np.eye(n), np.arange(n), class_names=names)
+    made = figures.short_names([*range(n), 0], most)
+    assert made == dict(enumerate(short))
+    assert all(len(name) <= most for name in made.values())
 
 
 def test_comparison(arrays, files, command, fails, capsys):
