@@ -258,6 +258,8 @@ class LossAccumulator:
         import numpy as np
 
         try:
+            if more := state.keys() - cls().state().keys():
+                raise ValueError(f"{more} is not of it")  # noqa: TRY301
             weight = state["weight"]
             if isinstance(weight, str):
                 raise TypeError("weight is a string")  # noqa: TRY301

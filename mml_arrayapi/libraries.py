@@ -343,8 +343,24 @@ def _library_without_row(argument: str, array: Array) -> Library:
         return LIBRARIES[name]()
     library = _by_namespace.get(name)
     if library is None or library.namespace is not xp:  # namespaces need not be hashable
-        library = _by_namespace[name] = plain(name, xp, _stranger_value_access)
+        row = plain(name, xp, _stranger_value_access)
+        library = _by_namespace[name] = replace(row, unsupported_layout=_masked_elements)
     return library
+
+
+def _masked_elements(array: Array) -> str | None:
+    """Tell what a stranger's array is whose mask would be lost, or None."""
+    from array_api_compat import array_namespace
+
+    mask = getattr(array, "mask", None)
+    if mask is None:
+        return None
+    try:
+        masked = bool(array_namespace(mask).any(mask))
+    except Exception:  # noqa: BLE001 (no array, or one that is traced)
+        masked = True
+    kind = type(array)
+    return f"a {kind.__module__}.{kind.__qualname__} with masked elements" if masked else None
 
 
 def _stranger_value_access(array: Array) -> str:

@@ -336,7 +336,10 @@ def check_weight(weight: Array) -> None:
     TypeError, ValueError
         With what was given, and what is accepted.
     """
-    _check_dtype("weight", _seen_weight(weight)[1], weight, REAL)
+    shape, library = _seen_weight(weight)
+    if shape[0] == 0:
+        raise ValueError("weight must have one element per class, but has shape (0,)")
+    _check_dtype("weight", library, weight, REAL)
 
 
 def check_sample_weight(sample_weight: Array) -> None:
@@ -396,7 +399,7 @@ def _classes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, i
     shape = shape or (1,)
     # The first test is for speed: one of an abstract class takes ten times as long.
     if type(axis) is not int and (isinstance(axis, bool) or not isinstance(axis, numbers.Integral)):
-        raise TypeError(f"axis must be an integer, but is {in_words(axis)}")
+        raise TypeError(f"axis must be an integer, but is {in_words(axis)}{_static('axis', axis)}")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"axis must lie between {-len(shape)} and {len(shape) - 1} for input of shape "
@@ -563,7 +566,7 @@ def _static(argument: str, value: object) -> str:
     """Say how a number that JAX traces, or holds in an array, can be given as one."""
     if not type(value).__module__.startswith("jax"):
         return ""
-    convert = "int()" if argument == "ignore_index" else "float()"
+    convert = "int()" if argument in ("ignore_index", "axis") else "float()"
     return f"; under jax.jit name it in static_argnames=({argument!r},), else call {convert}"
 
 

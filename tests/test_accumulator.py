@@ -315,14 +315,19 @@ STATE = LossAccumulator().state()
         None, {}, {"p": 1}, {**STATE, "sum": "0x0p0"}, {**STATE, "sum": ["nonsense", 0, 0, 0, 0]},
         {**STATE, "sum": ["0x1p0", 1, 0, 0]}, {**STATE, "sample_weights": ["0x1p0", -1, 0, 0, 0]},
         {**STATE, "weight": "many"}, {**STATE, "p": 0},
-        {**STATE, "sum": ["0x1p-9999", 1, 0, 0, 0]},
+        {**STATE, "sum": ["0x1p-9999", 1, 0, 0, 0]}, {**STATE, "weight": []}, {**STATE, "extra": 1},
     ],
     ids=["None", "empty", "a part", "no counts", "no number", "too few", "negative",
-         "weight", "p", "too small"],
+         "weight", "p", "too small", "no weight", "more"],
 )  # fmt: skip
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(ValueError, match=r"^state must be what LossAccumulator.state\(\) returned"):
         LossAccumulator.from_state(state)
+
+
+def test_a_weight_of_no_classes_is_refused():
+    with pytest.raises(ValueError, match=r"weight must have one element per class, but has shape"):
+        LossAccumulator(weight=np.ones(0))
 
 
 def masked_later(block):

@@ -14,6 +14,7 @@ from mml_arrayapi import (
     multi_margin_loss,
     multi_margin_loss_and_grad,
 )
+from mml_arrayapi.libraries import _masked_elements
 
 X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
 BAD_ARGUMENTS = [
@@ -438,13 +439,35 @@ def test_odd_objects(name, argument):
     function = partial(multi_margin_loss_and_grad, backend="generic")
     if argument == "sample_weight":
         function = LossAccumulator().update
-    with pytest.raises((TypeError, ValueError)) as info:
-        function(**arguments)
-    message = str(info.value)
+    message = message_of(function, arguments)
     # A 0-d array in place of scores is one sample: then the targets don't fit.
     assert message.startswith((f"{argument} must", "target must have input's shape"))
     assert len(message) < 300
     assert "\n" not in message
+
+
+def message_of(function, arguments):
+    with pytest.raises((TypeError, ValueError)) as info:
+        function(**arguments)
+    return str(info.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("argument", ["input", "target", "weight"])
+@pytest.mark.parametrize("name", [name for name in ODD if name.startswith("torch")])
+@pytest.mark.parametrize("followed", [False, True])
+def test_odd_objects_after_a_good_call(name, argument, followed):
+    """The good call loads the kernel, which then looks at the arguments before the checks do."""
+    torch = pytest.importorskip("torch")
+    arguments = {"input": torch.zeros(2, 3, requires_grad=followed), "target": torch.tensor([0, 1])}
+    multi_margin_loss(**arguments)
+    odd = ODD[name]()
+    if followed and argument == "input" and isinstance(odd, torch.Tensor):
+        if not odd.is_floating_point() or odd.is_quantized or "Uninit" in type(odd).__name__:
+            pytest.skip("it can't require a gradient")
+        odd.requires_grad_()
+    message = message_of(multi_margin_loss, arguments | {argument: odd})
+    assert message.startswith((f"{argument} must", "target must have input's shape"))
 
 
 @pytest.mark.parametrize("argument", ["input", "target", "weight", "grad_output"])
@@ -460,6 +483,32 @@ def test_masked_arrays(argument):
         TypeError, match=f"{argument} must be a dense array, but is a masked array, whose mask"
     ):
         multi_margin_loss_and_grad(**arrays)
+
+
+@pytest.mark.parametrize("argument", ["input", "target", "weight", "grad_output"])
+def test_masked_elements_of_strangers(argument):
+    marray = pytest.importorskip("marray")
+    xp = marray.masked_namespace(np)
+    plain = {"input": X, "target": T, "weight": np.ones(3, X.dtype), "grad_output": np.ones(())}
+    arrays = {name: xp.asarray(array) for name, array in plain.items()}
+    wanted = multi_margin_loss_and_grad(**plain)
+    for ours, value in zip(multi_margin_loss_and_grad(**arrays), wanted, strict=True):
+        assert np.allclose(ours.data, value)
+        assert not ours.mask.any()
+    masked = np.ones(plain[argument].shape, bool)
+    arrays[argument] = xp.asarray(plain[argument], mask=masked)
+    with pytest.raises(
+        TypeError, match=rf"{argument} must be a dense array, but is a marray\..* masked elements"
+    ):
+        multi_margin_loss_and_grad(**arrays)
+
+
+def test_a_mask_that_is_no_array_is_taken_for_one():
+    class Odd(np.ndarray):
+        mask = object()
+
+    assert _masked_elements(X) is None
+    assert _masked_elements(X.view(Odd)).endswith("Odd with masked elements")
 
 
 def test_one_hot_targets_and_columns_say_what_to_do(lib):

@@ -84,11 +84,12 @@ def readable(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor's address and strides say all about its values.
 
     They don't for views that negate, for zeros that have no memory (autograd makes both), for
-    storage that was freed or shrunk, and for subclasses.
+    storage that was freed or shrunk, for nested tensors and for subclasses.
     """
     return (
         type(tensor) in PLAIN
         and tensor.layout is torch.strided
+        and not tensor.is_nested
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
         and not _functorch.is_legacy_batchedtensor(tensor)

@@ -181,6 +181,16 @@ def test_traced_parameters_name_static_argnames(batch, argument):
     )
 
 
+@pytest.mark.parametrize("argument", ["axis", "ignore_index"])
+def test_traced_integers_name_static_argnames(batch, argument):
+    scores, target, _ = batch
+    message = rf"{argument} must be .*integer, .*=\('{argument}',\), else call int\(\)"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(lambda v: multi_margin_loss(scores, target, **{argument: v}))(1)
+    with pytest.raises(TypeError, match=message):
+        multi_margin_loss(scores, target, **{argument: jnp.int32(1)})
+
+
 def test_numpy_labels_beside_jax_scores_say_how_to_convert(batch):
     with pytest.raises(
         TypeError, match=r"input is of jax; convert it by jax.numpy.asarray\(target"

@@ -139,10 +139,12 @@ def shrunk():
         lambda: torch._efficientzerotensor((4, 5)),
         lambda: torch._efficientzerotensor((4, 5))[1:],
         shrunk,
+        lambda: torch.nested.nested_tensor([torch.ones(5)]),
         lambda: [1.0],
         lambda: None,
     ],
-    ids=["subclass", "sparse", "negated", "conjugate", "zeros", "part of zeros", "shrunk", "list", "None"],
+    ids=["subclass", "sparse", "negated", "conjugate", "zeros", "part of zeros", "shrunk", "nested", "list",
+         "None"],
 )  # fmt: skip
 def test_what_has_no_memory_to_read(make):
     assert not state.readable(make())
