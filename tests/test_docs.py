@@ -148,9 +148,16 @@ OURS = ("mml-arrayapi", "pytest --pyargs")
     "line", [line for line in shell_commands() if line.values[0].startswith(OURS)]
 )
 def test_our_commands_run(line, someones_folder):
-    """As they are printed. Those that install, build or lint are what .ci/run and nox do."""
+    """As they are printed. Those that install, build or lint are what .ci/run and nox do.
+
+    Of the conformance checks two do: all of them run in tests/conformance.
+    """
     libraries_or_skip("import array_api_strict\nimport matplotlib")
     words = shlex.split(line)
+    if "pytest" in words:
+        words += ["-k", "kink or reference"]
+    elif "conformance" in words and not {"--check", "--backend"} & {*words}:
+        words += ["--check", "gradient is 0 at the kink", "--check", "float64 reference agrees"]
     module = "mml_arrayapi" if words[0] == "mml-arrayapi" else words[0]
     done = subprocess.run(
         [sys.executable, "-m", module, *words[1:]],
