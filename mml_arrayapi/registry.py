@@ -24,7 +24,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -336,15 +336,37 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
 
 def _check_result(kernel: Kernel, problem: Problem, operation: str, result: Any) -> None:
     """Refuse what a caller could not be given; a mean may be a plain number."""
-    both = operation == "loss_and_grad"
-    is_pair = isinstance(result, tuple) and len(result) == 2
-    losses = result[0] if both and is_pair else result
-    if both > is_pair or (problem.reduction == "none" and not hasattr(losses, "ndim")):
-        accepted = "a loss and a gradient, a tuple of two arrays" if both else "an array"
+    none, target, scores = problem.reduction == "none", problem.target, problem.input
+    wanted = {"loss": tuple(target.shape) if none else (), "gradient": tuple(scores.shape)}
+    if operation == "loss":
+        del wanted["gradient"]
+    elif not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
-            f"kernel {kernel.name!r}: {operation} must return {accepted}, but returned "
-            f"{in_words(result)}"
+            f"kernel {kernel.name!r}: loss_and_grad must return a loss and a gradient, a tuple of "
+            f"two arrays, but returned {in_words(result)}"
         )
+    made = (result,) if operation == "loss" else result
+    for (what, shape), one in zip(wanted.items(), made, strict=True):
+        number = what == "loss" and not none and isinstance(one, (int, float))
+        if number or _is_of(problem, one, shape):
+            continue
+        known = hasattr(one, "shape") and hasattr(one, "dtype")
+        told = f"a {type(one).__qualname__} of {one.dtype} and shape {one.shape}" if known else None
+        raise TypeError(
+            f"kernel {kernel.name!r}: the {what} must be an array of {problem.library}, of "
+            f"{scores.dtype} and shape {shape}, but is {told or in_words(one)}"
+        )
+
+
+def _is_of(problem: Problem, array: Any, shape: tuple[Any, ...]) -> bool:
+    """Whether an array is of a call's library and dtype, and has a shape as far as it is known."""
+    try:
+        ours = library_of("input", array).name == problem.library
+        sizes = zip(array.shape, shape, strict=True)
+        same = all(n == m or n is None or n != n or m is None or m != m for n, m in sizes)
+        return bool(ours and same and array.dtype == problem.input.dtype)
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def _cannot_run(name: str, source: str, reason: str) -> str:
@@ -654,7 +676,10 @@ def _key(plugin: EntryPoint) -> str:
 
 
 def _loaded_plugin(plugin: EntryPoint) -> Kernel:
-    return _loaded(_key(plugin), plugin.name, _library(plugin), plugin.load)
+    key = _key(plugin)
+    # What can't be loaded is listed by its entry's name, unless that is a kernel's.
+    entry = plugin.name if plugin.name and plugin.name not in _known(but=key) else key.strip()
+    return _loaded(key, entry, _library(plugin), plugin.load)
 
 
 def _loaded_built_in(lazy: built_in.LazyKernel) -> Kernel:
@@ -747,6 +772,8 @@ def _misfit(kernel: Any, key: str, library: str) -> str | None:
     """Tell why what an entry point gave is not a kernel that can be used, or None."""
     if not isinstance(kernel, Kernel):
         return f"the entry point gives an object of type {type(kernel).__name__}, not a Kernel"
+    if not all(hasattr(kernel, one.name) for one in fields(Kernel)):
+        return "the entry point gives a Kernel that was never initialised"
     if kernel.library != library:
         return f"the kernel is for {kernel.library}, the entry point's name says {library}"
     if kernel.name in _known(but=key):

@@ -880,7 +880,7 @@ def test_plugins_of_one_name(plugins, module):
         module(f"same_{i}", GOOD.format(name="numpy.fast").replace("7.0", f"{i}.0"))
     plugins(numpy__fast="same_1:KERNEL", numpy__b="same_2:KERNEL")
     register_kernel(fixed("numpy.fast", 9.0))
-    assert names() == ["numpy.fast", "numpy.fast", "numpy.b", "generic"]
+    assert names() == ["numpy.fast", "numpy.fast = same_1:KERNEL", "numpy.b", "generic"]
     assert multi_margin_loss(X, T, backend="numpy.fast") == 9
     reasons = dict(explain(X, T).considered[1:3])
     assert set(reasons.values()) == {"there is another kernel named 'numpy.fast'"}
@@ -1023,12 +1023,81 @@ def test_a_folder_is_not_a_library(tmp_path):
 def test_a_kernel_that_returns_something_else():
     register_kernel(Kernel("odd", "numpy", lambda _: None, lambda _: 1.5, lambda *_: 1.5))
     assert multi_margin_loss(X, T) == 1.5
-    with pytest.raises(TypeError, match=r"kernel 'odd': loss must return an array, but returned 1"):
+    with pytest.raises(TypeError, match=r"kernel 'odd': the loss must be an array of numpy, of fl"):
         multi_margin_loss(X, T, reduction="none")
     with pytest.raises(
         TypeError, match="'odd': loss_and_grad must return a loss and a gradient, a"
     ):
         multi_margin_loss_and_grad(X, T)
+
+
+@pytest.mark.usefixtures("empty")
+@pytest.mark.parametrize(
+    ("loss", "grad", "reduction", "told"),
+    [
+        (None, X, "mean", "the loss must be an array of numpy, of float32 and shape (), but is None"),
+        ("", X, "sum", "the loss must be an array of numpy, of float32 and shape (), but is ''"),
+        ([1.0], X, "mean", "but is [1.0]"),
+        (X[0], X, "mean", "shape (), but is a ndarray of float32 and shape (3,)"),
+        (np.float16(0), X, "mean", "shape (), but is a float16 of float16 and shape ()"),
+        (np.zeros(4, "f4"), X, "none", f"shape {T.shape}, but is a ndarray of float32 and shape (4,)"),
+        (X[:, 0], X.T, "none", f"the gradient must be an array of numpy, of float32 and "
+         f"shape {X.shape}, but is a ndarray of float32 and shape {X.T.shape}"),
+        (X[:, 0], None, "none", "the gradient must be an array of numpy"),
+        (X[0, 0], X.tolist(), "mean", "the gradient must be an array of numpy"),
+    ],
+)  # fmt: skip
+def test_a_kernel_whose_results_do_not_fit(loss, grad, reduction, told):
+    kernel = Kernel("odd", "numpy", lambda _: None, lambda _: loss, lambda *_: (loss, grad))
+    register_kernel(kernel)
+    calls = [multi_margin_loss_and_grad]
+    if not told.startswith("the gradient"):
+        calls.append(multi_margin_loss)
+    for call in calls:
+        with pytest.raises(TypeError, match=r"^kernel 'odd': the ") as info:
+            call(X, T, reduction=reduction)
+        assert told in str(info.value)
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_kernel_that_returns_tensors_for_arrays():
+    torch = pytest.importorskip("torch")
+    register_kernel(Kernel("odd", "numpy", lambda _: None, lambda _: torch.zeros(()), print))
+    with pytest.raises(
+        TypeError, match=r"the loss must be an array of numpy, .* but is a Tensor of"
+    ):
+        multi_margin_loss(X, T)
+
+
+@pytest.mark.parametrize("entry", ["numpy-cpu", "generic", "torch.numpy-cpu", ""])
+def test_a_broken_plugin_takes_no_kernels_name(tmp_path, entry):
+    folder = tmp_path / "pz-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: pz\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(
+        f"[mml_arrayapi.backends]\n{entry} = pz:K\n{entry} = pz:L\nnumpy.half = pz:HALF\n"
+    )
+    (tmp_path / "pz.py").write_text(
+        "from mml_arrayapi import Kernel\n"
+        "K = Kernel('fast', 'cubed', lambda p: None, lambda p: 1.0, lambda p, g: (1, 2))\n"
+        "HALF = object.__new__(Kernel)\n"
+    )
+    code = """
+import numpy as np, mml_arrayapi as mml
+x, y = np.eye(3), np.arange(3)
+for _ in range(2):
+    assert mml.multi_margin_loss(x, y, backend="generic") == mml.multi_margin_loss(x, y) == 0
+    names = [b.name for b in mml.list_backends()]
+    assert len(set(names)) == len(names), names
+    reasons = {b.name: b.reason for b in mml.list_backends()}
+    assert "never initialised" in reasons["numpy.half"], reasons
+    for name in names:
+        try:
+            mml.multi_margin_loss(x, y, backend=name)
+        except ValueError as error:
+            assert f"kernel {name!r}" in str(error), error
+"""
+    assert run_python(code, path=[tmp_path]) == ""
 
 
 def test_a_plugin_that_imports_what_another_thread_imports(tmp_path):
