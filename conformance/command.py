@@ -21,7 +21,7 @@ OK, FAILED, BAD_INPUT = 0, 1, 2
 _DESCRIPTION = """\
 Check that the loss keeps its contract with the arrays of a library.
 
-The exit code is 0 where nothing failed, 1 where something did, 2 for bad input."""
+The exit code is 0 where something passed and nothing failed, else 1, and 2 for bad input."""
 _EXAMPLE = """\
 example: mml-arrayapi conformance --xp array_api_strict --dtype float32 --report report.html"""
 
@@ -180,7 +180,7 @@ def contexts_of(arguments: argparse.Namespace) -> list[list[Context]]:
             raise ValueError(f"--xp {name}: cannot be imported: {error}") from None
         except ValueError as error:
             raise ValueError(f"--xp {name}: {error}") from None
-        except Exception as error:  # a module that is imported may raise anything
+        except (Exception, SystemExit) as error:  # a module that is imported may raise anything
             why = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"--xp {name}: cannot be imported, or makes no arrays: {why}"

@@ -19,6 +19,8 @@ DIGITS = 70  # of 32 bits: those of the compiled kernels' sums
 BLOCK = 2**16  # values looked at together: their temporaries stay in the cache
 LARGEST = 4096  # exponent of a sum: a product of two float64 has 2048
 HUGE = 1100  # bits by which products beyond float64 are shifted down
+TINY = -56  # and those that float64 holds with fewer digits, up: as far as the unit goes
+NORMAL = 2.0**-1022  # the smallest float64 with all digits
 EXACT = 2**25  # so many 27-bit integers can be added in a float64 without rounding
 
 
@@ -75,8 +77,10 @@ def exact_sums(
     return totals
 
 
-def weighted(losses: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Multiply losses by weights, finite ones also where the product is beyond float64.
+def weighted(
+    losses: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, int]]]:
+    """Multiply losses by weights, to float64's precision also beyond its range and below.
 
     Parameters
     ----------
@@ -86,20 +90,27 @@ def weighted(losses: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns
     -------
     products : numpy array of float64, shape (N,)
-        Rounded; 0 where that is beyond float64.
-    where : numpy array of int64, shape (K,)
-        The places of those.
-    smaller : numpy array of float64, shape (K,)
-        These products, in units of ``2 ** HUGE``.
+        Rounded; 0 where float64 doesn't hold them, or only with fewer digits.
+    others : list of (numpy array of int64, numpy array of float64, int)
+        The places of those, these products in units of ``2 ** shift``, and ``shift``.
     """
     import numpy as np
 
     with np.errstate(all="ignore"):  # infinite losses, and those beyond float64
         products = losses.astype(np.float64) * weights
-    where = np.flatnonzero(np.isinf(products) & np.isfinite(losses))
-    products[where] = 0
-    factors = losses[where].astype(np.float64) * 2.0**-1000, weights[where] * 2.0 ** (1000 - HUGE)
-    return products, where, factors[0] * factors[1]
+    huge = np.flatnonzero(np.isinf(products) & np.isfinite(losses))
+    tiny = np.flatnonzero((np.abs(products) < NORMAL) & (losses != 0) & (weights != 0))
+    with np.errstate(under="ignore"):
+        (x, w), (y, v) = ((losses[i].astype(np.float64), weights[i]) for i in (huge, tiny))
+        large = (x * 2.0**-1000) * (w * 2.0 ** (1000 - HUGE))
+        small = (y * 2.0**500) * (v * 2.0**500) * 2.0 ** (-1000 - TINY)
+    products[huge] = products[tiny] = 0
+    return products, [(huge, large, HUGE), (tiny, small, TINY)]
+
+
+def shifted(total: int, shift: int) -> int:
+    """Return a sum in units of ``2 ** shift`` as one in units of 1."""
+    return total << shift if shift > 0 else total >> -shift
 
 
 def _sum_of_near(values: np.ndarray) -> tuple[int, np.ndarray]:
@@ -192,9 +203,10 @@ class ExactSum:
 
     def add_weighted(self, losses: np.ndarray, weights: np.ndarray) -> None:
         """Add each loss times its weight, rounded to float64's precision."""
-        products, _, smaller = weighted(losses.reshape(-1), weights.reshape(-1))
+        products, others = weighted(losses.reshape(-1), weights.reshape(-1))
         self.add(products)
-        self.total += exact_sums(smaller)[0] << HUGE
+        for _, values, shift in others:
+            self.total += shifted(exact_sums(values)[0], shift)
 
     def add_ones(self, count: int) -> None:
         """Add the number 1 so many times."""

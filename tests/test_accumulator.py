@@ -589,6 +589,32 @@ def test_weighted_losses_beyond_float64_have_a_finite_mean():
     assert stream.compute() == evaluate(scores, target, sample_weight=np.asarray(weights)).loss
 
 
+@pytest.mark.parametrize("kind", ["f4", "f8"])
+@pytest.mark.parametrize("weight", [5e-324, 1e-320, 1e-310, 3e-308, 1.0, 1e308])
+def test_equal_weights_of_any_size_leave_the_mean(weight, kind):
+    draw = np.random.default_rng(3)
+    scores, target = draw.standard_normal((50, 6)).astype(kind), draw.integers(0, 5, 50)
+    plain, stream = LossAccumulator(), LossAccumulator()
+    plain.update(scores, target)
+    stream.update(scores, target, np.full(50, weight))
+    assert stream.compute() == pytest.approx(plain.compute(), rel=1e-15)
+    figures = evaluate(scores, target, sample_weight=np.full(50, weight))
+    assert figures.loss == stream.compute()
+    one = evaluate(scores, target)
+    for ours, theirs in zip(figures.classes, one.classes, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-15, nan_ok=True)
+
+
+def test_weighted_losses_below_float64():
+    """Each product to 53 bits, as far as the unit of sums goes; those of zero are zero."""
+    scores = np.asarray([[2.0**-30, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    weights, target = np.asarray([3 * 2.0**-1074, 0.0, 2.0**-1050]), np.asarray([1, 0, 1])
+    stream = LossAccumulator()
+    stream.update(scores, target, weights)
+    wanted = Fraction(3, 2**1075) * (1 + Fraction(1, 2**30)) + Fraction(1, 2**1050)
+    assert Fraction(stream._totals.losses.total, 2**1130) == wanted
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -68,3 +68,12 @@ def one_line(error: BaseException) -> str:
     """Return an error's message on one line, shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def advice(error: BaseException, otherwise: str) -> str:
+    """Return an error's message on one line, in parentheses, and what to do about it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, PermissionError):
+        cause = cause.__cause__ or cause.__context__
+    what = otherwise if cause is None else "check your access to it"
+    return f"({getattr(error, 'strerror', None) or one_line(error)}); {what}"

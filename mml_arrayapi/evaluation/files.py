@@ -160,8 +160,12 @@ def _local_version(path: str) -> str:
 
 def _remote_version(fs: Any, path: str, store: bool) -> str:
     fs.invalidate_cache()
-    # Lists of web servers, if any, tell names only: there the store's own description has to do.
-    below = fs.find(path, detail=True) if store and "http" not in fs.protocol else {}
+    # Lists of web servers, if any, tell names only, and some may not be seen: there the store's own
+    # description has to do.
+    below = {}
+    if store and "http" not in fs.protocol:
+        with suppress(PermissionError):
+            below = fs.find(path, detail=True)
     told = [below[name] for name in sorted(below)]
     if not told:
         markers = [f"{path}/{marker}" for marker in ZARR_MARKERS] if store else []
@@ -338,7 +342,11 @@ def _refuse_mixtures(file: File, found: list[str]) -> None:
 
 
 def _is_folder(fs: Any, path: str) -> bool:
-    return bool(os.path.isdir(path) if fs is None else fs.isdir(path))
+    if fs is None:
+        return os.path.isdir(path)
+    with suppress(PermissionError):  # who may read an object need not be allowed to list others
+        return bool(fs.isdir(path))
+    return bool(fs.info(path)["type"] == "directory")
 
 
 def _refuse_silence(file: File) -> None:

@@ -14,7 +14,7 @@ from numbers import Integral
 from threading import Lock
 from typing import Any, NamedTuple
 
-from mml_arrayapi.evaluation.errors import InputError, one_line
+from mml_arrayapi.evaluation.errors import InputError, advice, one_line
 from mml_arrayapi.evaluation.files import File, correspond, find, numbered
 from mml_arrayapi.evaluation.formats import (
     CLASS_WEIGHTS,
@@ -102,8 +102,8 @@ class Shard:
         except Exception as error:
             self._check_version_after(error)
             raise InputError(
-                f"{self.name}: rows {start} to {stop - 1} cannot be read ({one_line(error)}); "
-                "write or copy it again"
+                f"{self.name}: rows {start} to {stop - 1} cannot be read "
+                + advice(error, "write or copy it again")
             ) from error
         if not (self.version and self.source.store):  # stores are looked at once, at the end
             self.check_version()
@@ -796,7 +796,7 @@ def _file_shard(file: File, role: str, rules: Rules) -> Shard:
         raise
     except Exception as error:
         raise InputError(
-            f"{file.name}: cannot be read ({one_line(error)}); write or copy it again"
+            f"{file.name}: cannot be read {advice(error, 'write or copy it again')}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from mml_arrayapi.evaluation.errors import InputError, one_line, require
+from mml_arrayapi.evaluation.errors import InputError, advice, one_line, require
 from mml_arrayapi.evaluation.metrics import MetricState
 
 try:
@@ -282,7 +282,5 @@ def _part(path: str) -> str:
 
 def cannot_write(path: str, error: Exception) -> InputError:
     """Return the error that says so."""
-    why = getattr(error, "strerror", None) or one_line(error)
-    return InputError(
-        f"{path}: cannot be written ({why}); free some space, or choose another place"
-    )
+    todo = "free some space, or choose another place"
+    return InputError(f"{path}: cannot be written {advice(error, todo)}")

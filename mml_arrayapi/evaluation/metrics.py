@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mml_arrayapi.exact_sum import HUGE, ExactSum, exact_sums, weighted
+from mml_arrayapi.exact_sum import ExactSum, exact_sums, shifted, weighted
 from mml_arrayapi.loss import sample_losses
 from mml_arrayapi.validation import raise_invalid_target
 
@@ -330,9 +330,7 @@ def _count(
     made = MetricState(scores.shape[1], weighted=weights is not None)
     made.classes, groups = _classes(target, scores.shape[1])
     n = len(made.classes)
-    values = losses
-    if weights is not None:
-        values, huge, smaller = weighted(losses, weights)
+    values, others = (losses, []) if weights is None else weighted(losses, weights)
     finite, nan = np.isfinite(values), np.isnan(values)
     # One count of all combinations is quicker than one of each.
     every = np.bincount(groups * 4 + kinds, minlength=4 * n).reshape(n, 4)
@@ -344,9 +342,10 @@ def _count(
             made.counts[row] = np.bincount(groups[odd], minlength=n)
     kept = slice(None) if finite.all() else finite
     made.sums = exact_sums(values[kept], groups[kept], n)
+    for where, more, shift in others:
+        for i, total in enumerate(exact_sums(more, groups[where], n) if len(where) else ()):
+            made.sums[i] += shifted(total, shift)
     if weights is not None:
-        for i, total in enumerate(exact_sums(smaller, groups[huge], n) if len(huge) else ()):
-            made.sums[i] += total << HUGE
         chosen = [kinds & kind == kind for kind in (0, RIGHT, INSIDE)]
         made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen]
     found = _frequencies(bins)
@@ -510,8 +509,12 @@ def count_batch(
     target = np.concatenate([read(part, "targets", 0) for part in batch.targets])
     weights = None
     if batch.weights:
-        parts = [read(part, "sample weights", 0) for part in batch.weights]
-        weights = _checked(np.concatenate(parts), batch.start).reshape(-1)
+        parts, at = [], batch.start
+        for part in batch.weights:
+            rows = read(part, "sample weights", 0)
+            parts.append(_checked(rows, *_place(part, at)))
+            at += len(rows)
+        weights = np.concatenate(parts).reshape(-1)
     state = MetricState(n_classes, weighted=weights is not None)
     rows = np.moveaxis(scores, axis, -1).reshape(-1, n_classes)
     try:
@@ -523,7 +526,13 @@ def count_batch(
     return state
 
 
-def _checked(weights: np.ndarray, start: int) -> np.ndarray:
+def _place(part: Any, at: int) -> tuple[str, int]:
+    """Return the name of what weights are of, and the first row there; of arrays, of all rows."""
+    shard = getattr(part, "shard", None)
+    return (shard.name, part.start) if shard and shard.version else ("sample weights", at)
+
+
+def _checked(weights: np.ndarray, name: str, start: int) -> np.ndarray:
     """Return weights as float64; refuse what is no weight."""
     import numpy as np
 
@@ -534,6 +543,7 @@ def _checked(weights: np.ndarray, start: int) -> np.ndarray:
         first = tuple(int(i) for i in bad[0])
         where = ", ".join(map(str, (first[0] + start, *first[1:])))
         raise InputError(
-            f"sample weights: [{where}] is {weights[first]}; accepted are finite numbers >= 0"
+            f"{name}: [{where}] is {weights[first]}; accepted as sample weights are finite numbers "
+            ">= 0"
         )
     return weights.astype(np.float64)

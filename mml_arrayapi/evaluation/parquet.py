@@ -416,7 +416,7 @@ def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:
 
     Scores: the only column of lists of floats, or the only floats if they are numbered (``c0``,
     ``c1``, ...). Targets: the only integers. Sample weights: the only float. Of several, the one
-    whose name says it.
+    whose name says it, which for weights may be of integers.
     """
     import pyarrow.types as kinds
 
@@ -432,7 +432,8 @@ def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:
         found = exact if len(exact) == 1 else floats if not lists and _numbers(floats) else lists
         doubt = found is lists and (len(lists) != 1 or bool(floats))
     else:
-        exact = [name for name in floats if name in telling and role != "targets"]
+        numbers = [*floats, *integers] if role != "targets" else []
+        exact = [name for name in numbers if name in telling]
         found = exact if len(exact) == 1 else integers if role == "targets" else floats
         doubt = len(found) != 1
     others = [name for name in found if name not in telling]

@@ -176,7 +176,7 @@ def evaluate(
             if folder is not None:
                 journal.add(number, state)
             add(number, state)
-            if progress:
+            if callable(progress):  # which may be empty, and so count as false
                 progress(done, data.n_rows)
     data.check_versions()
     return figures_of(total, data, loss, reduction, kernel, names, dict(sorted(nan.items())))

@@ -174,6 +174,15 @@ def test_expected_failures(capsys):
     assert "was expected to fail (it is bad), but passes" in capsys.readouterr().out
 
 
+def test_a_module_that_leaves_gives_2(tmp_path, monkeypatch, capsys):
+    (tmp_path / "it_leaves.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command("--xp", "it_leaves") == 2
+    assert "--xp it_leaves: cannot be imported, or makes no arrays: SystemExit: 3" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -107,6 +107,7 @@ def test_skips(session, tmp_path):
         (("--mml-skip", "wrong"), BROKEN, "--mml-skip: wrong, line 1: no test is named 'nonsense'"),
         (("--mml-skip", "utf16"), BROKEN, "--mml-skip: cannot read utf16: 'utf-8' codec can't"),
         ((), "raises", "--mml-xp raises: cannot be imported, or makes no arrays: RuntimeError: no"),
+        ((), "leaves", "--mml-xp leaves: cannot be imported, or makes no arrays: SystemExit: 3"),
     ],
     ids=[
         "no library",
@@ -117,12 +118,14 @@ def test_skips(session, tmp_path):
         "no such check",
         "utf-16",
         "raises",
+        "exits",
     ],
 )
 def test_bad_options_are_errors_in_words(session, pytester, words, xp, message):
     (pytester.path / "wrong").write_text("nonsense # really\n", "utf-8-sig")
     (pytester.path / "utf16").write_text("nonsense # really\n", "utf-16")
     (pytester.path / "raises.py").write_text("raise RuntimeError('no')\n")
+    (pytester.path / "leaves.py").write_text("raise SystemExit(3)\n")
     pytester.syspathinsert()
     result = session(*words, xp=xp)
     assert result.ret == pytest.ExitCode.INTERRUPTED

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -443,3 +444,59 @@ def test_netcdf_3(files, fails):
     with open("x.nc", "wb") as file:
         file.write(b"CDF\x01" + bytes(60))
     assert "x.nc: is of NetCDF 3, which is not HDF5; convert it to 4" in fails("x.nc", "y.npy")
+
+
+def test_objects_that_may_be_read_but_not_listed(arrays, files, wanted, fails):
+    """As many public ones are."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
+
+    class Unlisted(memory):
+        protocol, store, pseudo_dirs = "unlisted", {}, [""]
+        denied = ()
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("unlisted://", "memory://"))
+
+        def ls(self, path, **_):
+            raise PermissionError("Access Denied")
+
+        find = isdir = glob = ls
+
+        def _open(self, path, *arguments, **options):
+            if any(name in path for name in Unlisted.denied):
+                raise PermissionError("Access Denied")
+            return super()._open(path, *arguments, **options)
+
+    fsspec.register_implementation("unlisted", Unlisted, clobber=True)
+    fs = fsspec.filesystem("unlisted")
+    for name in ("x.npy", "y.npy"):
+        fs.pipe(f"/{name}", Path(name).read_bytes())
+    assert mml.evaluate("unlisted://x.npy", "unlisted://y.npy") == wanted
+    assert "unlisted://*.npy: cannot be found (Access Denied); check" in fails(
+        "unlisted://*.npy", "y.npy"
+    )
+    Unlisted.denied = ("x.npy",)
+    line = fails("unlisted://x.npy", "y.npy")
+    assert "unlisted://x.npy: cannot be read (Access Denied); check your access to it" in line
+
+
+def test_weights_in_a_column_of_integers(arrays, files):
+    parquet("w.parquet", weight=np.arange(N), other=np.arange(N) * 2)
+    figures = mml.evaluate("x.npy", "y.npy", sample_weight="w.parquet")
+    assert figures == mml.evaluate("x.npy", "y.npy", sample_weight=np.arange(N))
+    parquet("w.parquet", count=np.arange(N))
+    with pytest.raises(mml.InputError, match="cannot tell which columns hold the sample weights"):
+        mml.evaluate("x.npy", "y.npy", sample_weight="w.parquet")
+
+
+def test_progress_that_counts_as_false(arrays):
+    class Log(list):
+        def __call__(self, done, rows):
+            self.append((done, rows))
+
+    log = Log()
+    mml.evaluate(*arrays, progress=log, chunk_size=350, workers=1)
+    assert log == [(350, N), (N, N)]
+    assert mml.evaluate(*arrays, progress=False).samples == N

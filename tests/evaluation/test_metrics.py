@@ -86,7 +86,14 @@ def test_weights_that_are_none(arrays, files, fails):
         weights[77] = value
         np.save("w.npy", weights)
         line = fails("x.npy", "y.npy", "--sample-weight", "w.npy", "--chunk-size", 30)
-        assert f"sample weights: [77] is {float(value)}; accepted are finite numbers >= 0" in line
+        assert f"w.npy: [77] is {float(value)}; accepted as sample weights are finite numb" in line
+    for i, part in enumerate(np.array_split(weights, 10)):
+        np.save(f"w-{i}.npy", part)
+    assert "w-1.npy: [7] is inf; accepted as sample weights are" in fails(
+        "x.npy", "y.npy", "--sample-weight", "w-*.npy"
+    )
+    with pytest.raises(mml.InputError, match=r"^sample weights: \[77\] is inf; accepted"):
+        mml.evaluate("x.npy", "y.npy", sample_weight=weights, chunk_size=30)
     np.save("w.npy", np.ones(3))
     assert "w.npy: has 3 sample weights, but x.npy has 700 samples" in fails(
         "x.npy", "y.npy", "--sample-weight", "w.npy"
