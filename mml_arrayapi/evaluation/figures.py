@@ -151,6 +151,9 @@ class Evaluation:
     pairing: list[dict[str, Any]] = field(compare=False)
     class_names: tuple[str, ...] | None = field(compare=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, tuple(getattr(self, name) for name in self.__slots__)
+
     def name(self, c: int) -> str:
         """Return a class's name, or its number where it has none."""
         return str(c) if self.class_names is None else self.class_names[c]
@@ -292,6 +295,19 @@ class Evaluation:
             return classes
         with_samples = [(c, f) for c, f in classes if f.count]
         return sorted(with_samples, key=lambda item: -_or_inf(item[1].loss))[:SHOWN_CLASSES]
+
+
+def _unpickled(*values: Any) -> Evaluation:
+    """Make an evaluation that equals the one it comes from: in tuples, one NaN equals itself."""
+    return Evaluation(*map(_with_one_nan, values))
+
+
+def _with_one_nan(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_with_one_nan, value))
+    if isinstance(value, ClassFigures):
+        return ClassFigures(*(_with_one_nan(getattr(value, name)) for name in value.__slots__))
+    return math.nan if isinstance(value, float) and math.isnan(value) else value
 
 
 def figures_of(

@@ -1,8 +1,10 @@
 """Evaluation of files: every format, any cut, bad input, resuming, the report."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import re
 import sys
 from fractions import Fraction
@@ -426,3 +428,19 @@ def test_a_file_that_is_removed_meanwhile(files, fails, monkeypatch):
     check = Dataset.check_versions
     monkeypatch.setattr(Dataset, "check_versions", remove)
     assert "x.npy: the file has changed since the evaluation began" in fails("x.npy", "y.npy")
+
+
+@pytest.mark.parametrize(
+    "again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy]
+)
+@pytest.mark.parametrize(
+    "target", [[0, 1, 2], [0, 0, 1], [-1, -1, -1]], ids=["all", "some", "none"]
+)
+def test_a_copy_is_equal_though_figures_are_nan(again, target):
+    scores = np.asarray([[1.0, 0.5, 0.0], [0.0, np.nan, 1.0], [0.0, 1.0, 0.5]])
+    figures = mml.evaluate(scores, np.asarray(target), ignore_index=-1)
+    made = again(figures)
+    assert made == figures
+    assert hash(made) == hash(figures)
+    assert made.to_json() == figures.to_json()
+    assert made != mml.evaluate(scores, np.asarray(target), ignore_index=-1, p=2)
