@@ -329,7 +329,7 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
         raise ValueError(_cannot_run(name, source, reason))
     if reason is not None:
         return getattr(GENERIC, operation)(problem, *arguments)
-    if kernel.name not in _BUILT_IN:
+    if kernel is not GENERIC and kernel.name not in _BUILT_IN:
         _check_result(kernel, problem, operation, result)
     return result
 

@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 
@@ -114,18 +113,22 @@ def test_output_that_cannot_be_written(tmp_path, arguments):
 @pytest.mark.skipif(os.name != "posix", reason="files have no limit")
 @pytest.mark.parametrize("size", [0, 100, 9000])
 def test_output_that_a_disk_takes_in_part(tmp_path, size):
-    resource = pytest.importorskip("resource")
     np.save(tmp_path / "x.npy", np.eye(300))
     np.save(tmp_path / "y.npy", np.arange(300))
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    command = [sys.executable, "-B", "-m", "mml_arrayapi", "evaluate", "x.npy", "y.npy", "--json"]
+    limited = f"""
+import os, resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+command = "-B -m mml_arrayapi evaluate x.npy y.npy --json"
+os.execv(sys.executable, [sys.executable, *command.split()])
+"""
     with open(tmp_path / "out", "w") as out:
         done = subprocess.run(
-            command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=limit
+            [sys.executable, "-c", limited],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
         )
     message = "mml-arrayapi: error: the output cannot be written (File too large)\n"
     assert (done.returncode, done.stderr) == (2, message)

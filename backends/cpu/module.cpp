@@ -276,7 +276,7 @@ struct Job {
     Options options;
     Array input, target, weight;
     std::unique_ptr<Array[]> arrays;  // of input in pieces
-    std::vector<Piece> pieces;
+    std::unique_ptr<Piece[]> pieces;
     Call call;
     int axis;  // of the classes in input; -1: input is 0-d, one class
 
@@ -293,8 +293,9 @@ struct Job {
     bool read_pieces(PyObject *tuple, PyObject *y, PyObject *w, PyObject *given) {
         const Py_ssize_t n = PyTuple_Size(tuple);
         if (!n || !read(PyTuple_GetItem(tuple, 0), y, Py_None, given) || axis < 0) return false;
-        arrays.reset(new Array[size_t(n)]);
-        pieces.resize(size_t(n));
+        arrays.reset(new (std::nothrow) Array[size_t(n)]);
+        pieces.reset(new (std::nothrow) Piece[size_t(n)]);
+        if (!arrays || !pieces) return false;
         call.classes = 0;
         for (Py_ssize_t k = 0; k < n; k++) {
             Array &array = arrays[size_t(k)];
@@ -307,7 +308,7 @@ struct Job {
             call.classes += piece.classes = array.shape[axis];
             if (call.classes > MOST_CLASSES) return false;
         }
-        call.pieces = pieces.data();
+        call.pieces = pieces.get();
         call.n_pieces = n;
         return read_rest(w);
     }

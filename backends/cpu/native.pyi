@@ -49,7 +49,7 @@ def loss(
     Returns ``out`` (target's shape for the reduction "none", else 0-d; input's dtype) or a new
     result. ``bits``: uint8, 1-d, contiguous, as many as ``bits_size`` says; written for ``grad``.
     ``input`` may be a tuple of arrays of one dtype, whose classes follow one another: at most 32 KB
-    in a row, p 1 or 2, no ``bits``. The bits of the result are those of whole rows.
+    in a row, p 1 or 2, no ``bits``. A sample's loss has the bits that it has in whole rows.
     """
 
 def loss_and_grad(

@@ -129,6 +129,7 @@ def shrunk():
     return view
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 @pytest.mark.parametrize(
     "make",
     [
