@@ -33,7 +33,7 @@ from mml_arrayapi import backends as built_in
 from mml_arrayapi import formula, overrides
 from mml_arrayapi.kernel import Array, Kernel, Problem, Unusable
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import check_targets, in_words
+from mml_arrayapi.validation import check_targets, in_words, same_shape
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -359,12 +359,11 @@ def _check_result(kernel: Kernel, problem: Problem, operation: str, result: Any)
 
 
 def _is_of(problem: Problem, array: Any, shape: tuple[Any, ...]) -> bool:
-    """Whether an array is of a call's library and dtype, and has a shape as far as it is known."""
+    """Whether an array is of a call's library and dtype, and has a shape."""
     try:
         ours = library_of("input", array).name == problem.library
-        sizes = zip(array.shape, shape, strict=True)
-        same = all(n == m or n is None or n != n or m is None or m != m for n, m in sizes)
-        return bool(ours and same and array.dtype == problem.input.dtype)
+        fits = same_shape(tuple(array.shape), shape)
+        return bool(ours and fits and array.dtype == problem.input.dtype)
     except (AttributeError, TypeError, ValueError):
         return False
 

@@ -151,13 +151,13 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     shape, axis, n_classes = _classes(shape, options.axis)
     batch = shape[:axis] + shape[axis + 1 :]
     given, target_library = _seen("target", target)
-    if not _same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
+    if not same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "
             f"{given} (input has shape {shape}, the classes are at axis {axis})"
             f"{_hint(given, batch, shape)}"
         )
-    if weight_shape is not None and not _same_shape(weight_shape, (n_classes,)):
+    if weight_shape is not None and not same_shape(weight_shape, (n_classes,)):
         raise ValueError(
             f"weight must have one element per class, shape ({n_classes},), but has shape "
             f"{weight_shape}"
@@ -237,7 +237,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
     """
     wanted = tuple(target_shape) if problem.reduction == "none" else ()
     shape, library = _seen("grad_output", grad_output)
-    if not _same_shape(shape, wanted):
+    if not same_shape(shape, wanted):
         raise ValueError(
             f"grad_output must have the loss's shape, {wanted}, but has shape {shape} "
             f"(reduction is {problem.reduction!r})"
@@ -246,7 +246,7 @@ def check_grad_output(problem: Problem, target_shape: tuple[Any, ...], grad_outp
     input_library = library_of("input", problem.input)
     _check_together("grad_output", grad_output, library, problem.input, input_library)
     grad_output = _native(grad_output)
-    if problem.reduction == "none" and not _same_shape(shape, problem.target.shape):
+    if problem.reduction == "none" and not same_shape(shape, problem.target.shape):
         return of_one_element(grad_output, problem.target.ndim)
     return grad_output
 
@@ -538,7 +538,7 @@ def _hint(given: tuple[Any, ...], batch: tuple[Any, ...], shape: tuple[Any, ...]
     return ""
 
 
-def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Compare shapes; a length that isn't known yet (None, or Dask's NaN) fits any."""
     if a == b:
         return True

@@ -27,6 +27,7 @@ TABLES = {
     "metadata/v[0-9]*.metadata.json": "Iceberg",
     "metadata/[0-9][0-9][0-9][0-9][0-9]-*.metadata.json": "Iceberg",
 }
+URL = re.compile(r"[A-Za-z0-9+.-]+(://|::)")
 PART_OF = re.compile(r"(?:[0-9][-_. ]?|-)of[-_. ]?([0-9]+)", re.IGNORECASE)
 DATE = re.compile(  # year, month, day; perhaps hour, minute, second
     r"(?<![0-9])(?:19|20)[0-9]{2}([-_.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
@@ -224,7 +225,7 @@ def _splits(given: str) -> Iterator[tuple[str, str]]:
 
 
 def _file(path: str, item: str, name: str) -> File:
-    if os.path.lexists(path) or not re.match(r"[A-Za-z0-9+.-]+(://|::)", path):
+    if os.path.lexists(path) or not URL.match(path):
         return File(None, os.path.abspath(path), item, name)
     core = require("fsspec.core", name)
     try:
@@ -246,8 +247,7 @@ def _is_local(fs: Any) -> bool:
 def _archive(url: str) -> str:
     """Return what stands behind a URL's ``::`` in one form."""
     path = url.removeprefix("file://")
-    is_url = not path or re.match(r"[A-Za-z0-9+.-]+(://|::)", path)
-    return path if is_url else os.path.realpath(path)
+    return path if not path or URL.match(path) else os.path.realpath(path)
 
 
 def _seekable(file: File) -> Any:

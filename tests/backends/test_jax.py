@@ -165,14 +165,19 @@ def test_disabled_jit(batch):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def refuses_traced(scores, target, argument, value, message):
+    """Neither a number that is traced nor one in an array is taken for a plain one."""
+    with pytest.raises(TypeError, match=message):
+        jax.jit(lambda v: multi_margin_loss(scores, target, **{argument: v}))(value)
+    with pytest.raises(TypeError, match=message):
+        multi_margin_loss(scores, target, **{argument: jnp.asarray(value)})
+
+
 @pytest.mark.parametrize("argument", ["p", "margin"])
 def test_traced_parameters_name_static_argnames(batch, argument):
     scores, target, _ = batch
     message = rf"{argument} must be a real number, .* name it in static_argnames=\('{argument}',\)"
-    with pytest.raises(TypeError, match=message):
-        jax.jit(lambda v: multi_margin_loss(scores, target, **{argument: v}))(2.0)
-    with pytest.raises(TypeError, match=message):
-        multi_margin_loss(scores, target, **{argument: jnp.float32(2)})
+    refuses_traced(scores, target, argument, 2.0, message)
     compiled = jax.jit(multi_margin_loss, static_argnames=(argument,))
     np.testing.assert_allclose(
         compiled(scores, target, **{argument: 2.0}),
@@ -183,12 +188,8 @@ def test_traced_parameters_name_static_argnames(batch, argument):
 
 @pytest.mark.parametrize("argument", ["axis", "ignore_index"])
 def test_traced_integers_name_static_argnames(batch, argument):
-    scores, target, _ = batch
     message = rf"{argument} must be .*integer, .*=\('{argument}',\), else call int\(\)"
-    with pytest.raises(TypeError, match=message):
-        jax.jit(lambda v: multi_margin_loss(scores, target, **{argument: v}))(1)
-    with pytest.raises(TypeError, match=message):
-        multi_margin_loss(scores, target, **{argument: jnp.int32(1)})
+    refuses_traced(*batch[:2], argument, 1, message)
 
 
 def test_numpy_labels_beside_jax_scores_say_how_to_convert(batch):
