@@ -391,7 +391,7 @@ bool read_upstream(Job &job, PyObject *given, Array &array) {
 }
 
 // Scores: of a block (16 microseconds of work); from which the GIL is released.
-constexpr int64_t BLOCK = 1 << 16, ALONE = 1 << 14;
+constexpr int64_t BLOCK = 1 << 16, ROUND = 64, ALONE = 1 << 14;  // ROUND: a group of the kernels
 // Work from which other threads help, a row counting as much as 32 scores: 40 microseconds. With half
 // as much, a thread that still looks for work saves 5, one that sleeps costs 40.
 constexpr int64_t SERIAL = 1 << 18, ROW = 32;
@@ -416,7 +416,8 @@ int number_of_threads(PyObject *setting) {
 // Run all rows in blocks, which depend on the shape only; add their results in order. False: a
 // Python error (an interrupt) is set.
 bool run(const Call &call, Block block, PyObject *setting, Result &total) {
-    const int64_t size = call.classes < BLOCK ? BLOCK / call.classes : 1;
+    int64_t size = call.classes < BLOCK ? BLOCK / call.classes : 1;
+    if (size > ROUND) size -= size % ROUND;
     const int64_t count = (call.rows + size - 1) / size, elements = call.rows * call.classes;
     total = Result{};
     if (elements < ALONE) {
