@@ -105,7 +105,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
     """Write ``--margin -1e-3`` as ``--margin=-1e-3``, which argparse would take for an option."""
     made: list[str] = []
     for one in argv:
-        numbers = re.fullmatch(r"-[0-9.][0-9.,eE+-]*", one)
+        numbers = re.fullmatch(r"-(inf|[0-9.])[-0-9.,eE+inf]*", one)
         if numbers and made and re.fullmatch(r"--[a-z][a-z-]*", made[-1]):
             made[-1] += f"={one}"
         else:

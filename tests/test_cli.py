@@ -246,4 +246,5 @@ def test_a_negative_margin(tmp_path, capsys):
         np.save(tmp_path / f"{name}.npy", values)
     files = [str(tmp_path / f"{name}.npy") for name in "xy"]
     assert cli.main(["evaluate", *files, "--margin", "-1e-3", "--weight", "-1,2"]) == 0
+    assert cli.main(["evaluate", *files, "--weight", "-inf,2"]) == 0
     assert "margin -0.001" in capsys.readouterr().out

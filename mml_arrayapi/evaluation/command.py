@@ -163,7 +163,7 @@ def _refuse_overwriting(arguments: Any) -> None:
     weight = (arguments.weight or "").partition("#")[0]
     taken += filter(None, (arguments.weight, weight, arguments.class_names, arguments.compare))
     if arguments.checkpoint:
-        taken.append(os.path.join(arguments.checkpoint, NAME))
+        taken.append(os.path.join(arguments.checkpoint.removeprefix("file://"), NAME))
     report = os.path.realpath(arguments.report)
     for path in map(os.path.realpath, taken):
         if report == path or report.startswith(f"{path}{os.sep}"):  # a store is a folder

@@ -220,6 +220,8 @@ def _splits(given: str) -> Iterator[tuple[str, str]]:
     """Yield the ways to read a name with a #, which names of files and of columns may have too."""
     if "#" not in given or not re.search("https?://", given):  # where it is never the file's
         yield given, ""
+    elif given.endswith("#"):
+        yield given[:-1], ""
     for sign in re.finditer("#(?=.)", given):
         yield given[: sign.start()], given[sign.end() :]
 
@@ -294,6 +296,9 @@ def _expand(file: File) -> tuple[list[File], str]:
         why, root = "the folder is no Zarr store and holds no .parquet files", path
     else:
         _refuse_silence(file)
+        if fs is None and not glob.has_magic(path):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(path)  # raises where it may not be looked at
         found, root = _glob(fs, path), _fixed(path)
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
     found.sort(key=lambda name: (natural(name), name))  # x-01 and x-1 are one number
@@ -372,6 +377,7 @@ def _is_store(file: File) -> bool:
 
 def _glob(fs: Any, pattern: str) -> list[str]:
     if fs is None:
+        _try_folders(pattern)
         return glob.glob(pattern, recursive=True)
     found = fs.glob(pattern)
     if re.search(r"(^|/)\.", pattern):
@@ -379,6 +385,24 @@ def _glob(fs: Any, pattern: str) -> list[str]:
     # As on this machine, a * stands for no dot at the beginning.
     root = _fixed(pattern)
     return [name for name in found if "/." not in _below(name, root)]
+
+
+def _try_folders(pattern: str) -> None:
+    """Raise the OSError of a folder that may not be listed: glob would pass over it."""
+    parts = pattern.split(os.sep)
+    for k, part in enumerate(parts):
+        if not glob.has_magic(os.sep.join(parts[: k + 1])):
+            continue
+        look = os.listdir if glob.has_magic(part) else os.stat
+        for place in glob.glob(os.sep.join(parts[:k]) + os.sep, recursive=True):
+            look(os.path.join(place, os.curdir))
+            for folder, folders, _ in os.walk(place, True, _raise, True) if part == "**" else ():
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                os.stat(os.path.join(folder, os.curdir))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _fixed(pattern: str) -> str:

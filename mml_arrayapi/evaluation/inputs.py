@@ -766,6 +766,11 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
             f"{type(given).__name__}"
         )
     refuse_subclass(role, given)
+    if hasattr(given, "coords") or hasattr(given, "iloc"):  # xarray, pandas
+        raise TypeError(
+            f"{role} must be arrays without labels, which the pairing of samples would ignore, but "
+            f"are of type {type(given).__name__}; align them, and give their to_numpy()"
+        )
     if hasattr(given, "toarray"):  # NumPy makes an object of it, or of each of its elements
         raise TypeError(
             f"{role} must be dense, but are of type {type(given).__name__}; give their toarray()"

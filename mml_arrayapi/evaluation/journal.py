@@ -221,14 +221,13 @@ def check_writable(path: str) -> None:
     InputError
         It cannot be written.
     """
-    path = os.path.realpath(path)
     try:
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise PermissionError("you may not write to it")
         if os.path.isdir(path):
             raise IsADirectoryError("it is a folder")
         if _is_plain(path):
-            part = _part(path)
+            part = _part(os.path.realpath(path))
             os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o666))
             os.unlink(part)
     except OSError as error:
@@ -253,10 +252,12 @@ def write_whole(path: str, text: str) -> None:
     InputError
         It cannot be written.
     """
-    path = os.path.realpath(path)
-    part = _part(path) if _is_plain(path) else path
+    is_plain = _is_plain(path)
+    path = os.path.realpath(path) if is_plain else path
+    part = _part(path) if is_plain else path
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        # What was printed to the same place stays.
+        with open(part, "w" if is_plain else "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             if part != path:
@@ -271,7 +272,9 @@ def write_whole(path: str, text: str) -> None:
         raise cannot_write(path, error) from error
 
 
-def _is_plain(path: str) -> bool:  # not a pipe or a terminal
+def _is_plain(path: str) -> bool:  # not a pipe, a terminal, or what the process has open
+    if os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        return False
     return os.path.isfile(path) or not os.path.exists(path)
 
 

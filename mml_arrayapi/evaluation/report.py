@@ -246,7 +246,11 @@ def _histogram(figures: Evaluation) -> tuple[Any, str]:
 
 def _beyond(figures: Evaluation, bars: list[Any]) -> str:
     """Return what the plot does not show, in words."""
-    told = [f"{n:,} from {start:.4g} to {stop:.4g}" for start, stop, n in bars[:3] + bars[3:][-3:]]
+    ends = bars[:3] + bars[3:][-3:]
+    told = [f"{n:,} from {start:.4g} to {stop:.4g}" for start, stop, n in ends]
+    if left := len(bars) - len(ends):
+        samples = sum(n for _, _, n in bars[3:-3])
+        told.insert(3, f"{samples:,} in {left:,} range{'' if left == 1 else 's'} between these")
     note = f"Beyond the plot: {'; '.join(told)}." if told else ""
     if figures.undefined:
         note += f" {figures.undefined:,} are in no bar: a score is NaN, or two are infinite."
@@ -256,9 +260,8 @@ def _beyond(figures: Evaluation, bars: list[Any]) -> str:
 def _scaled(values: list[float]) -> tuple[list[float], float]:
     """Bring values into a range in which the arithmetic of a plot does not overflow."""
     top = max(map(abs, values), default=0.0)
-    scale = 1.0 if not top or 1e-290 < top < 1e290 else 2.0 ** -(math.frexp(top)[1] // 2)
-    if scale != 1.0:
-        scale *= scale
+    size = 0 if not top or 1e-290 < top < 1e290 else math.frexp(top)[1]
+    scale = 2.0 ** max(-1000, min(1000, -size))
     return [value * scale for value in values], scale
 
 

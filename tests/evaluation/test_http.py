@@ -89,7 +89,7 @@ def test_files(arrays, files, wanted, serve, handler):
     url = serve(handler)
     np.savez("both.npz", logits=arrays[0], labels=arrays[1])
     parquet("p.parquet", logits=list(arrays[0]), label=arrays[1])
-    assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy", chunk_size=300) == wanted
+    assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy#", chunk_size=300) == wanted
     assert mml.evaluate(f"{url}/both.npz#logits", f"{url}/both.npz#labels") == wanted
     assert mml.evaluate(f"{url}/p.parquet", f"{url}/p.parquet?version=1") == wanted
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,6 +252,8 @@ def test_a_report_is_written_over_nothing_that_is_used(files, fails, monkeypatch
     options += ("--compare", "old.json", "--checkpoint", "ck")
     line = fails("x*.npy", "y.npy", *options, "--report", report)
     assert f"--report {report}: would overwrite " in line
+    options = (*options[:-1], f"file://{os.getcwd()}/ck")
+    assert fails("x*.npy", "y.npy", *options, "--report", report) == line
     assert ", which this run uses; give another file" in line
 
 
@@ -267,6 +270,40 @@ def test_a_missing_library_of_the_report_is_found_before_the_work(files, fails, 
     assert (
         "--report: needs matplotlib, which cannot be imported; pip install 'mml_arrayapi[ev" in line
     )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="there is no /dev/stdout")
+@pytest.mark.parametrize("to", ["file", "pipe"])
+def test_a_report_to_the_standard_output_follows_the_figures(files, to):
+    program = [sys.executable, "-m", "mml_arrayapi", "evaluate", "x.npy", "y.npy"]
+    program += ["--report", "/dev/stdout"]
+    with open("out.txt", "w") as file:
+        out = subprocess.run(program, stdout=file if to == "file" else subprocess.PIPE, check=True)
+    text = Path("out.txt").read_text(encoding="utf-8") if to == "file" else out.stdout.decode()
+    assert text.startswith("samples")
+    assert text.rstrip().endswith("</html>")
+    assert text.count("<html") == 1
+
+
+def test_what_is_beyond_the_plot_is_counted(rng):
+    scores = rng.standard_cauchy((200_000, 4))
+    figures = mml.evaluate(scores, rng.integers(0, 4, 200_000))
+    bars = figures.bars()
+    width = min(stop - start for start, stop, _ in bars)
+    wider = [n for start, stop, n in bars if stop - start > 1.001 * width]
+    assert len(wider) > 7
+    text = to_html(figures, "")
+    told = re.search("Beyond the plot: (.*?)[.] ?<", text.replace("\n", " ")).group(1)
+    numbers = [int(part.split()[0].replace(",", "")) for part in told.split("; ")]
+    assert sum(numbers) == sum(wider)
+    assert f"{len(wider) - 6} range" in told
+
+
+def test_tiny_losses_are_drawn():
+    scores = np.asarray([[1e-310, 0, 3e-310], [2e-310, 0, 0]])
+    text = to_html(mml.evaluate(scores, np.asarray([0, 1]), margin=0.0), "")
+    assert "mean loss x inf" not in text
+    assert "mean loss" in text
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

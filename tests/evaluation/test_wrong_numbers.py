@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -199,6 +200,46 @@ def test_a_folder_above_which_may_not_be_looked_into(files):
         assert mml.evaluate("team/data", "team/data").samples == 1
     finally:
         os.chmod("team", 0o700)
+
+
+@pytest.mark.parametrize(
+    "given", ["data", "data/**/*.parquet", "data/*/p.parquet", "data/b/p.parquet"]
+)
+def test_folders_that_may_not_be_listed(files, monkeypatch, given):
+    for name, label in (("a", 0), ("b", 1)):
+        os.makedirs(f"data/{name}")
+        parquet(f"data/{name}/p.parquet", logits=[[5.0, 0.0]], label=[label])
+    assert mml.evaluate("data", "data").samples == 2
+    closed = os.path.abspath("data/b")
+
+    def refusing(function, lists):
+        def wrapped(path=".", *args, **kwargs):
+            place = os.path.normpath(os.path.abspath(path))
+            looks_in = place == closed and (lists or str(path).endswith("."))
+            if looks_in or place.startswith(closed + os.sep):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *args, **kwargs)
+
+        return wrapped
+
+    for name in ("scandir", "listdir", "stat", "lstat"):  # as it is for users that are not root
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, refusing(function, "stat" not in name))
+    with pytest.raises(mml.InputError, match=f"{re.escape(given)}: cannot be found .*your access"):
+        mml.evaluate(given, given)
+
+
+def test_labelled_arrays_are_not_paired_by_position():
+    pd, xr = pytest.importorskip("pandas"), pytest.importorskip("xarray")
+    x, y = np.eye(4) * 5, np.arange(4)
+    coords = {"s": [3, 2, 1, 0]}
+    for logits, targets, role in (
+        (xr.DataArray(x, dims=("s", "c"), coords=coords), y, "scores"),
+        (x, xr.DataArray(y, dims="s", coords=coords), "targets"),
+        (x, pd.Series(y, index=coords["s"]), "targets"),
+    ):
+        with pytest.raises(TypeError, match=f"{role} must be arrays without labels"):
+            mml.evaluate(logits, targets)
 
 
 def test_each_partition_is_not_looked_at(files, monkeypatch):

@@ -346,6 +346,26 @@ def test_bits_depend_on_nothing_but_the_numbers(native, rng, monkeypatch, c):
     assert {float(native.loss(few, some, None, options())) for _ in range(2000)} == {float(before)}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", range(2, 17))
+def test_rows_of_few_classes_have_the_same_bits_wherever_they_lie(native, rng, dtype, c):
+    kind = DTYPES[dtype][0]
+    for n, p, weight in itertools.product((1, 3, 8, 64, 75), (1, 2), (None, rng.random(c))):
+        x, y = rng.normal(size=(n, c)).astype(kind), rng.integers(0, c, n)
+        y[n // 2] = -100
+        for reduction in ("mean", "none"):
+            how, grad = options(p, 0.5, reduction, -100), np.empty_like(x)
+            expected = native.loss_and_grad(x, y, weight, how, grad)
+            pieces = native.loss((x[:, :1], x[:, 1:]), y, weight, how)
+            assert np.array_equal(pieces, expected, equal_nan=True)
+            for layout in LAYOUTS.values():
+                z = layout(x)
+                again = np.empty_like(z)
+                loss = native.loss_and_grad(z, y, weight, how, again)
+                assert np.array_equal(loss, expected, equal_nan=True)
+                assert np.array_equal(again, grad)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_long_rows_whose_classes_lie_apart_have_the_same_bits(native, rng, p):
     x, y = rng.normal(size=(2, 40_000)).astype(np.float32), np.asarray([3, 39_999])
