@@ -597,6 +597,12 @@ template <class E, class P, bool UNIT> struct Kernel {
             if constexpr (sizeof(E) == 2) value = Bits{} + in_element_type(L::all(T(scale)))[0];
             else value = L::all(T(scale));
         }
+        explicit Same(F scales) : value(convert<Bits>(in_element_type(scales))) {}  // by lanes
+        INLINE Same of(I which) const {
+            Same picked = *this;
+            picked.value = L::pick(value, which);
+            return picked;
+        }
         INLINE auto where(I mask) const {
             if constexpr (sizeof(E) == 2) return to_16_bits<W>(value & bits_as<Bits>(mask));
             else return L::only(value, mask);
@@ -690,7 +696,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         if (c.sums.data) write(c.sums.at(i), 0.0);
         if (c.sums.data && c.slopes.data) write(c.slopes.at(i), 0.0);
         if (c.grad.data) fill(out(i), 0);
-        if (c.bits) std::memset(c.bits + i * bytes, 0, size_t(bytes));
+        if (c.bits && !few) std::memset(c.bits + i * bytes, 0, size_t(bytes));
     }
     // Looking up targets here and there hides from the processor that rows are read in turn: what
     // comes next is fetched by hand.
@@ -990,7 +996,6 @@ template <class E, class P> struct FewClasses {
     using I = typename L::I;
     static constexpr int W = L::W;
     static constexpr int64_t SIZE = sizeof(E);
-    using Value = typename std::conditional<sizeof(E) == 2, Vec<uint32_t, W>, F>::type;  // to be written
 
     const K &k;
     const Call &c;
@@ -1100,9 +1105,12 @@ template <class E, class P> struct FewClasses {
     }
     // Row by row, in float64.
     NOINLINE void apart(Result &result) const {
+        if (c.bits) std::memset(bits_at(0), 0, size_t(g.count * k.bytes));
         k.each_row(start, g, result, [&](int64_t t, int64_t i) {
             const Sums s = k.careful(row(t), g.y[t], g.own[t]);
             const double loss = k.account(i, s, g.weight[t], result);
+            for (int64_t j = 0, at = t % W * n; c.bits && j < n; j++, at++)
+                if (loss != loss || hinge(t, j) > 0) bits_at(t - t % W)[at / 8] |= uint8_t(1 << at % 8);
             if (!c.grad.data) return;
             const double scale = k.scale_of(i, g.weight[t]);
             for (int64_t j = 0; j < n; j++) {
@@ -1112,18 +1120,6 @@ template <class E, class P> struct FewClasses {
             k.finish(k.out(i), g.y[t], loss, s, scale);
         });
     }
-    NOINLINE void bits_apart() const {
-        for (int64_t t = 0; t < g.count; t += W) {
-            Bits bits = {};
-            for (int64_t s = t; s < t + W && s < g.count; s++) {
-                const double loss = k.careful(row(s), g.y[s], g.own[s]).terms * g.weight[s];
-                for (int64_t j = 0; j < n; j++)
-                    if (g.y[s] != IGNORED && (loss != loss || hinge(s, j) > 0))
-                        bits.bytes[((s - t) * n + j) / 8] |= uint8_t(1 << ((s - t) * n + j) % 8);
-            }
-            std::memcpy(bits_at(t), bits.bytes, bits_size(t));
-        }
-    }
 
     void losses(Result &result) const {
         const auto nothing = [](int64_t) {};
@@ -1131,11 +1127,9 @@ template <class E, class P> struct FewClasses {
     }
     void losses_and_bits(Result &result) const {
         Bits bits;
-        if (together(result, [](int64_t) {}, [&](int v, I, F h) { bits.put(v, h > 0); },
-                     [&](int64_t t) { copy(bits_at(t), bits.bytes, bits_size(t)); }))
-            return;
-        apart(result);
-        bits_apart();
+        if (!together(result, [](int64_t) {}, [&](int v, I, F h) { bits.put(v, h > 0); },
+                      [&](int64_t t) { copy(bits_at(t), bits.bytes, bits_size(t)); }))
+            apart(result);
     }
 
     // The gradients of W rows. Of p = 1: what their active classes get.
@@ -1143,26 +1137,20 @@ template <class E, class P> struct FewClasses {
         alignas(WIDTH) char room[LANE_TERMS * W * SIZE];  // where there are fewer rows
         char *to;
         double scale[W];
-        F factor;
-        Value same;
+        typename std::conditional<K::Write::SAME, typename K::Same, F>::type factor{F{}};
     };
     INLINE void begin(int64_t t, Gradients &d) const {
         const bool whole = t + W <= g.count;
         d.to = whole ? k.out(start + t) : d.room;
         const bool same = !c.weight.data && !c.upstream.ndim;
         if (same && t) return;
+        F factor;
         for (int s = 0; s < W; s++) {
             if (s && same) d.scale[s] = d.scale[0];
             else d.scale[s] = whole || t + s < g.count ? k.scale_of(start + t + s, g.weight[t + s]) : 0;
-            d.factor[s] = T(d.scale[s]);
+            factor[s] = T(d.scale[s]);
         }
-        if constexpr (sizeof(E) == 2) d.same = convert<Value>(K::in_element_type(d.factor));
-        else d.same = d.factor;
-    }
-    INLINE void put_same(const Gradients &d, int v, I which, I mask) const {
-        const Value value = L::pick(d.same, which);
-        if constexpr (sizeof(E) == 2) write(d.to + v * W * SIZE, to_16_bits<W>(value & bits_as<Value>(mask)));
-        else write(d.to + v * W * SIZE, L::only(value, mask));
+        d.factor = decltype(d.factor)(factor);
     }
     // The rest of the rows' gradients; ``slopes`` gives a row's sum, NaN where all of its gradient is.
     template <class Slopes> INLINE void end(int64_t t, const Gradients &d, Slopes slopes) const {
@@ -1195,10 +1183,10 @@ template <class E, class P> struct FewClasses {
             result, [&](int64_t t) { begin(t, d); },
             [&](int v, I which, F h) {
                 if constexpr (std::is_same<P, One>::value) {
-                    bits.put(v, h > 0), put_same(d, v, which, h > 0);
+                    bits.put(v, h > 0), k.put(d.to, v * W, d.factor.of(which).where(h > 0));
                 } else {
                     const F slope = k.power.slope(h), value = L::only(slope * L::pick(d.factor, which), h > 0);
-                    write(slopes + v * W, slope), write(d.to + v * W * SIZE, K::in_element_type(value));
+                    write(slopes + v * W, slope), k.put(d.to, v * W, K::in_element_type(value));
                 }
             },
             [&](int64_t t) {
@@ -1216,7 +1204,7 @@ template <class E, class P> struct FewClasses {
             if (t + W > g.count) bits = {};
             copy(bits.bytes, bits_at(t), bits_size(t));
             begin(t, d);
-            each_vector([&](int v, I which) { put_same(d, v, which, bits.mask(v)); });
+            each_vector([&](int v, I which) { k.put(d.to, v * W, d.factor.of(which).where(bits.mask(v))); });
             // The target's own bit is set only where the row's loss is NaN.
             end(t, d, [&](int64_t s) {
                 const unsigned row = bits.row(s, n);

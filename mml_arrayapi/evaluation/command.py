@@ -155,15 +155,15 @@ def _evaluate(arguments: Any) -> None:
 def _refuse_overwriting(arguments: Any) -> None:
     """Raise if the report is to be written over what is read, or over the journal."""
     from mml_arrayapi.evaluation.files import find
-    from mml_arrayapi.evaluation.journal import NAME
+    from mml_arrayapi.evaluation.journal import local_path
 
     given = (arguments.logits, arguments.targets, arguments.sample_weight)
     files = [file for one in given if one is not None for file in find(one)]
     taken = [file.path for file in files if file.filesystem is None]
     weight = (arguments.weight or "").partition("#")[0]
     taken += filter(None, (arguments.weight, weight, arguments.class_names, arguments.compare))
-    if arguments.checkpoint:
-        taken.append(os.path.join(arguments.checkpoint.removeprefix("file://"), NAME))
+    if arguments.checkpoint and (journal := local_path(arguments.checkpoint)):
+        taken.append(str(journal))
     report = os.path.realpath(arguments.report)
     for path in map(os.path.realpath, taken):
         if report == path or report.startswith(f"{path}{os.sep}"):  # a store is a folder

@@ -296,9 +296,6 @@ def _expand(file: File) -> tuple[list[File], str]:
         why, root = "the folder is no Zarr store and holds no .parquet files", path
     else:
         _refuse_silence(file)
-        if fs is None and not glob.has_magic(path):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                os.stat(path)  # raises where it may not be looked at
         found, root = _glob(fs, path), _fixed(path)
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
     found.sort(key=lambda name: (natural(name), name))  # x-01 and x-1 are one number
@@ -377,7 +374,7 @@ def _is_store(file: File) -> bool:
 
 def _glob(fs: Any, pattern: str) -> list[str]:
     if fs is None:
-        _try_folders(pattern)
+        _try(pattern)
         return glob.glob(pattern, recursive=True)
     found = fs.glob(pattern)
     if re.search(r"(^|/)\.", pattern):
@@ -387,16 +384,21 @@ def _glob(fs: Any, pattern: str) -> list[str]:
     return [name for name in found if "/." not in _below(name, root)]
 
 
-def _try_folders(pattern: str) -> None:
-    """Raise the OSError of a folder that may not be listed: glob would pass over it."""
+def _try(pattern: str) -> None:
+    """Raise the OSError of what may not be looked at: glob would pass over it."""
+    if not glob.has_magic(pattern):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(pattern)
     parts = pattern.split(os.sep)
     for k, part in enumerate(parts):
         if not glob.has_magic(os.sep.join(parts[: k + 1])):
             continue
-        look = os.listdir if glob.has_magic(part) else os.stat
         for place in glob.glob(os.sep.join(parts[:k]) + os.sep, recursive=True):
-            look(os.path.join(place, os.curdir))
-            for folder, folders, _ in os.walk(place, True, _raise, True) if part == "**" else ():
+            if part != "**":
+                look = os.listdir if glob.has_magic(part) else os.stat
+                look(os.path.join(place, os.curdir))
+                continue
+            for folder, folders, _ in os.walk(place, onerror=_raise, followlinks=True):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 os.stat(os.path.join(folder, os.curdir))
 

@@ -49,8 +49,8 @@ class Journal:
     """
 
     def __init__(self, folder: str, about: dict[str, Any], n_batches: int) -> None:
-        folder = folder.removeprefix("file://")
-        self._lines = _Remote(folder) if "://" in folder else _Local(folder)
+        path = local_path(folder)
+        self._lines = _Remote(folder) if path is None else _Local(path)
         self.finished: dict[int, MetricState] = {}
         self._of = sha256(json.dumps(about).encode()).hexdigest()[:16]
         try:
@@ -96,9 +96,14 @@ class Journal:
             raise cannot_write(self._lines.path, error) from error
 
 
+def local_path(folder: str) -> Path | None:
+    """Return the journal of a folder on this machine; None of one elsewhere."""
+    folder = folder.removeprefix("file://")
+    return None if "://" in folder else Path(folder) / NAME
+
+
 class _Local:
-    def __init__(self, folder: str) -> None:
-        path = Path(folder) / NAME
+    def __init__(self, path: Path) -> None:
         self.path = str(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
