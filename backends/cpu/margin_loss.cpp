@@ -1009,8 +1009,11 @@ template <class E, class P> struct FewClasses {
     // Calls f(v, which) for each vector; ``which`` picks what belongs to its rows.
     template <class F_> INLINE void each_vector(F_ f) const {
         const uint8_t *rows = ROWS_OF_SCORES.row[n];
-#pragma GCC unroll 16  // a tenth of the time of a small loss
-        for (int v = 0; v < LANE_TERMS && v < n; v++) f(v, L::lanes(rows + v * W));
+#pragma GCC unroll 16  // a tenth of the time of a loss; GCC ignores it where n stands in the condition
+        for (int v = 0; v < LANE_TERMS; v++) {
+            if (v == n) break;
+            f(v, L::lanes(rows + v * W));
+        }
     }
     // Calls f(v, which, hinges) for each vector of the rows from t on.
     template <class F_> INLINE void each_hinge(int64_t t, F_ f) const {
