@@ -140,17 +140,21 @@ template <class E> INLINE auto widen(const char *p) {  // one element
         return load<4>(padded, E{})[0];
     }
 }
-// A float64 rounded once: a float32 on the way has its last bit set where it isn't exact.
-template <class E> NOINLINE uint16_t round_to_16_bits(double x) {
-    float f = float(x);
-    auto bits = read<uint32_t>(&f);
-    if (double(f) != x && x == x) bits = (bits - (std::fabs(double(f)) > std::fabs(x))) | 1;
-    return round_to<4>(Vec<float, 4>{} + read<float>(&bits), E{})[0];
+// Numbers rounded once: a float32 on the way has its last bit set where it isn't exact.
+constexpr int WIDE = WIDTH / 8;
+using Wide = Vec<double, WIDE>;
+template <class E> INLINE auto rounded(Wide x) {
+    if constexpr (std::is_floating_point<E>::value) return convert<Vec<E, WIDE>>(x);
+    else {
+        using U = Vec<uint32_t, WIDE>;
+        auto f = convert<Vec<float, WIDE>>(x);
+        const Wide back = convert<Wide>(f), size = x < 0 ? -x : x, got = back < 0 ? -back : back;
+        const U inexact = convert<U>((back != x) & (x == x)), above = convert<U>(got > size);
+        const U bits = (bits_as<U>(f) + (above & inexact)) | (inexact & 1);
+        return round_to<WIDE>(bits_as<Vec<float, WIDE>>(bits), E{});
+    }
 }
-template <class E> INLINE void store_rounded(char *p, double x) {
-    if constexpr (std::is_floating_point<E>::value) write(p, E(x));
-    else write(p, round_to_16_bits<E>(x));
-}
+template <class E> INLINE void store_rounded(char *p, double x) { write(p, rounded<E>(Wide{x})[0]); }
 
 // Call f with a value of the element type, or of the integer type.
 template <class F> auto with_float(Type type, F f) {
@@ -214,6 +218,45 @@ template <class T> struct Lanes {
         else return bits_as<I>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(read<int32_t>(p)))) * 0x200000002 + 0x100000000;
 #else
         return convert<I>(read<Vec<uint8_t, W>>(p));
+#endif
+    }
+    // Between W float64 and a vector. GCC 12 converts two numbers at a time.
+    static INLINE F from_doubles(const double *p) {
+#ifdef __AVX2__
+        if constexpr (W == 8)
+            return bits_as<F>(_mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(p + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(p))));
+#endif
+        F x;
+        for (int k = 0; k < W; k++) x[k] = T(p[k]);
+        return x;
+    }
+    static INLINE void to_doubles(F x, double *p) {
+#ifdef __AVX2__
+        if constexpr (W == 8) {
+            _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(bits_as<__m256>(x))));
+            _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(bits_as<__m256>(x), 1)));
+            return;
+        }
+#endif
+        for (int k = 0; k < W; k++) p[k] = x[k];
+    }
+    // The sums of the lanes of each of W vectors.
+    static INLINE F sums(const F *x) {
+#ifdef __AVX2__
+        if constexpr (W == 8) {
+            auto pairs = [&](int k) { return _mm256_hadd_ps(bits_as<__m256>(x[k]), bits_as<__m256>(x[k + 1])); };
+            const __m256 a = _mm256_hadd_ps(pairs(0), pairs(2)), b = _mm256_hadd_ps(pairs(4), pairs(6));
+            return bits_as<F>(_mm256_permute2f128_ps(a, b, 0x20)) + bits_as<F>(_mm256_permute2f128_ps(a, b, 0x31));
+        } else {
+            const __m256d a = _mm256_hadd_pd(bits_as<__m256d>(x[0]), bits_as<__m256d>(x[1]));
+            const __m256d b = _mm256_hadd_pd(bits_as<__m256d>(x[2]), bits_as<__m256d>(x[3]));
+            return bits_as<F>(_mm256_permute2f128_pd(a, b, 0x20)) + bits_as<F>(_mm256_permute2f128_pd(a, b, 0x31));
+        }
+#else
+        F result{};
+        for (int k = 0; k < W; k++)
+            for (int lane = 0; lane < W; lane++) result[k] += x[k][lane];
+        return result;
 #endif
     }
     template <class V> static INLINE V pick(V x, I which) {
@@ -733,17 +776,25 @@ template <class E, class P, bool UNIT> struct Kernel {
             sums[t] = row_terms(g, int(t), each);
             each.end();
         }
+        for (int64_t t = g.count; t % WIDE; t++) sums[t] = 0;
         return write_losses(start, g, sums);
     }
     // The losses of a group from the sums of its rows. False where one is not finite.
     INLINE bool write_losses(int64_t start, const Group<T> &g, double *sums) const {
-        bool ordinary = true;
-        for (int64_t t = 0; t < g.count; t++) {
-            sums[t] = sums[t] / double(n) * g.weight[t];
-            ordinary &= sums[t] - sums[t] == 0;
+        Vec<int64_t, WIDE> odd{};
+        for (int64_t t = 0; t < g.count; t += WIDE) {
+            const Wide loss = read<Wide>(sums + t) / double(n) * read<Wide>(g.weight + t);
+            odd |= loss - loss != 0;
+            write(sums + t, loss);
         }
-        if (!ordinary) return false;
-        each(c.losses, start, g.count, [&](int64_t t, char *p) { store_rounded<E>(p, sums[t]); });
+        if (Lanes<double>::to_bits(odd)) return false;
+        int64_t t = 0;
+        if (c.losses.ndim == 1 && c.losses.stride[0] == SIZE)
+            for (char *to = c.losses.at(start); t + WIDE <= g.count; t += WIDE)
+                write(to + t * SIZE, rounded<E>(read<Wide>(sums + t)));
+        const int64_t done = t;
+        if (t < g.count)
+            each(c.losses, start + t, g.count - t, [&](int64_t t, char *p) { store_rounded<E>(p, sums[done + t]); });
         return true;
     }
     // Rows of which nothing needs a closer look. Where their own losses are not asked for, a lane adds
@@ -1064,42 +1115,48 @@ template <class E, class P> struct FewClasses {
         return size_t((g.count - t < W ? g.count - t : W) * n + 7) / 8;
     }
 
-    // The sums of rows whose terms are written one after the other.
-    INLINE void add_up(const T *terms, double *sums) const {
-        T sum[W] = {};
-        for (int j = 0; j < n; j++)
-            for (int t = 0; t < W; t++) sum[t] += terms[t * n + j];
-        for (int t = 0; t < W; t++) sums[t] = double(sum[t]);
+    // The sums of W rows whose terms are written one after the other.
+    INLINE F row_sums(const T *terms) const {
+        F rows[W];
+        const I left = I{} + typename L::Index(n % W) > L::iota();
+        for (int t = 0; t < W; t++, terms += n) {
+            F s{};
+            int j = 0;
+            for (; j + W <= n; j += W) s += read<F>(terms + j);
+            rows[t] = s + L::only(read<F>(terms + j), left);
+        }
+        return L::sums(rows);
     }
     // As Kernel::together. ``begin`` and ``end`` see where W rows begin, ``each`` their vectors of hinges.
     template <bool BY_ROW, class Begin, class Each, class End>
     INLINE bool together(Result &result, Begin begin, Each each, End end) const {
-        double sums[GROUP];
+        T terms[BY_ROW ? GROUP * LANE_TERMS + W : 1];
         Sum<T> sum;
         for (int64_t t = 0; t < g.count; t += W) {
-            T terms[LANE_TERMS * W];
-            F s{};
+            F s{}, weight{};
+            if (!BY_ROW && c.weight.data) weight = L::from_doubles(g.weight + t);
             begin(t);
             each_hinge(t, [&](int v, I which, F h) {
                 const F term = k.power.term(h);
-                if (BY_ROW) write(terms + v * W, term);
-                else s += term;
+                if (BY_ROW) write(terms + t * n + v * W, term);
+                else s += c.weight.data ? term * L::pick(weight, which) : term;
                 each(v, which, h);
             });
             end(t);
-            if (BY_ROW) add_up(terms, sums + t);
-            else sum.add(s);
+            sum.add(s);
+        }
+        if (BY_ROW) {
+            double sums[GROUP];
+            for (int64_t t = 0; t < g.count; t += W) L::to_doubles(row_sums(terms + t * n), sums + t);
+            return k.write_losses(start, g, sums);
         }
         int64_t count = 0;
         for (int64_t t = 0; t < g.count; t++) count += g.y[t] != IGNORED;
-        if (c.losses.data) return k.write_losses(start, g, sums);
-        double total = sum.total();
-        for (int64_t t = 0; BY_ROW && t < g.count; t++) total += sums[t] * g.weight[t];
-        return K::take(total * c.shrink, count, result);
+        return K::take(sum.total() * c.shrink, count, result);
     }
     template <class Begin, class Each, class End>
     INLINE bool together(Result &result, Begin begin, Each each, End end) const {
-        if (c.losses.data || c.weight.data) return together<true>(result, begin, each, end);
+        if (c.losses.data) return together<true>(result, begin, each, end);
         return together<false>(result, begin, each, end);
     }
     INLINE T hinge(int64_t t, int64_t j) const {
@@ -1180,8 +1237,8 @@ template <class E, class P> struct FewClasses {
     void gradients(Result &result) const {
         Gradients d;
         Bits bits;
-        T slopes[LANE_TERMS * W];
-        double sums[W];
+        T slopes[LANE_TERMS * W + W];
+        F sums;
         const bool whole = together(
             result, [&](int64_t t) { begin(t, d); },
             [&](int v, I which, F h) {
@@ -1193,9 +1250,9 @@ template <class E, class P> struct FewClasses {
                 }
             },
             [&](int64_t t) {
-                if constexpr (std::is_same<P, Two>::value) add_up(slopes, sums);
+                if constexpr (std::is_same<P, Two>::value) sums = row_sums(slopes);
                 end(t, d, [&](int64_t s) {
-                    return std::is_same<P, One>::value ? double(__builtin_popcount(bits.row(s, n))) : sums[s];
+                    return std::is_same<P, One>::value ? double(__builtin_popcount(bits.row(s, n))) : double(sums[s]);
                 });
             });
         if (!whole) apart(result);
