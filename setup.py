@@ -20,9 +20,13 @@ from setuptools.command.build_ext import build_ext
 FOLDER = "backends/cpu"
 SOURCES = (
     "dlpack.h",
+    "job.cpp",
+    "job.h",
     "margin_loss.cpp",
     "margin_loss.h",
     "module.cpp",
+    "operators.cpp",
+    "operators.h",
     "pool.cpp",
     "pool.h",
 )

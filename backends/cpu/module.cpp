@@ -12,13 +12,8 @@
 #include <vector>
 
 #include "dlpack.h"
-#include "margin_loss.h"
-#include "pool.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
+#include "job.h"
+#include "operators.h"
 
 using namespace mml;
 
@@ -62,15 +57,9 @@ struct Object {
     }
 };
 
-// The memory behind an array, for as long as this lives. Strides are in bytes.
-class Array {
+// The memory behind an array, for as long as this lives.
+class Array : public Memory {
   public:
-    char *data = nullptr;
-    Type type = Type::none;
-    bool writable = false;
-    int ndim = 0;
-    int64_t shape[MAX_DIMS], strides[MAX_DIMS];
-
     Array() = default;
     Array(const Array &) = delete;
     Array &operator=(const Array &) = delete;
@@ -87,13 +76,6 @@ class Array {
         if (!done) PyErr_Clear();
         return done && type != Type::none && (data || size() == 0);
     }
-    int64_t size() const {
-        int64_t n = 1;
-        for (int d = 0; d < ndim; d++) n *= shape[d];
-        return n;
-    }
-    bool is_float() const { return type <= Type::bf16; }
-    bool is_integer() const { return type > Type::bf16 && type < Type::none; }
 
   private:
     Py_buffer view;
@@ -183,17 +165,6 @@ class Array {
     }
 };
 
-void use_large_pages(const Array &array);
-
-enum class Reduction { none, mean, sum };
-
-struct Options {
-    double p, margin;
-    Reduction reduction;
-    bool ignores = false, ignore_is_large = false, stop_at_bad_target;
-    int64_t ignore = 0, axis;
-};
-
 bool is_string(PyObject *x, const char *text) {
     return PyUnicode_CompareWithASCIIString(x, text) == 0;
 }
@@ -245,54 +216,24 @@ bool read_options(PyObject *tuple, Options &options) {
     return !options.stop_at_bad_target || is_string(check, "auto") || is_string(check, "raise");
 }
 
-// All axes but one (-1: all), in C order; those that one stride walks become one.
-void walk(Walk &out, const Array &array, int axis) {
-    out.data = array.data;
-    out.type = array.type;
-    out.ndim = 0;
-    for (int d = 0; d < array.ndim; d++) {
-        int64_t n = array.shape[d], stride = array.strides[d];
-        if (d == axis || n == 1) continue;
-        int last = out.ndim - 1;
-        if (last >= 0 && out.stride[last] == n * stride) {
-            out.shape[last] *= n;
-            out.stride[last] = stride;
-        } else {
-            out.shape[out.ndim] = n;
-            out.stride[out.ndim++] = stride;
-        }
-    }
-}
-void scores(Scores &out, const Array &array, int axis) {
-    walk(out, array, axis);
-    out.step = axis < 0 ? size_of(array.type) : array.strides[axis];
-}
-
-constexpr int64_t MOST_CLASSES = INT32_MAX - 64;
-
-// A call as it came from Python, and the arrays that it keeps open.
-struct Job {
+// The arrays of a call as it came from Python.
+struct Arrays {
     const Family *family;
-    Options options;
-    Array input, target, weight;
-    std::unique_ptr<Array[]> arrays;  // of input in pieces
+    Array x, y, w;
+    std::unique_ptr<Array[]> arrays;  // of the scores in pieces
     std::unique_ptr<Piece[]> pieces;
-    Call call;
-    int axis;  // of the classes in input; -1: input is 0-d, one class
+};
+struct PythonJob : Arrays, Job {
+    PythonJob() : Job(x, y, w) {}
 
     // False: not a call for these kernels.
-    bool read(PyObject *x, PyObject *y, PyObject *w, PyObject *given) {
-        family = family_of(x);
-        if (!family || !read_options(given, options)) return false;
-        if (!input.read(x, family) || !input.is_float()) return false;
-        if (!target.read(y, family) || !target.is_integer()) return false;
-        if (!read_shapes()) return false;
-        return read_rest(w);
+    bool read(PyObject *scores, PyObject *targets, PyObject *weights, PyObject *given) {
+        return read_scores(scores, targets, given) && read_rest(weights);
     }
     // The same for scores whose classes lie in several arrays.
-    bool read_pieces(PyObject *tuple, PyObject *y, PyObject *w, PyObject *given) {
+    bool read_pieces(PyObject *tuple, PyObject *targets, PyObject *weights, PyObject *given) {
         const Py_ssize_t n = PyTuple_Size(tuple);
-        if (!n || !read(PyTuple_GetItem(tuple, 0), y, Py_None, given) || axis < 0) return false;
+        if (!n || !read_scores(PyTuple_GetItem(tuple, 0), targets, given) || axis < 0) return false;
         arrays.reset(new (std::nothrow) Array[size_t(n)]);
         pieces.reset(new (std::nothrow) Piece[size_t(n)]);
         if (!arrays || !pieces) return false;
@@ -310,91 +251,30 @@ struct Job {
         }
         call.pieces = pieces.get();
         call.n_pieces = n;
-        return read_rest(w);
-    }
-    bool read_rest(PyObject *w) {
-        if (w != Py_None) {
-            if (!weight.read(w, family) || !weight.is_float() || weight.ndim != 1) return false;
-            if (weight.shape[0] != call.classes) return false;
-            walk(call.weight, weight, -1);
-        }
-        call.p = options.p;
-        call.margin = options.margin;
-        call.ignores = options.ignores;
-        call.ignore_is_large = options.ignore_is_large;
-        call.ignore = options.ignore;
-        call.stop_at_bad_target = options.stop_at_bad_target;
-        return true;
-    }
-    bool same_batch(const Array &rows) const {
-        int batch = input.ndim - (axis >= 0);
-        if (rows.ndim != batch) return batch < 2 && rows.ndim < 2 && call.rows == 1 && rows.size() == 1;
-        for (int d = 0, from = 0; d < batch; d++, from++) {
-            if (from == axis) from++;
-            if (rows.shape[d] != input.shape[from]) return false;
-        }
-        return true;
-    }
-    bool same_shape(const Array &other) const {
-        if (other.ndim != input.ndim) return false;
-        return std::memcmp(other.shape, input.shape, input.ndim * sizeof *input.shape) == 0;
-    }
-    // Where the losses go. The array must have the target's shape.
-    bool set_losses(const Array &out) {
-        if (out.type != input.type || !out.writable || out.ndim != target.ndim) return false;
-        for (int d = 0; d < out.ndim; d++)
-            if (out.shape[d] != target.shape[d]) return false;
-        walk(call.losses, out, -1);
-        return true;
-    }
-    bool set_grad(const Array &grad) {
-        if (grad.type != input.type || !grad.writable || !same_shape(grad)) return false;
-        scores(call.grad, grad, axis);
-        use_large_pages(grad);
-        return true;
+        return read_rest(weights);
     }
 
   private:
-    bool read_shapes() {
-        int64_t ndim = input.ndim ? input.ndim : 1, wanted = options.axis;
-        if (wanted < -ndim || wanted >= ndim) return false;
-        axis = input.ndim ? int(wanted < 0 ? wanted + ndim : wanted) : -1;
-        call.classes = axis < 0 ? 1 : input.shape[axis];
-        if (call.classes < 1 || call.classes > MOST_CLASSES) return false;
-        call.rows = 1;
-        for (int d = 0; d < input.ndim; d++)
-            if (d != axis) call.rows *= input.shape[d];
-        if (!same_batch(target)) return false;
-        scores(call.x, input, axis);
-        walk(call.y, target, -1);
-        return true;
+    bool read_scores(PyObject *scores, PyObject *targets, PyObject *given) {
+        family = family_of(scores);
+        if (!family || !read_options(given, options)) return false;
+        return x.read(scores, family) && y.read(targets, family) && check_scores();
+    }
+    bool read_rest(PyObject *weights) {
+        const bool weighted = weights != Py_None;
+        return (!weighted || w.read(weights, family)) && check_rest(weighted);
     }
 };
 
 // What the gradient is multiplied with: None, a number, or an array of the loss's shape.
-bool read_upstream(Job &job, PyObject *given, Array &array) {
+bool read_upstream(PythonJob &job, PyObject *given, Array &array) {
     if (given == Py_None) return true;
-    if (PyFloat_CheckExact(given) || PyLong_CheckExact(given)) {
-        if (job.options.reduction == Reduction::none) return false;
-        job.call.scale *= PyFloat_AsDouble(given);
-        return !PyErr_Occurred() || (PyErr_Clear(), false);
-    }
-    if (!array.read(given, job.family) || !array.is_float()) return false;
-    if (job.options.reduction == Reduction::none) {
-        if (!job.same_batch(array)) return false;
-        walk(job.call.upstream, array, -1);
-        return true;
-    }
-    if (array.ndim) return false;
-    job.call.scale *= load_float(array.data, array.type);
-    return true;
+    if (!PyFloat_CheckExact(given) && !PyLong_CheckExact(given))
+        return array.read(given, job.family) && job.set_upstream(array);
+    if (job.options.reduction == Reduction::none) return false;
+    job.call.scale *= PyFloat_AsDouble(given);
+    return !PyErr_Occurred() || (PyErr_Clear(), false);
 }
-
-// Scores: of a block (16 microseconds of work); from which the GIL is released.
-constexpr int64_t BLOCK = 1 << 16, ROUND = 64, ALONE = 1 << 14;  // ROUND: a group of the kernels
-// Work from which other threads help, a row counting as much as 32 scores: 40 microseconds. With half
-// as much, a thread that still looks for work saves 5, one that sleeps costs 40.
-constexpr int64_t SERIAL = 1 << 18, ROW = 32;
 
 PyObject *limit = nullptr;  // callable: the library's setting or None -> number of threads
 
@@ -413,65 +293,31 @@ int number_of_threads(PyObject *setting) {
     return int(value < 1 ? 1 : value > 1024 ? 1024 : value);
 }
 
-// Run all rows in blocks, which depend on the shape only; add their results in order. False: a
-// Python error (an interrupt) is set.
-bool run(const Call &call, Block block, PyObject *setting, Result &total) {
-    int64_t size = call.classes < BLOCK ? BLOCK / call.classes : 1;
-    if (size > ROUND) size -= size % ROUND;
-    const int64_t count = (call.rows + size - 1) / size, elements = call.rows * call.classes;
-    total = Result{};
-    if (elements < ALONE) {
-        block(call, 0, call.rows, total);
-        return true;
-    }
-    int threads = elements + ROW * call.rows < SERIAL ? 1 : number_of_threads(setting);
-    if (threads < 0) return false;
-    std::vector<Result> results;
-    bool whole = true, interrupted = false;
+// Run a job's blocks. False: a Python error (an interrupt) is set.
+bool run(const PythonJob &job, Block block, PyObject *setting, Result &total) {
+    Helpers helpers;
+    helpers.threads = wants_threads(job.call) ? number_of_threads(setting) : 1;
+    if (helpers.threads < 0) return false;
+    if (is_small(job.call)) return run_blocks(job.call, block, helpers, total);
+    if (job.family->exchange) helpers.team = pytorch_team();
+    bool whole = false, interrupted = false, memory = true;
     PyThreadState *state = PyEval_SaveThread();
-    try {
-        results.resize(size_t(count));
-        whole = in_parallel(
-            count, threads,
-            [&](int64_t k) {
-                int64_t start = k * size, stop = start + size < call.rows ? start + size : call.rows;
-                block(call, start, stop, results[size_t(k)]);
-            },
-            [&] {
-                PyEval_RestoreThread(state);
-                interrupted = PyErr_CheckSignals() != 0;
-                state = PyEval_SaveThread();
-                return interrupted;
-            });
-    } catch (const std::bad_alloc &) {
+    helpers.interrupted = [&] {
         PyEval_RestoreThread(state);
-        PyErr_NoMemory();
-        return false;
+        interrupted = PyErr_CheckSignals() != 0;
+        state = PyEval_SaveThread();
+        return interrupted;
+    };
+    try {
+        whole = run_blocks(job.call, block, helpers, total);
+    } catch (const std::bad_alloc &) {
+        memory = false;
     }
     PyEval_RestoreThread(state);
-    for (const Result &result : results) {
-        total.sum += result.sum;
-        total.count += result.count;
-        total.bad |= result.bad;
-    }
-    if (!whole && !interrupted)
+    if (!memory) PyErr_NoMemory();
+    else if (!whole && !interrupted)
         PyErr_SetString(PyExc_RuntimeError, "the process was forked while a loss was computed");
     return whole;
-}
-
-// Ask Linux to back fresh memory by large pages. Filling 262 MB took 95 ms with small ones, 15 ms
-// with large ones.
-void use_large_pages(const Array &array) {
-#ifdef MADV_HUGEPAGE
-    constexpr int64_t LARGE = 1 << 22;  // bytes
-    int64_t size = array.size() * size_of(array.type), page = sysconf(_SC_PAGESIZE);
-    if (size < LARGE) return;
-    uintptr_t first = reinterpret_cast<uintptr_t>(array.data), end = first + uintptr_t(size);
-    first = (first + uintptr_t(page) - 1) / uintptr_t(page) * uintptr_t(page);
-    madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);  // may be refused
-#else
-    (void)array;
-#endif
 }
 
 void set_error(void *, const char *, const char *message) {
@@ -479,7 +325,7 @@ void set_error(void *, const char *, const char *message) {
 }
 
 // A new array of the target's shape; 0-d where target is null. Its memory is open in ``out``.
-PyObject *make_array(const Job &job, PyObject *input, const Array *like, Array &out) {
+PyObject *make_array(const PythonJob &job, PyObject *input, const Memory *like, Array &out) {
     int ndim = like ? like->ndim : 0;
     if (job.family->exchange) {
         DLTensor wanted = {};
@@ -516,7 +362,7 @@ PyObject *make_array(const Job &job, PyObject *input, const Array *like, Array &
 bool can_make(const Family &family) { return family.exchange || family.empty; }
 
 // The mean or the sum as the library's own number.
-PyObject *make_scalar(const Job &job, PyObject *input, double value, PyObject *given) {
+PyObject *make_scalar(const PythonJob &job, PyObject *input, double value, PyObject *given) {
     Type type = job.input.type;
     if (given != Py_None || job.family->exchange) {
         Array out;
@@ -546,7 +392,7 @@ PyObject *make_scalar(const Job &job, PyObject *input, double value, PyObject *g
 }
 
 // Run the loss's (or gradient's) blocks, make the result. None: declined.
-PyObject *compute(Job &job, PyObject *input, PyObject *given, PyObject *threads, Block block) {
+PyObject *compute(PythonJob &job, PyObject *input, PyObject *given, PyObject *threads, Block block) {
     Call &call = job.call;
     bool none = job.options.reduction == Reduction::none;
     if (given == Py_None && !can_make(*job.family)) Py_RETURN_NONE;
@@ -564,31 +410,15 @@ PyObject *compute(Job &job, PyObject *input, PyObject *given, PyObject *threads,
         if (!job.set_losses(out)) Py_RETURN_NONE;
     }
     Result result;
-    if (!run(call, block, threads, result)) return nullptr;
-    if (result.bad && call.stop_at_bad_target) Py_RETURN_NONE;
-    if (std::isinf(result.sum) && call.x.type == Type::f64) {
-        call.shrink = 0x1p-64;
-        if (!run(call, block, threads, result)) return nullptr;
-    }
-    if (none) return losses.release();
-    double value = result.sum / double(call.classes);
-    if (job.options.reduction == Reduction::mean)
-        value = result.count ? value / double(result.count) : std::nan("");
-    return make_scalar(job, input, value / call.shrink, given);
+    do {
+        if (!run(job, block, threads, result)) return nullptr;
+        if (result.bad && call.stop_at_bad_target) Py_RETURN_NONE;
+    } while (job.overflowed(result));
+    return none ? losses.release() : make_scalar(job, input, job.value(result), given);
 }
 
-// The mean's share in the factor of the gradient.
-void set_scale(Job &job) {
-    if (job.options.reduction != Reduction::mean) return;
-    int64_t count = job.call.ignores ? count_not_ignored(job.call) : job.call.rows;
-    if (count) job.call.scale /= double(count);
-}
-
-uint8_t *bits_of(const Job &job, PyObject *given, Array &array) {
-    if (!array.read(given, job.family) || array.type != Type::u8 || array.ndim != 1) return nullptr;
-    if (!array.writable || array.strides[0] != 1 || job.call.p != 1) return nullptr;
-    if (array.shape[0] != job.call.rows * row_bytes(job.call.x.type, job.call.classes)) return nullptr;
-    return reinterpret_cast<uint8_t *>(array.data);
+bool read_bits(PythonJob &job, PyObject *given, Array &array) {
+    return given == Py_None || (array.read(given, job.family) && job.set_bits(array));
 }
 
 PyObject *argument(PyObject *const *args, Py_ssize_t n, Py_ssize_t i) {
@@ -614,7 +444,7 @@ bool wrong_count(Py_ssize_t n, Py_ssize_t least, Py_ssize_t most) {
 // loss(input, target, weight, options, out=None, bits=None, threads=None)
 PyObject *loss(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 4, 7)) return nullptr;
-    Job job;
+    PythonJob job;
     PyObject *input = args[0], *given = argument(args, n, 5);
     if (PyTuple_CheckExact(input)) {
         if (given != Py_None || !job.read_pieces(input, args[1], args[2], args[3])) Py_RETURN_NONE;
@@ -623,7 +453,7 @@ PyObject *loss(PyObject *, PyObject *const *args, Py_ssize_t n) {
         Py_RETURN_NONE;
     }
     Array bits;
-    if (given != Py_None && !(job.call.bits = bits_of(job, given, bits))) Py_RETURN_NONE;
+    if (!read_bits(job, given, bits)) Py_RETURN_NONE;
     Block block = loss_block(job.call);
     if (!block) Py_RETURN_NONE;
     return compute(job, input, argument(args, n, 4), argument(args, n, 6), block);
@@ -632,68 +462,63 @@ PyObject *loss(PyObject *, PyObject *const *args, Py_ssize_t n) {
 // loss_and_grad(input, target, weight, options, grad, grad_output=None, out=None, threads=None)
 PyObject *loss_and_grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 5, 8)) return nullptr;
-    Job job;
+    PythonJob job;
     Array grad, upstream;
     if (!job.read(args[0], args[1], args[2], args[3])) Py_RETURN_NONE;
     if (!grad.read(args[4], job.family) || !job.set_grad(grad)) Py_RETURN_NONE;
     if (!read_upstream(job, argument(args, n, 5), upstream)) Py_RETURN_NONE;
-    set_scale(job);
+    job.set_scale();
     return compute(job, args[0], argument(args, n, 6), argument(args, n, 7), grad_block(job.call));
 }
 
 // grad(input, target, weight, options, grad, grad_output=None, bits=None, threads=None)
 PyObject *grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 5, 8)) return nullptr;
-    Job job;
+    PythonJob job;
     Array grad, upstream, bits;
     if (!job.read(args[0], args[1], args[2], args[3])) Py_RETURN_NONE;
     if (!grad.read(args[4], job.family) || !job.set_grad(grad)) Py_RETURN_NONE;
     if (!read_upstream(job, argument(args, n, 5), upstream)) Py_RETURN_NONE;
-    set_scale(job);
-    PyObject *given = argument(args, n, 6);
-    if (given != Py_None && !(job.call.bits = bits_of(job, given, bits))) Py_RETURN_NONE;
+    job.set_scale();
+    if (!read_bits(job, argument(args, n, 6), bits)) Py_RETURN_NONE;
     Result result;
     Block block = job.call.bits ? bits_block(job.call) : grad_block(job.call);
-    if (!run(job.call, block, argument(args, n, 7), result)) return nullptr;
+    if (!run(job, block, argument(args, n, 7), result)) return nullptr;
     if (result.bad && job.call.stop_at_bad_target) Py_RETURN_NONE;
     Py_INCREF(args[4]);
     return args[4];
 }
 
 // The bytes that keep the bits of p = 1; 0 where input or options don't go with them.
-int64_t bytes_of_rows(Job &job, PyObject *input, PyObject *given, int64_t &rows) {
+int64_t bytes_of_rows(PythonJob &job, PyObject *input, PyObject *given) {
     const Family *family = family_of(input);
-    if (!family || !read_options(given, job.options) || !job.input.read(input, family)) return 0;
-    const Array &x = job.input;
+    if (!family || !read_options(given, job.options) || !job.x.read(input, family)) return 0;
+    const Array &x = job.x;
     int64_t axis = job.options.axis < 0 ? job.options.axis + x.ndim : job.options.axis;
     if (!x.is_float() || job.options.p != 1 || axis < 0 || axis >= x.ndim || !x.shape[axis]) return 0;
     scores(job.call.x, x, int(axis));
     job.call.classes = x.shape[axis];
-    job.call.rows = rows = x.size() / job.call.classes;
+    job.call.rows = x.size() / job.call.classes;
     return row_bytes(x.type, job.call.classes);
 }
 
 // row_bytes(input, options) -> int
 PyObject *row_bytes(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 2, 2)) return nullptr;
-    Job job;
-    int64_t rows;
-    return PyLong_FromLongLong(bytes_of_rows(job, args[0], args[1], rows));
+    PythonJob job;
+    return PyLong_FromLongLong(bytes_of_rows(job, args[0], args[1]));
 }
 
 // bits_size(input, options) -> int
 PyObject *bits_size(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 2, 2)) return nullptr;
-    constexpr int64_t FEW = 1 << 20;  // reading so few scores again takes less time
-    Job job;
-    int64_t rows = 0, bytes = bytes_of_rows(job, args[0], args[1], rows);
-    bool pays = bytes && job.input.size() >= FEW;
-    return PyLong_FromLongLong(pays ? rows * bytes : 0);
+    PythonJob job;
+    return PyLong_FromLongLong(bytes_of_rows(job, args[0], args[1]) ? job.bits_size() : 0);
 }
 
 // The three below serve class axes in parts; the part's first class comes after the options.
 
-bool read_part(Job &job, PyObject *const *args) {
+bool read_part(PythonJob &job, PyObject *const *args) {
     int overflow;
     if (!PyLong_CheckExact(args[3])) return false;
     job.call.first = PyLong_AsLongLongAndOverflow(args[3], &overflow);
@@ -701,7 +526,7 @@ bool read_part(Job &job, PyObject *const *args) {
     return !overflow && job.call.first >= 0 && job.read(args[0], args[1], Py_None, args[2]);
 }
 // An array of one number for each row.
-bool read_rows(const Job &job, PyObject *given, Array &array, Walk &out, Type type, bool written) {
+bool read_rows(const PythonJob &job, PyObject *given, Array &array, Walk &out, Type type, bool written) {
     if (!array.read(given, job.family) || array.type != type || (written && !array.writable))
         return false;
     if (!job.same_batch(array)) return false;
@@ -713,12 +538,12 @@ Type computing(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 // own_scores(input, target, options, first, own, threads=None)
 PyObject *own_scores(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 5, 6)) return nullptr;
-    Job job;
+    PythonJob job;
     Array own;
     Result result;
     if (!read_part(job, args)) Py_RETURN_NONE;
     if (!read_rows(job, args[4], own, job.call.own, computing(job.input.type), true)) Py_RETURN_NONE;
-    if (!run(job.call, own_block(job.call), argument(args, n, 5), result)) return nullptr;
+    if (!run(job, own_block(job.call), argument(args, n, 5), result)) return nullptr;
     Py_INCREF(args[4]);
     return args[4];
 }
@@ -726,7 +551,7 @@ PyObject *own_scores(PyObject *, PyObject *const *args, Py_ssize_t n) {
 // part_sums(input, target, options, first, own, sums, slopes or None, threads=None)
 PyObject *part_sums(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 7, 8)) return nullptr;
-    Job job;
+    PythonJob job;
     Array own, sums, slopes;
     Call &call = job.call;
     if (!read_part(job, args)) Py_RETURN_NONE;
@@ -735,7 +560,7 @@ PyObject *part_sums(PyObject *, PyObject *const *args, Py_ssize_t n) {
     bool wanted = args[6] != Py_None;
     if (wanted && !read_rows(job, args[6], slopes, call.slopes, Type::f64, true)) Py_RETURN_NONE;
     Result result;
-    if (!run(call, loss_block(call), argument(args, n, 7), result)) return nullptr;
+    if (!run(job, loss_block(call), argument(args, n, 7), result)) return nullptr;
     Py_INCREF(args[5]);
     return args[5];
 }
@@ -743,7 +568,7 @@ PyObject *part_sums(PyObject *, PyObject *const *args, Py_ssize_t n) {
 // part_grad(input, target, options, first, (own, slopes, scale), grad, threads=None)
 PyObject *part_grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 6, 7)) return nullptr;
-    Job job;
+    PythonJob job;
     Array own, slopes, scale, grad;
     Call &call = job.call;
     PyObject *rows = args[4];
@@ -754,7 +579,7 @@ PyObject *part_grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (!read_rows(job, PyTuple_GetItem(rows, 2), scale, call.upstream, Type::f64, false)) Py_RETURN_NONE;
     if (!grad.read(args[5], job.family) || !job.set_grad(grad)) Py_RETURN_NONE;
     Result result;
-    if (!run(call, grad_block(call), argument(args, n, 6), result)) return nullptr;
+    if (!run(job, grad_block(call), argument(args, n, 6), result)) return nullptr;
     Py_INCREF(args[5]);
     return args[5];
 }
@@ -772,7 +597,7 @@ template <class T> bool read_contiguous(const Family *family, PyObject *given, A
 // standings(input, target, weight, options, losses or None, (classes, kinds, bins, confused), unit, threads=None)
 PyObject *standings(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 7, 8)) return nullptr;
-    Job job;
+    PythonJob job;
     Array losses, classes, kinds, bins, confused;
     Call &call = job.call;
     PyObject *rows = args[5];
@@ -791,7 +616,7 @@ PyObject *standings(PyObject *, PyObject *const *args, Py_ssize_t n) {
     call.wanted = int(classes.shape[1]);
     if (call.wanted < 1 || (call.wanted < 2 && call.classes > 1)) Py_RETURN_NONE;  // the best may be the target
     Result result;
-    if (!run(call, standings_block(call), argument(args, n, 7), result)) return nullptr;
+    if (!run(job, standings_block(call), argument(args, n, 7), result)) return nullptr;
     return Py_NewRef(result.bad ? Py_None : rows);
 }
 
@@ -852,6 +677,16 @@ PyObject *accept(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Py_RETURN_NONE;
 }
 
+// connect_pytorch(find) -> bool
+PyObject *connect_pytorch(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (wrong_count(n, 1, 1)) return nullptr;
+    const bool done = mml::connect_pytorch([&](const char *name) -> void * {
+        Object address(PyObject_CallFunction(args[0], "s", name));
+        return address.p && address.p != Py_None ? PyLong_AsVoidPtr(address.p) : nullptr;
+    });
+    return PyErr_Occurred() ? nullptr : PyBool_FromLong(done);
+}
+
 PyObject *best_build(PyObject *, PyObject *const *, Py_ssize_t) {
     return PyUnicode_FromString(has_v3() ? "x86_64_v3" : "baseline");
 }
@@ -878,7 +713,7 @@ using Method = PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t);
 PyMethodDef methods[] = {METHOD(accept),    METHOD(loss),       METHOD(loss_and_grad),
                          METHOD(grad),      METHOD(bits_size), METHOD(row_bytes),  METHOD(own_scores),
                          METHOD(part_sums), METHOD(part_grad),  METHOD(standings),  METHOD(exact_sums), METHOD(best_build), METHOD(set_limit),
-                         METHOD(supports),  METHOD(source_hash), {nullptr, nullptr, 0, nullptr}};
+                         METHOD(supports),  METHOD(source_hash), METHOD(connect_pytorch), {nullptr, nullptr, 0, nullptr}};
 
 #ifndef MODULE
 #define MODULE _baseline
@@ -893,7 +728,17 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(MODULE), nullptr, -1, meth
 
 }  // namespace
 
+int mml::threads_with(long setting) {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    int threads = -1;
+    if (Object number(PyLong_FromLong(setting)); number.p) threads = number_of_threads(number.p);
+    if (threads < 0) PyErr_Clear();
+    PyGILState_Release(state);
+    return threads;
+}
+
 PyMODINIT_FUNC JOIN(PyInit_, MODULE)() {
+    mml::watch_forks();
     PyObject *module = PyModule_Create(&definition);
 #ifdef Py_GIL_DISABLED
     if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);

@@ -4,6 +4,10 @@ Where operations simply run, a call goes straight to the engine of its device. W
 transform or a mode looks on, it goes through the operators of ``torch.ops.mml_arrayapi``, which
 all of them understand; the way through PyTorch's dispatcher takes longer than a small loss.
 
+What a compiler records in the end are two other operators, which have no derivatives and never read
+the targets to look for an error. On the CPU they are written in C++: a step through Python takes
+longer than a small loss.
+
 Whatever autograd hands back (saved tensors may have gone through hooks, gradients may be views
 that negate) is looked at again before an engine reads its memory.
 """
@@ -60,6 +64,9 @@ class Engine(NamedTuple):
         ``mask_shape(dtype, rows, n_classes)``: the mask's shape, in bytes, on every machine.
     keeps : callable
         ``keeps(input, options)``: whether a mask pays for these scores.
+    graph_operators : bool
+        Whether the engine has registered the operators of compiled graphs itself, which call those
+        of :data:`_TWINS` for what they can't serve.
     """
 
     device: str
@@ -69,6 +76,7 @@ class Engine(NamedTuple):
     loss_and_grad: Callable[..., tuple[Tensor, Tensor] | None]
     mask_shape: Callable[[torch.dtype, int, int], tuple[int, ...]]
     keeps: Callable[[Tensor, Options], bool]
+    graph_operators: bool = False
 
 
 _engines: dict[str, Engine] = {}
@@ -161,12 +169,34 @@ _SIGNATURES = (
     f"(Tensor grad_output, {_SCORES}, Tensor? mask, {_OPTIONS}) -> Tensor",
     f"({_SCORES}, Tensor? grad_output, {_OPTIONS}) -> (Tensor, Tensor)",
 )
+# Of compiled graphs: what is out of range gives NaN.
+_GRAPH_OPTIONS = "float p, float margin, str reduction, SymInt? ignore_index, int axis"
+_GRAPH_NAMES = ("graph_multi_margin_loss", "graph_multi_margin_loss_backward")
+_TWINS = tuple(f"{name}_in_python" for name in _GRAPH_NAMES)
+_GRAPH_SIGNATURES = tuple(one.replace(_OPTIONS, _GRAPH_OPTIONS) for one in _SIGNATURES[:2])
 _library = torch.library.Library("mml_arrayapi", "DEF")
-for _name, _signature in zip(_NAMES, _SIGNATURES, strict=True):
+for _name, _signature in zip(
+    (*_NAMES, *_GRAPH_NAMES, *_TWINS), (*_SIGNATURES, *2 * _GRAPH_SIGNATURES), strict=True
+):
     _library.define(_name + _signature, tags=torch.Tag.pt2_compliant_tag)
 _loss = torch.ops.mml_arrayapi.multi_margin_loss.default
 _gradient = torch.ops.mml_arrayapi.multi_margin_loss_backward.default
 _loss_and_grad = torch.ops.mml_arrayapi.multi_margin_loss_and_grad.default
+_graph_loss = torch.ops.mml_arrayapi.graph_multi_margin_loss.default
+_graph_gradient = torch.ops.mml_arrayapi.graph_multi_margin_loss_backward.default
+
+
+def _loss_below(input: Any, target: Any, weight: Any, options: Options, keep_mask: bool) -> Any:
+    """Run the loss below autograd; put the graphs' operator into what torch.compile records."""
+    if state.is_recording() and options[5] == "nan":
+        return _graph_loss(input, target, weight, *options[:5], keep_mask)
+    return _loss(input, target, weight, *options, keep_mask)
+
+
+def _gradient_below(*arguments: Any) -> Tensor:
+    if state.is_recording() and arguments[-1] == "nan":
+        return _graph_gradient(*arguments[:-1])
+    return _gradient(*arguments)
 
 
 def _in_graph(input: Any, target: Any, weight: Any, options: Options) -> Tensor | None:
@@ -247,7 +277,15 @@ def _implement(engine: Engine) -> None:
             made = _formula_loss_and_grad(input, target, weight, grad_output, options)
         return made
 
-    for name, run in zip(_NAMES, (loss, gradient, loss_and_grad), strict=True):
+    def graph_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return loss(*arguments[:-1], "nan", arguments[-1])
+
+    def graph_gradient(*arguments: Any) -> Tensor:
+        return gradient(*arguments, "nan")
+
+    names = *_NAMES, *(_TWINS if engine.graph_operators else _GRAPH_NAMES)
+    runs = loss, gradient, loss_and_grad, graph_loss, graph_gradient
+    for name, run in zip(names, runs, strict=True):
         _library.impl(name, run, engine.device.upper())
 
 
@@ -312,6 +350,8 @@ for _operator, _fake in (
     (_loss, _fake_loss),
     (_gradient, _fake_gradient),
     (_loss_and_grad, _fake_loss_and_grad),
+    (_graph_loss, _fake_loss),
+    (_graph_gradient, _fake_gradient),
 ):
     torch.library.register_fake(_operator, _fake, lib=_library)
 
@@ -329,7 +369,7 @@ def _autograd_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple
         with single_level():
             return _Loss.apply(input, target, weight, options, keep_mask, None)
     with below_autograd():
-        return _loss(input, target, weight, *options, keep_mask)
+        return _loss_below(input, target, weight, options, keep_mask)
 
 
 def _autograd_gradient(
@@ -342,7 +382,7 @@ def _autograd_gradient(
         with single_level():
             return _Gradient.apply(*arguments, options)
     with below_autograd():
-        return _gradient(*arguments, *options)
+        return _gradient_below(*arguments, *options)
 
 
 def _autograd_loss_and_grad(
@@ -388,7 +428,7 @@ class _Loss(state.SingleLevelFunction):
                 return None
         else:
             with torch.enable_grad(), below_autograd():  # outer levels of torch.func go on deriving
-                made = _loss(input, target, weight, *options, keep_mask)
+                made = _loss_below(input, target, weight, options, keep_mask)
         loss, mask = made
         if engine is None and not state.is_transformed() and readable(input):
             # What is saved must not depend on the way that led here: checkpoint() compares it.
@@ -462,7 +502,7 @@ class _Gradient(state.SingleLevelFunction):
         _save(ctx, grad_output=grad_output, input=input, target=target, weight=weight)
         ctx.options = options
         with torch.enable_grad(), below_autograd():
-            return _gradient(grad_output, input, target, weight, mask, *options)
+            return _gradient_below(grad_output, input, target, weight, mask, *options)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
@@ -597,10 +637,20 @@ def _map_loss_and_grad(
     return (losses, grad), (0, 0)
 
 
+def _map_graph_loss(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    return _map_loss(info, in_dims, *arguments[:-1], "nan", arguments[-1])
+
+
+def _map_graph_gradient(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    return _map_gradient(info, in_dims, *arguments, "nan")
+
+
 for _operator, _rule in (
     (_loss, _map_loss),
     (_gradient, _map_gradient),
     (_loss_and_grad, _map_loss_and_grad),
+    (_graph_loss, _map_graph_loss),
+    (_graph_gradient, _map_graph_gradient),
 ):
     torch.library.register_vmap(_operator, _rule, lib=_library)
 

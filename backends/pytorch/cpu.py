@@ -9,7 +9,7 @@ from torch import Tensor, empty_like, get_num_threads
 
 from mml_arrayapi.backends import cpu
 from mml_arrayapi.backends.pytorch.autograd import Engine, make_kernel
-from mml_arrayapi.backends.pytorch.state import PLAIN
+from mml_arrayapi.backends.pytorch.state import PLAIN, address_of
 from mml_arrayapi.kernel import Options, Problem
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -17,8 +17,10 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 native = cpu.native
 _MARK = 1 if native is None or native.__name__.endswith("baseline") else 2  # not 0: no bits yet
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10
+_connected = False
 if native is not None:
     native.accept(PLAIN, _exchange or torch.utils.dlpack.to_dlpack)
+    _connected = native.connect_pytorch(address_of)  # PyTorch 2.10
 
 
 def refuses(problem: Problem) -> str | None:
@@ -120,7 +122,7 @@ def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
 
 
 KERNEL = make_kernel(
-    "torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape, keeps)
+    "torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape, keeps, _connected)
 )
 if native is None:  # refuses() says so, and nothing may be tried before it is asked
     KERNEL = replace(KERNEL, direct={})

@@ -6,6 +6,7 @@ or gives it another meaning.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch._C import _functorch
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -33,6 +35,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 is_tracing = torch._C._is_tracing
+_tracing_context = TracingContext.try_get
 
 #: Within it, a :class:`SingleLevelFunction` derives one level of torch.func, as an operator's
 #: Autograd kernel is asked to do.
@@ -63,6 +66,11 @@ def _only_device_contexts() -> bool:
     """Tell whether all function modes are those of ``torch.device(...)``, which set a default."""
     modes = map(torch._C._get_function_stack_at, range(_function_modes()))
     return all(type(mode) is DeviceContext for mode in modes)
+
+
+def is_recording() -> bool:
+    """Tell whether torch.compile records a graph, of which it has taken all derivatives."""
+    return _tracing_context() is not None and not is_exporting()
 
 
 def forward_levels() -> int:
@@ -214,6 +222,12 @@ def _within_grad(tensor: torch.Tensor) -> torch.Tensor:
     while _functorch.is_gradtrackingtensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def address_of(name: str) -> int | None:
+    """Return where a function of PyTorch's stable C interface is, or None."""
+    function = getattr(ctypes.CDLL(torch._C.__file__), name, None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 def current_stream(device: int) -> int:

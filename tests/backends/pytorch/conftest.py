@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,25 @@ def compile_whole(function, **options):
     return torch.compile(function, fullgraph=True, backend="aot_eager_decomp_partition", **options)
 
 
+@contextmanager
+def graph_operators_ran():
+    """The operators of compiled graphs that run in the block, in order."""
+    from torch.profiler import ProfilerActivity, profile
+
+    names = []
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        yield names
+    events = sorted(found.events(), key=lambda event: event.time_range.start)
+    start = "mml_arrayapi::graph_"
+    names += [one.name.removeprefix(start) for one in events if one.name.startswith(start)]
+
+
+FORWARD, BACKWARD = "multi_margin_loss", "multi_margin_loss_backward"
+
+
 @pytest.fixture
 def kernels_ran(monkeypatch):
-    """The names of the C++ functions that have computed something, in order."""
+    """The names of the C++ functions that Python has had compute something, in order."""
     engine = pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
     native, names = engine.native, []
     if native is None:
