@@ -180,6 +180,13 @@ def set_limit(limit: Callable[[int | None], int], /) -> None:
     It gets the library's setting, or None; what it raises the call raises.
     """
 
+def connect_pytorch(address_of: Callable[[str], int | None], /) -> bool:
+    """Register the operators of compiled graphs, and use PyTorch's threads for tensors.
+
+    ``address_of`` tells where a function of PyTorch's stable C interface is. False where one is
+    missing: PyTorch before 2.10.
+    """
+
 def best_build() -> str:
     """Name the best build for this processor."""
 

@@ -276,12 +276,12 @@ void gradient_operator(Value *stack, uint64_t, uint64_t) {
 Team pytorch_team() { return connected ? api.torch_parallel_for : nullptr; }
 
 bool connect_pytorch(const std::function<void *(const char *)> &find) {
-    bool whole = true;
-#define FIND(name, arguments)                                     \
-    if (void *found = find(#name)) std::memcpy(&api.name, &found, sizeof found); \
-    else whole = false;
+    Api made;
+#define FIND(name, arguments)                                                      \
+    if (void *found = find(#name)) std::memcpy(&made.name, &found, sizeof found); \
+    else return false;
     FUNCTIONS(FIND)
-    if (!whole) return false;
+    api = made;
     cpu_device = api.aoti_torch_device_type_cpu();
     int32_t (*const types[])() = {  // in the order of Type
         api.aoti_torch_dtype_float64, api.aoti_torch_dtype_float32, api.aoti_torch_dtype_float16,

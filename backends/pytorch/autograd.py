@@ -253,7 +253,9 @@ def _implement(engine: Engine) -> None:
 
     def loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
         options, keep_mask = options[:-1], options[-1]
-        made = engine.loss(input, target, weight, options, keep_mask)
+        made = None
+        if _all_readable(input, target, weight):
+            made = engine.loss(input, target, weight, options, keep_mask)
         if made is None:
             made = _formula_loss(input, target, weight, options), None
         value, mask = made
@@ -264,7 +266,9 @@ def _implement(engine: Engine) -> None:
     def gradient(
         grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, *options: Any
     ) -> Tensor:
-        grad = engine.grad(grad_output, input, target, weight, mask, options)
+        grad = None
+        if _all_readable(grad_output, input, target, weight, mask):
+            grad = engine.grad(grad_output, input, target, weight, mask, options)
         if grad is None:
             grad = _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
         return grad
@@ -272,7 +276,9 @@ def _implement(engine: Engine) -> None:
     def loss_and_grad(
         input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        made = engine.loss_and_grad(input, target, weight, grad_output, options)
+        made = None
+        if _all_readable(input, target, weight, grad_output):
+            made = engine.loss_and_grad(input, target, weight, grad_output, options)
         if made is None:
             made = _formula_loss_and_grad(input, target, weight, grad_output, options)
         return made
@@ -287,6 +293,10 @@ def _implement(engine: Engine) -> None:
     runs = loss, gradient, loss_and_grad, graph_loss, graph_gradient
     for name, run in zip(names, runs, strict=True):
         _library.impl(name, run, engine.device.upper())
+
+
+def _all_readable(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or readable(tensor) for tensor in tensors)
 
 
 def _no_mask(input: Tensor) -> Tensor:
@@ -318,6 +328,9 @@ def _formula() -> Any:
 
 
 def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
+    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+        if tensor is not None and state.is_freed(tensor):
+            raise RuntimeError(f"{name} is a tensor whose storage was freed or shrunk")
     p, margin, reduction, ignore_index, axis, check_target = options
     problem = Problem(
         xp, "torch", input, target, weight, p, margin, reduction, axis, check_target, ignore_index
@@ -454,7 +467,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     if state.is_mapped(grad_output):
         return _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
     simply = ctx.engine is not None and ordinary() and not is_grad_enabled()
-    if simply and all(tensor is None or readable(tensor) for tensor in arguments):
+    if simply and _all_readable(*arguments):
         grad: Tensor | None = ctx.engine.grad(*arguments, options)
         if grad is not None:
             return grad

@@ -17,10 +17,10 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 native = cpu.native
 _MARK = 1 if native is None or native.__name__.endswith("baseline") else 2  # not 0: no bits yet
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10
-_connected = False
+GRAPH_OPERATORS = False
 if native is not None:
     native.accept(PLAIN, _exchange or torch.utils.dlpack.to_dlpack)
-    _connected = native.connect_pytorch(address_of)  # PyTorch 2.10
+    GRAPH_OPERATORS = native.connect_pytorch(address_of)  # from PyTorch 2.10 on
 
 
 def refuses(problem: Problem) -> str | None:
@@ -122,7 +122,8 @@ def _new_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
 
 
 KERNEL = make_kernel(
-    "torch-cpu", Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape, keeps, _connected)
+    "torch-cpu",
+    Engine("cpu", refuses, loss, grad, loss_and_grad, mask_shape, keeps, GRAPH_OPERATORS),
 )
 if native is None:  # refuses() says so, and nothing may be tried before it is asked
     KERNEL = replace(KERNEL, direct={})

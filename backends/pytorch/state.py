@@ -176,7 +176,7 @@ def unsupported_layout(tensor: torch.Tensor) -> str | None:
         return f"a tensor of layout {layout}"
     if type(tensor) not in _RECORDED and isinstance(tensor, torch.masked.MaskedTensor):
         return "a MaskedTensor, whose mask would be lost; call its to_tensor() or get_data()"
-    if not torch.compiler.is_compiling() and _is_freed(tensor):
+    if not torch.compiler.is_compiling() and is_freed(tensor):
         return "a tensor whose storage was freed or shrunk"
     return None
 
@@ -189,7 +189,8 @@ def device_key(tensor: torch.Tensor) -> object:
     return tensor.device if mesh is None else f"{mesh} (a {type(tensor).__name__})"
 
 
-def _is_freed(tensor: torch.Tensor) -> bool:
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor lies beyond its storage, which may have been freed or shrunk."""
     return (
         type(tensor) in PLAIN
         and not tensor._is_zerotensor()
