@@ -183,10 +183,11 @@ def _npy_header(opened: Any) -> tuple[tuple[int, ...], bool, Any]:
     from numpy.lib import format as npy
 
     version = npy.read_magic(opened)
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"version {version} of the format is for arrays of records")
-    shape, fortran, dtype = readers[version](opened)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"version {version} of the format is not known")
+    # That of 3.0 has names of fields in UTF-8, but whatever has fields is refused.
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(opened)
     _check_sizes(shape)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, not numbers")

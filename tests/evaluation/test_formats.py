@@ -209,6 +209,23 @@ def test_npy_of_either_order(arrays, files, order, dtype):
         assert mml.evaluate("b.npy", "z.npy", axis=1, chunk_size=size) == wanted
 
 
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_npy_of_every_version(arrays, files, fails, wanted, version):
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({N}, {C}), }}\n".encode()
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    whole = b"\x93NUMPY" + bytes([version, 0]) + length + text + arrays[0].tobytes()
+    Path("v.npy").write_bytes(whole)
+    with zipfile.ZipFile("v.npz", "w") as archive:
+        archive.writestr("v.npy", whole)
+    for path in ("v.npy", "v.npz"):
+        if version < 4:
+            assert mml.evaluate(path, "y.npy") == wanted
+        else:
+            assert f"{path}: cannot be read (version (4, 0) of the format is not known)" in fails(
+                path, "y.npy"
+            )
+
+
 def test_a_format_of_another_package(arrays, files, wanted, monkeypatch):
     from importlib.metadata import EntryPoint
 
