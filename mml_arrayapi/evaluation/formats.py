@@ -261,12 +261,10 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
         length = int.from_bytes(opened.read(8), "little")
         if length > file.size() - 8:
             raise ValueError("its header is longer than the file")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
+        header = _safetensors_header(opened.read(length))
     start, end = 8 + length, 0
     for places in sorted(told["data_offsets"] for told in header.values()):
-        _check_sizes(places)
-        if places != [end, max(end, places[-1])]:
+        if places != [end, max([end, *places])]:
             raise ValueError(f"the bytes {places} of an array do not follow those before, to {end}")
         end = places[1]
     _check_end(file, start + end, "it")
@@ -274,13 +272,26 @@ def _open_safetensors(file: File, role: str, rules: Rules) -> Array:  # noqa: AR
     told = header[item]
     if told["dtype"] not in _SAFETENSORS:
         raise InputError(f"{file.name}: has dtype {told['dtype']}, which is not read; convert it")
-    _check_sizes(told["shape"])
     first, end = told["data_offsets"]
     made = RawArray(file, start + first, told["shape"], _SAFETENSORS[told["dtype"]])
     if made.end != start + end:
         raise ValueError("its shape does not fit the bytes that it has")
     made.item = item
     return made
+
+
+def _safetensors_header(text: bytes) -> dict[str, Any]:
+    """Return what a header tells of each array."""
+    header = json.loads(text)
+    told = header if isinstance(header, dict) else {"": header}
+    told.pop("__metadata__", None)
+    kinds = {"dtype": str, "shape": list, "data_offsets": list}
+    for one in told.values():
+        if not isinstance(one, dict) or not all(isinstance(one.get(k), kinds[k]) for k in kinds):
+            raise ValueError(f"its header is damaged: {one} describes no array")
+        _check_sizes(one["shape"])
+        _check_sizes(one["data_offsets"])
+    return told
 
 
 # Arrays in chunks, with attributes.

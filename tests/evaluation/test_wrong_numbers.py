@@ -962,6 +962,7 @@ def test_options_of_the_wrong_type(files):
         ([N, C], [16800, 0], "the bytes [16800, 0] of an array do not follow those before"),
         ([N, C], [0.0, 16800.0], "its header has [0.0, 16800.0] where sizes must be"),
         ([N, C], [0, 16800, 16800], "the bytes [0, 16800, 16800] of an array"),
+        ([N, C], [], "the bytes [] of an array do not follow those before, to 0"),
         ([-N, -C], [0, 16800], "its header has [-700, -6] where sizes must be"),
         ([N, C - 1], [0, 16800], "its shape does not fit the bytes that it has"),
     ],
@@ -976,9 +977,32 @@ def test_safetensors_by_hand(arrays, files, fails, wanted, shape, places, messag
 
 
 def safetensors(path, array, **told):
-    header = json.dumps({name: {"dtype": "F32", **one} for name, one in told.items()})
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header.encode() + array.tobytes())
+    write_safetensors(path, array, {name: {"dtype": "F32", **one} for name, one in told.items()})
+
+
+def write_safetensors(path, array, header):
+    text = json.dumps(header).encode()
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + array.tobytes())
+
+
+WHOLE = {"dtype": "F32", "shape": [N, C], "data_offsets": [0, 16800]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(None, [1], "x", {"x": None}, {"x": [1]}, {"x": "x"}, {"x": WHOLE, "z": None}),
+        *({"x": {key: WHOLE[key] for key in WHOLE if key != gone}} for gone in WHOLE),
+        *({"x": WHOLE | {key: None}} for key in WHOLE),
+        {"x": WHOLE | {"dtype": ["F32"]}},
+    ],
+    ids=str,
+)
+def test_safetensors_whose_header_describes_no_arrays(arrays, files, fails, header):
+    write_safetensors("s.safetensors", arrays[0], header)
+    line = fails("s.safetensors#x", "y.npy")
+    assert "s.safetensors#x: cannot be read (its header is damaged: " in line
+    assert line.endswith(" describes no array); write or copy it again\n")
 
 
 @pytest.mark.parametrize("second", [[0, 16800], [8400, 16800], [16000, 16800]], ids=str)
