@@ -204,21 +204,18 @@ class Evaluation:
             From, up to (not including), and the count; without empty bars.
         """
         made: dict[float, list[float]] = {}
-        width = self._bar_width()
+        width, unit, most = self._bar_width(), self.unit, sys.float_info.max
         for number, count in self.histogram:
             start, stop = bin_start(number), bin_start(number + 1)
-            far = max(abs(start), abs(stop))
-            if far <= width * BARS / 2:
-                start = math.floor(start / width) * width
-                stop = start + width
+            if max(abs(start), abs(stop)) / width <= BARS / 2:
+                place = math.floor(start / width)
+                start, stop = place * width, (place + 1) * width
             else:  # from one power of 2 to the next
-                near = 2.0 ** (math.ceil(math.log2(min(far, 2.0**1023))) - 1)
-                far = near * 2 if far < 2.0**1023 else math.inf
-                start, stop = (near, far) if number >= 0 else (-far, -near)
+                near = 2.0 ** (math.frexp(min(abs(start), abs(stop), most))[1] - 1)
+                start, stop = (near, near * 2) if number >= 0 else (-near * 2, -near)
             bar = made.setdefault(start, [stop, 0])
             bar[1] += count
-        unit, most = self.unit, sys.float_info.max  # a bar of infinite leads is not empty
-        return [
+        return [  # a bar of infinite leads is not empty
             (min(start * unit, most), max(stop * unit, -most), int(n))
             for start, (stop, n) in sorted(made.items())
         ]
@@ -228,13 +225,11 @@ class Evaluation:
         far = sorted((max(abs(bin_start(b)), abs(bin_start(b + 1))), n) for b, n in self.histogram)
         far = [(reach, count) for reach, count in far if reach < math.inf]
         left = sum(count for _, count in far) / OUTSIDE
-        reach = 2.0**-900
+        reach = ties = bin_start(1)
         while far and left >= 0:
             reach, count = far.pop()
             left -= count
-        if reach <= 2.0**-900:  # ties only
-            return 1.0
-        return 2.0 ** math.ceil(math.log2(min(max(reach, 2.0**-900), 2.0**900) * 2 / BARS))
+        return 1.0 if reach == ties else 2.0 ** math.ceil(math.log2(reach / (BARS / 2)))
 
     def __repr__(self) -> str:
         return (

@@ -299,6 +299,29 @@ def test_what_is_beyond_the_plot_is_counted(rng):
     assert f"{len(wider) - 6} range" in told
 
 
+@pytest.mark.parametrize("largest", [1e-307, 1e-300, 1e280, 1e307, 1.7e308])
+def test_the_histogram_of_leads_of_any_size(largest):
+    scores = np.zeros((1000, 2))
+    scores[:, 0] = np.linspace(-1, 1, 1000) * largest
+    figures = mml.evaluate(scores, np.zeros(1000, int))
+    bars = figures.bars()
+    width = bars[0][1] - bars[0][0]
+    assert 32 < 2 * (largest / width) <= 64
+    for start, stop, count in bars:
+        assert stop - start == width
+        assert count == np.sum((scores[:, 0] >= start) & (scores[:, 0] < stop))
+    assert sum(count for _, _, count in bars) == 1000
+    assert 'aria-label="Histogram' in (text := to_html(figures, ""))
+    assert "Beyond the plot" not in text
+
+
+def test_leads_near_the_largest_number():
+    scores = np.asarray([[0.0, 0], [5e307, 0], [1.2e308, 0], [1.79e308, 0], [np.inf, 0]])
+    scores = np.concatenate([np.zeros((9999, 2)), scores])
+    wide = [bar for bar in mml.evaluate(scores, np.zeros(10004, int)).bars() if bar[0] > 0]
+    assert wide == [(2.0**1022, 2.0**1023, 1), (2.0**1023, math.inf, 3)]
+
+
 def test_tiny_losses_are_drawn():
     scores = np.asarray([[1e-310, 0, 3e-310], [2e-310, 0, 0]])
     text = to_html(mml.evaluate(scores, np.asarray([0, 1]), margin=0.0), "")
