@@ -79,7 +79,7 @@ class File:
     def identity(self, columns: tuple[str, ...]) -> tuple[Any, str]:
         """Return what names of the same have in common, and what of the file is meant.
 
-        Links, and ways to write an item, make no difference.
+        Links, and ways to write an item or an address, make no difference.
         """
         item = posixpath.normpath("/" + self.item.strip("/")).strip("/")
         item = str(columns) if columns else item
@@ -94,7 +94,11 @@ class File:
             status = os.stat(self.path)
             return (status.st_dev, status.st_ino), item
         if self.store:
-            return f"{place}/{item}".rstrip("/"), ""
+            place, item = f"{place}/{item}".rstrip("/"), ""
+        if web := re.search("https?://.*", place, re.DOTALL):  # perhaps at the end of a chain
+            url = require("yarl", self.name).URL
+            # str() leaves out the usual port and dots, human_repr() needless percent signs.
+            place = place[: web.start()] + url(str(url(web[0]))).human_repr()
         return place, item
 
     def _original(self) -> File:

@@ -7,6 +7,7 @@ import re
 import socket
 import tempfile
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from mml_arrayapi.evaluation.files import File
 from tests.evaluation.writers import parquet, zarr_file
 
 C = 6
@@ -181,6 +183,46 @@ def test_a_server_that_leads_to_another_address_each_time(arrays, files, wanted,
 
     url = serve(Signed)
     assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy", chunk_size=100) == wanted
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("/x.npy", "/./x.npy"),
+        ("/x.npy", "/none/../x.npy"),
+        ("/x.npy", "/%78.npy"),
+        ("/x.npy", "/x.npy?"),
+        ("/x.npy?a=b", "/x.npy?a=%62"),
+        ("/a b,c=1.npy", "/a%20b%2Cc%3D1.npy"),
+        ("/s.zarr#a b", "/s.zarr/./a%20b/"),
+        ("/a.zip", "/./a.zip"),
+    ],
+)
+def test_addresses_of_the_same(arrays, files, serve, first, second):
+    zarr = pytest.importorskip("zarr")
+    np.save("a b,c=1.npy", arrays[0])
+    zarr.open_group("s.zarr", mode="w")
+    zarr_file("s.zarr/a b", arrays[0])
+    with zipfile.ZipFile("a.zip", "w") as archive:
+        archive.write("x.npy")
+    url = ("zip://x.npy::" if first.endswith("zip") else "") + serve(Ranges)
+    url = url.replace("127.0.0.1", "localhost")
+    for other in (url, url.replace("localhost", "LOCALHOST")):
+        with pytest.raises(mml.InputError, match=r"is given twice, as .* too; its samples would"):
+            mml.evaluate([url + first, other + second], ["y.npy", "y.npy"])
+
+
+def test_the_usual_port():
+    http = pytest.importorskip("fsspec.implementations.http").HTTPFileSystem()
+    urls = ("http://h/x.npy", "http://h:80/x.npy", "http://h:443/x.npy")
+    first, usual, other = (File(http, url, "", url).identity(()) for url in urls)
+    assert first == usual != other
+
+
+def test_queries_make_other_files(arrays, files, serve):
+    url = serve(Ranges)
+    figures = mml.evaluate([f"{url}/x.npy?v=1", f"{url}/x.npy?v=2"], ["y.npy", "y.npy"])
+    assert figures.samples == 2 * len(arrays[0])
 
 
 def test_patterns_and_folders(arrays, files, wanted, serve):
