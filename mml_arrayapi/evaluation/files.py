@@ -125,6 +125,13 @@ class File:
             return open(self.path, "rb", buffering=0)
         return self.filesystem.open(self.path, "rb")
 
+    def gives_parts(self, below: str = "") -> bool:
+        """Whether its server gives out parts of the file, or of one below it, as not all do."""
+        fs = self.filesystem
+        if fs is None or "http" not in fs.protocol:
+            return True
+        return len(fs.cat_file(self.path + below, start=0, end=1)) == 1
+
     def size(self) -> int:
         """Return the number of bytes."""
         with self.open() as opened:  # a web server need not tell it
@@ -270,7 +277,7 @@ def _seekable(file: File) -> Any:
             "notice a change during the evaluation; download the store first"
         )
     # What is not to be recognised after a change is copied too, before any of it is read.
-    if VALIDATORS & fs.info(file.path).keys() and len(fs.cat_file(file.path, start=0, end=1)) == 1:
+    if VALIDATORS & fs.info(file.path).keys() and file.gives_parts():
         return fs
     # Copies on this machine. No other evaluation, in workers neither, may take them for its own.
     return require("fsspec", file.name).filesystem(

@@ -424,6 +424,11 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
             opened = zarr.open_array(store, path=path, mode="r")  # not as consolidated once
     elif file.item:
         choose_item(file, role, [])
+    if file.store and opened.shards and not file.gives_parts(f"/{opened.path}/zarr.json"):
+        raise InputError(
+            f"{file.name}: its server gives out no parts of files, which a sharded store needs; "
+            "download the store first"
+        )
     return _zarr_array(file, opened, role, rules)
 
 

@@ -112,14 +112,19 @@ def test_zarr_stores(arrays, files, wanted, serve, handler, version):
 
 
 @SERVERS
-def test_shards_of_zarr(arrays, files, wanted, serve, handler):
-    zarr_file("x.zarr", arrays[0], shards=(200, C))
-    url = serve(handler)
+@pytest.mark.parametrize("item", ["/x", "#x"])
+def test_shards_of_zarr(arrays, files, fails, wanted, serve, handler, item):
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group("s.zarr", mode="w")
+    zarr_file("s.zarr/x", arrays[0], shards=(200, C))
+    scores = f"{serve(handler)}/s.zarr{item}"
     if handler is Ranges:
-        assert mml.evaluate(f"{url}/x.zarr", "y.npy") == wanted
+        assert mml.evaluate(scores, "y.npy") == wanted
         return
-    with pytest.raises(mml.InputError, match=r"x.zarr: rows 0 to \d+ cannot be read"):
-        mml.evaluate(f"{url}/x.zarr", "y.npy")
+    assert (
+        f"s.zarr{item}: its server gives out no parts of files, which a sharded store needs; "
+        "download the store first" in fails(scores, "y.npy")
+    )
 
 
 def test_a_store_that_is_rewritten(arrays, files, serve):
