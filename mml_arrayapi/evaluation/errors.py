@@ -65,9 +65,9 @@ def on_a_line(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, shortened."""
+    """Return an error's message on one line; of a long one its beginning and its end."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
 
 
 def advice(error: BaseException, otherwise: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from operator import index
@@ -36,6 +36,7 @@ TELLING = {
 }
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # of which pyarrow infers no type
 UDT = ["type", "size", "indices", "values"]  # the fields of Spark's VectorUDT
+ENCRYPTED = re.compile("Could not read encrypted|Cannot decrypt")  # of Arrow's errors
 
 
 class ParquetColumns:
@@ -65,7 +66,8 @@ class ParquetColumns:
             "filesystem": file.filesystem,
         }
         self._keys = _partitions(file)
-        dataset = ds.dataset(**given)
+        with _encryption_told(file.name):
+            dataset = ds.dataset(**given)
         stored = dataset.schema.names
         keys = {key: value for key, value in self._keys.items() if key not in stored}
         if keys:
@@ -154,7 +156,8 @@ class ParquetColumns:
         # By expressions, since a name with a dot is otherwise taken for a path.
         columns = {name: self._ds.field(name) for name in names}
         part = self._fragment.subset(row_group_ids=[group])
-        return part.to_table(schema=self._schema, columns=columns, use_threads=False)
+        with _encryption_told(self._name):  # of single columns, too
+            return part.to_table(schema=self._schema, columns=columns, use_threads=False)
 
     def _first_width(self) -> tuple[Any, ...]:
         for group, (low, high) in enumerate(pairwise(self._starts)):
@@ -177,6 +180,17 @@ class ParquetColumns:
         if self._kinds[0].nested or len(self.shape) == 1:
             return columns[0]
         return np.stack(columns, axis=1)
+
+
+@contextmanager
+def _encryption_told(name: str) -> Iterator[None]:
+    """Give errors of Arrow that come from encryption a message that says so."""
+    try:
+        yield
+    except OSError as error:
+        if not ENCRYPTED.search(str(error)):
+            raise
+        raise InputError(f"{name}: is encrypted; decrypt it first") from error
 
 
 def _index_of(schema: Any, rows: int) -> tuple[str, ...] | range | None:

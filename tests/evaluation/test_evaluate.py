@@ -379,6 +379,13 @@ def test_bad_parquet(arrays, files, fails):
     with open("two.parquet", "r+b") as file:
         file.truncate(40)
     assert "two.parquet: cannot be read (" in fails("two.parquet", "y.npy")
+    os.mkdir(folder := "a folder with a long name " * 5)
+    with open(f"{folder}/p.parquet", "wb") as file:
+        file.write(bytes(100))
+    line = fails(f"{folder}/p.parquet", "y.npy")  # Arrow names the file twice, and the cause last
+    assert "p.parquet: cannot be read (Error creating dataset. Could not read schema from" in line
+    assert "... " in line
+    assert "this is not a parquet file.); write or copy it again\n" in line
 
 
 def test_a_missing_reader_is_named(files, monkeypatch, fails):

@@ -1,5 +1,6 @@
 """Every format and every place where data is kept: read right, with the same bits."""
 
+import base64
 import gc
 import io
 import json
@@ -112,6 +113,36 @@ def test_tensors_vectors_and_enums(arrays, files, wanted):
     plain[::3, 2:] = 0
     parquet("spark.parquet", rawPrediction=pa.array(vectors, pa.struct(fields)))
     assert mml.evaluate("spark.parquet", "y.npy") == mml.evaluate(plain, target)
+
+
+def encrypted_parquet(path, footer, **columns):
+    """Write a column called label encrypted, and the footer or not."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key, name):
+            return base64.b64encode(key)
+
+    told = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"k": ["label"]}, plaintext_footer=not footer
+    )
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    made = factory.file_encryption_properties(encryption.KmsConnectionConfig(), told)
+    table = pa.table(columns)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=made) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("footer", [True, False], ids=["footer", "column"])
+def test_encrypted_parquet(arrays, files, fails, wanted, footer):
+    encrypted_parquet("e.parquet", footer, logits=list(arrays[0]), label=arrays[1])
+    assert "e.parquet#label: is encrypted; decrypt it first\n" in fails("x.npy", "e.parquet#label")
+    if footer:
+        assert "e.parquet: is encrypted; decrypt it first\n" in fails("e.parquet", "y.npy")
+    else:
+        assert mml.evaluate("e.parquet", "y.npy") == wanted
 
 
 def test_enums_of_polars(arrays, files, wanted):
