@@ -108,6 +108,11 @@ def adopt(array: Array, role: str, rules: Rules) -> Array:
     if library == "zarr":
         return _zarr_array(file, array, role, rules)
     if library == "h5py":
+        if not hasattr(array, "is_virtual"):
+            raise TypeError(
+                f"{role} must be a dataset of h5py itself, but are of type {type(array).__name__}; "
+                "give its values, as in array[...]"
+            )
         _check_written(file, array, role, rules)
         return _Attributed(file, role, array, rules, None)
     return array
@@ -330,7 +335,7 @@ class _Attributed:
             fills["fill_value"] = fill
         values = [_fill_values(file, key, given, stored) for key, given in fills.items()]
         missing = np.concatenate([np.empty(0, stored), *values])
-        if role == TARGETS:
+        if role == TARGETS and real:
             missing = missing[missing != rules.ignore_index]
         self._in_doubt = fills.pop("fill_value", 1) == 0 and 0 in missing
         self._missing = missing

@@ -760,7 +760,7 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
         if not found:
             raise InputError(f"{role}: the list is empty; give at least one file or array")
         return found
-    if not _is_array(given):
+    if not _is_array(given, role):
         raise TypeError(
             f"{role} must be a path, an array, or a list of those, but is of type "
             f"{type(given).__name__}"
@@ -783,13 +783,18 @@ def _shards(given: Any, role: str, rules: Rules) -> list[Shard]:
     return [_shard(Shard(role, role, array, "", rules, (), None, None), array)]
 
 
-def _is_array(given: Any) -> bool:
-    shape = getattr(given, "shape", ())
+def _is_array(given: Any, role: str) -> bool:
+    try:
+        shape, typed = getattr(given, "shape", ()), hasattr(given, "dtype")
+    except Exception as error:
+        raise InputError(
+            f"{role}: the array tells no shape {advice(error, 'give one whose file is open')}"
+        ) from error
     # Dask's data frames have sizes, and its delayed objects a shape, that are no numbers.
     numbers = shape is None or (
         isinstance(shape, tuple) and all(isinstance(n, (Integral, float)) for n in shape)
     )
-    return numbers and hasattr(given, "shape") and hasattr(given, "dtype")
+    return numbers and hasattr(given, "shape") and typed
 
 
 def _file_shard(file: File, role: str, rules: Rules) -> Shard:
@@ -815,6 +820,11 @@ def _shard(shard: Shard, array: Array) -> Shard:
         raise TypeError(
             f"{shard.role} must be files, NumPy arrays or Dask arrays, but have dtype {array.dtype}"
         ) from None
+    if dtype.names:
+        raise InputError(
+            f"{shard.name}: holds records with the fields {', '.join(dtype.names)}, not numbers; "
+            f"write the {shard.role} as an array of their own"
+        )
     floats = dtype.kind == "f" and dtype.itemsize in (2, 4, 8)
     if shard.role == SCORES and not floats:
         raise InputError(

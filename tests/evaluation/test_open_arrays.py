@@ -68,6 +68,32 @@ def test_open_files(opened, wanted, where):
             mml.evaluate(x, z, **options)
 
 
+def test_a_dataset_whose_file_is_closed(arrays, files):
+    h5py = pytest.importorskip("h5py")
+    hdf5_file("x.h5", arrays[0])
+    with h5py.File("x.h5") as file:
+        closed = file["data"]
+    for given in ((closed, arrays[1]), (arrays[0], closed)):
+        with pytest.raises(
+            mml.InputError,
+            match=r"(scores|targets): the array tells no shape \(.*\); give one whose file is open",
+        ):
+            mml.evaluate(*given)
+
+
+def test_views_of_datasets(arrays, files, wanted):
+    """They would be read without the dataset's attributes, and its missing chunks."""
+    h5py = pytest.importorskip("h5py")
+    hdf5_file("y.h5", arrays[1])
+    with h5py.File("y.h5") as file:
+        view = file["data"].astype("i4")
+        with pytest.raises(
+            TypeError, match="targets must be a dataset of h5py itself, but are of type AsTypeView"
+        ):
+            mml.evaluate(arrays[0], view)
+        assert mml.evaluate(arrays[0], view[...]) == wanted
+
+
 @pytest.mark.parametrize("scheduler", ["threads", "cluster"])
 @pytest.mark.parametrize(
     ("which", "change"),

@@ -722,6 +722,24 @@ def test_labels_of_zarr_that_are_no_numbers(arrays, files, fails, dtype):
     assert "y.zarr: targets must be integers, but are" in fails("x.npy", "y.zarr")
 
 
+@pytest.mark.parametrize("path", ["r.npy", "r.npz", "r.h5", "r.zarr"])
+@pytest.mark.filterwarnings("ignore")  # records are not in Zarr's specification
+def test_records(arrays, files, fails, path):
+    records = np.zeros(N, [("label", "i8"), ("share", "f4")])
+    if path == "r.zarr":
+        pytest.importorskip("zarr").create_array(path, data=records)
+    elif path == "r.h5":
+        hdf5_file(path, records)
+    else:
+        (np.save if path == "r.npy" else np.savez)(path, records)
+    message = f"{path}: holds records with the fields label, share, not numbers; write the "
+    assert f"{message}targets as an array of their own" in fails("x.npy", path)
+    assert f"{message}scores as an array of their own" in fails(path, "y.npy")
+    assert f"{message}sample weights" in fails("x.npy", "y.npy", "--sample-weight", path)
+    with pytest.raises(mml.InputError, match="targets: holds records with the fields label, share"):
+        mml.evaluate(arrays[0], records)
+
+
 def test_links_and_layouts_of_hdf5(arrays, files, fails, wanted):
     h5py = pytest.importorskip("h5py")
     scores, target = arrays
