@@ -443,8 +443,15 @@ def _as_declared(array: Array, role: str) -> Array:
 
 
 def _checked_chunk(shape: tuple[int, ...], dtype: str, role: str, chunk: Array) -> Array:
+    import numpy as np
+
     refuse_subclass(role, chunk)
-    got = tuple(getattr(chunk, "shape", ())), str(getattr(chunk, "dtype", type(chunk).__name__))
+    if not isinstance(chunk, np.ndarray):
+        raise InputError(
+            f"{role}: a chunk of the Dask array is of type {type(chunk).__name__}; chunks must be "
+            "NumPy arrays, as map_blocks(np.asarray) makes them"
+        )
+    got = chunk.shape, str(chunk.dtype)
     if got != (shape, dtype):
         raise InputError(
             f"{role}: Dask was told of a chunk of shape {shape} and dtype {dtype}, but it has "

@@ -9,6 +9,8 @@ import pytest
 import mml_arrayapi as mml
 from tests.evaluation.writers import hdf5_file, zarr_file
 
+C = 6
+
 
 class Recorder:
     """An array that knows when it is read, and by whom."""
@@ -140,6 +142,32 @@ def test_chunks_other_than_declared(arrays, which, change, scheduler):
             pytest.raises(mml.InputError, match=f"{role}: Dask was told of a chunk")
         )
         mml.evaluate(*lazy[:2], sample_weight=lazy[2], scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("which", "make"),
+    [
+        (0, "builtins.list"),
+        (1, "pandas.Series"),  # whose labels the pairing would ignore
+        (0, "pandas.DataFrame"),
+        (0, "xarray.DataArray"),
+        (0, "scipy.sparse.csr_matrix"),
+        (1, "torch.asarray"),
+    ],
+)
+def test_chunks_that_are_no_numpy_arrays(arrays, which, make):
+    da = pytest.importorskip("dask.array")
+    module, _, name = make.rpartition(".")
+    change = getattr(pytest.importorskip(module), name)
+    lazy = [da.from_array(array, chunks=(100, C)[: array.ndim]) for array in arrays]
+    lazy[which] = lazy[which].map_blocks(change, dtype=lazy[which].dtype, meta=lazy[which]._meta)
+    role, kind = ("scores", "targets")[which], type(change(arrays[which][:1])).__name__
+    with pytest.raises(
+        mml.InputError,
+        match=f"{role}: a chunk of the Dask array is of type {kind}; chunks must be NumPy arrays, "
+        r"as map_blocks\(np.asarray\) makes them",
+    ):
+        mml.evaluate(*lazy)
 
 
 def test_an_array_that_lies_about_its_dtype(arrays):
