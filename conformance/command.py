@@ -14,7 +14,7 @@ from mml_arrayapi.conformance.context import DTYPES, Context
 from mml_arrayapi.conformance.page import as_html
 from mml_arrayapi.conformance.report import Run, as_json, as_markdown, header, summary
 from mml_arrayapi.conformance.suite import PASS, STATES, UNSUPPORTED, Check, Result
-from mml_arrayapi.evaluation.errors import complain
+from mml_arrayapi.console import complain
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 

@@ -16,11 +16,8 @@ from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import Any
 
-from mml_arrayapi import demo
 from mml_arrayapi._version import __version__
-from mml_arrayapi.conformance import command as conformance
-from mml_arrayapi.evaluation import command as evaluation
-from mml_arrayapi.evaluation.errors import complain
+from mml_arrayapi.console import complain
 from mml_arrayapi.registry import list_backends
 
 BAD_OUTPUT = 2
@@ -36,6 +33,11 @@ def parser() -> argparse.ArgumentParser:
     -------
     argparse.ArgumentParser
     """
+    # Imported here, where main() expects Ctrl-C: it takes longer than all the rest.
+    from mml_arrayapi import demo
+    from mml_arrayapi.conformance import command as conformance
+    from mml_arrayapi.evaluation import command as evaluation
+
     whole = argparse.ArgumentParser(
         prog="mml-arrayapi",
         description="The multi-class hinge loss (multi_margin_loss) for every array library.",

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
+from mml_arrayapi.console import complain
 from mml_arrayapi.evaluation import evaluate
-from mml_arrayapi.evaluation.errors import complain
 from mml_arrayapi.libraries import LIBRARIES, SUPPORTED
 from mml_arrayapi.loss import explain, multi_margin_loss, multi_margin_loss_and_grad
 

@@ -89,6 +89,28 @@ def test_interrupted(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+from mml_arrayapi.cli import main
+sys.exit(main(["backends"]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("module", ["evaluation", "evaluation.files", "conformance", "demo"])
+def test_interrupted_while_modules_are_imported(module):
+    code = INTERRUPTED.format(module=f"mml_arrayapi.{module}")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 FULL = "/dev/full"
 
 

@@ -8,14 +8,8 @@ import shlex
 import sys
 from typing import Any
 
-from mml_arrayapi.evaluation.errors import (
-    InputError,
-    WorkerError,
-    complain,
-    on_a_line,
-    one_line,
-    require,
-)
+from mml_arrayapi.console import complain
+from mml_arrayapi.evaluation.errors import InputError, WorkerError, on_a_line, one_line, require
 from mml_arrayapi.evaluation.run import TIMEOUT, check_path, evaluate
 from mml_arrayapi.validation import InvalidTargetError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -49,14 +47,6 @@ def require(module: str, what: str) -> Any:
             f"{what}: needs {missing}, which cannot be imported; "
             "pip install 'mml_arrayapi[evaluate]' (in a clone: pip install '.[evaluate]')"
         ) from error
-
-
-def complain(message: str) -> None:
-    """Print a message for the user, if it can be; the exit code tells that something failed."""
-    try:
-        print(message, file=sys.stderr, flush=True)
-    except OSError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (Python would try again at its end)
 
 
 def on_a_line(text: str) -> str:
