@@ -25,7 +25,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from mml_arrayapi.evaluation.errors import InputError, require
-from mml_arrayapi.evaluation.files import File
+from mml_arrayapi.evaluation.files import URL, File
 
 Array = Any
 
@@ -75,7 +75,9 @@ def open_array(file: File, role: str, rules: Rules) -> Array:
     InputError
         The format is not known, or the array cannot be told.
     """
-    name = file.path if file.filesystem is None else file.path.partition("?")[0]
+    name = file.path
+    if file.filesystem is not None:  # what is no name: a query of the web, a version of S3
+        name = name.partition("?" if URL.match(name) else "?versionId=")[0]
     suffix = PurePosixPath(name).suffix.lower()
     plugins = _plugins()
     if file.store or suffix == ".zip":

@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -441,6 +442,9 @@ def bucket(monkeypatch):
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
+    urlopen(
+        f"http://{host}:{port}/moto-api/reset", data=b""
+    ).close()  # else it keeps the last one's
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -478,6 +482,34 @@ def test_s3(arrays, files, wanted, bucket):
         mml.evaluate("x.npy", "y.npy", checkpoint="s3://misspelt/ck")
     with pytest.raises(mml.InputError, match=r"s3://none/x.npy: "):
         mml.evaluate("s3://none/x.npy", "y.npy")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_question_marks_in_names_and_versions_on_s3(arrays, files, wanted, bucket):
+    data = Path("x.npy").read_bytes()
+    bucket.pipe({f"bucket/{name}.npy": data for name in ("x?", "a?b/x", "z?v=1")})
+    bucket.pipe({"bucket/xx.npy": b"", "bucket/q1.npy": data})
+    for name in ("x?", "a?b/x", "z?v=1", "z?v*", "q?"):
+        assert mml.evaluate(f"s3://bucket/{name}.npy", "y.npy") == wanted
+    bucket.make_bucket_versioned("bucket", True)
+    versions = [
+        bucket.call_s3("put_object", Bucket="bucket", Key="v.npy", Body=body)["VersionId"]
+        for body in (data, b"newer")
+    ]
+    assert mml.evaluate(f"s3://bucket/v.npy?versionId={versions[0]}", "y.npy") == wanted
+
+
+def test_question_marks_in_names(arrays, files, wanted):
+    fsspec = pytest.importorskip("fsspec")
+    os.rename("x.npy", "x?.npy")
+    fsspec.filesystem("memory").pipe_file("/x?.npy", Path("x?.npy").read_bytes())
+    with zipfile.ZipFile("a.zip", "w") as archive:
+        archive.write("x?.npy")
+    for name in ("x?.npy", "memory://x?.npy", "zip://x?.npy::a.zip"):
+        assert mml.evaluate(name, "y.npy") == wanted
+    fsspec.filesystem("memory").rm("/x?.npy")
 
 
 def test_a_zip_archive_of_arrays(arrays, files, wanted):
