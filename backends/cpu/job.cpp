@@ -1,5 +1,7 @@
 #include "job.h"
 
+#include "pool.h"
+
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -150,7 +152,7 @@ bool Job::overflowed(const Result &result) {
 bool is_small(const Call &call) { return call.rows * call.classes < ALONE; }
 bool wants_threads(const Call &call) { return call.rows * (call.classes + ROW) >= SERIAL; }
 
-bool run_blocks(const Call &call, Block block, const Helpers &helpers, Result &total) {
+bool run_blocks(const Call &call, Block block, int threads, const std::function<bool()> &interrupted, Result &total) {
     total = Result{};
     if (is_small(call)) {
         block(call, 0, call.rows, total);
@@ -160,10 +162,11 @@ bool run_blocks(const Call &call, Block block, const Helpers &helpers, Result &t
     if (size > ROUND) size -= size % ROUND;
     const int64_t count = (call.rows + size - 1) / size;
     std::vector<Result> results(static_cast<size_t>(count));
-    const bool whole = in_parallel(count, helpers, [&](int64_t k) {
+    const auto run = [&](int64_t k) {
         int64_t start = k * size, stop = start + size < call.rows ? start + size : call.rows;
         block(call, start, stop, results[size_t(k)]);
-    });
+    };
+    const bool whole = in_parallel(count, threads, run, interrupted);
     for (const Result &result : results) {
         total.sum += result.sum;
         total.count += result.count;

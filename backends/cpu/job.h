@@ -3,7 +3,6 @@
 #include <functional>
 
 #include "margin_loss.h"
-#include "pool.h"
 
 namespace mml {
 
@@ -66,8 +65,8 @@ struct Job {
 bool is_small(const Call &);       // runs alone, and doesn't give up Python's lock for it
 bool wants_threads(const Call &);
 
-// Runs all rows in blocks, which depend on the shape only; adds their results in order. May throw
-// bad_alloc. False: it was interrupted, or forked.
-bool run_blocks(const Call &, Block, const Helpers &, Result &total);
+// Runs all rows in blocks, which depend on the shape only; adds their results in order. As
+// in_parallel(); may throw bad_alloc.
+bool run_blocks(const Call &, Block, int threads, const std::function<bool()> &interrupted, Result &total);
 
 }  // namespace mml

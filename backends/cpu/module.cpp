@@ -295,21 +295,19 @@ int number_of_threads(PyObject *setting) {
 
 // Run a job's blocks. False: a Python error (an interrupt) is set.
 bool run(const PythonJob &job, Block block, PyObject *setting, Result &total) {
-    Helpers helpers;
-    helpers.threads = wants_threads(job.call) ? number_of_threads(setting) : 1;
-    if (helpers.threads < 0) return false;
-    if (is_small(job.call)) return run_blocks(job.call, block, helpers, total);
-    if (job.family->exchange) helpers.team = pytorch_team();
+    const int threads = wants_threads(job.call) ? number_of_threads(setting) : 1;
+    if (threads < 0) return false;
+    if (is_small(job.call)) return run_blocks(job.call, block, threads, {}, total);
     bool whole = false, interrupted = false, memory = true;
     PyThreadState *state = PyEval_SaveThread();
-    helpers.interrupted = [&] {
+    const auto ask = [&] {
         PyEval_RestoreThread(state);
         interrupted = PyErr_CheckSignals() != 0;
         state = PyEval_SaveThread();
         return interrupted;
     };
     try {
-        whole = run_blocks(job.call, block, helpers, total);
+        whole = run_blocks(job.call, block, threads, ask, total);
     } catch (const std::bad_alloc &) {
         memory = false;
     }
@@ -738,7 +736,6 @@ int mml::threads_with(long setting) {
 }
 
 PyMODINIT_FUNC JOIN(PyInit_, MODULE)() {
-    mml::watch_forks();
     PyObject *module = PyModule_Create(&definition);
 #ifdef Py_GIL_DISABLED
     if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);

@@ -181,7 +181,7 @@ def set_limit(limit: Callable[[int | None], int], /) -> None:
     """
 
 def connect_pytorch(address_of: Callable[[str], int | None], /) -> bool:
-    """Register the operators of compiled graphs, and use PyTorch's threads for tensors.
+    """Register the operators of compiled graphs.
 
     ``address_of`` tells where a function of PyTorch's stable C interface is. False where one is
     missing: PyTorch before 2.10.

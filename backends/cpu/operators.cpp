@@ -25,7 +25,6 @@ constexpr uint64_t VERSION = (uint64_t(2) << 56) | (uint64_t(10) << 48);  // of 
 
 // Return 0, but for those of types and devices.
 #define FUNCTIONS(F)                                                                                   \
-    F(torch_parallel_for, (int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *))     \
     F(torch_get_num_threads, (uint32_t *))                                                             \
     F(torch_library_impl, (void *library, const char *name, Kernel, uint64_t version))                 \
     F(torch_call_dispatcher, (const char *name, const char *overload, Value *stack, uint64_t version)) \
@@ -60,7 +59,6 @@ constexpr uint64_t VERSION = (uint64_t(2) << 56) | (uint64_t(10) << 48);  // of 
 struct Api {
     FUNCTIONS(POINTER)
 } api;
-bool connected = false;
 int32_t cpu_device, codes[int(Type::none)];  // PyTorch's numbers
 
 Type type_of(int32_t code) {
@@ -157,16 +155,12 @@ struct TorchJob : Tensors, Job {
                check_scores() && (!weights || read(as<Tensor>(*weights), w)) && check_rest(weights);
     }
     bool run(Block block, Result &result) const {
-        Helpers helpers;
-        if (wants_threads(call)) {
-            uint32_t setting;
-            if (api.torch_get_num_threads(&setting)) return false;
-            helpers.threads = threads_with(long(setting));
-            helpers.team = api.torch_parallel_for;
-        }
-        if (helpers.threads < 1) return false;
+        uint32_t setting;
+        int threads = 1;
+        if (wants_threads(call)) threads = api.torch_get_num_threads(&setting) ? -1 : threads_with(long(setting));
+        if (threads < 1) return false;
         try {
-            return run_blocks(call, block, helpers, result);
+            return run_blocks(call, block, threads, [] { return false; }, result);
         } catch (const std::bad_alloc &) {
             return false;
         }
@@ -273,8 +267,6 @@ void gradient_operator(Value *stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-Team pytorch_team() { return connected ? api.torch_parallel_for : nullptr; }
-
 bool connect_pytorch(const std::function<void *(const char *)> &find) {
     Api made;
 #define FIND(name, arguments)                                                      \
@@ -291,10 +283,9 @@ bool connect_pytorch(const std::function<void *(const char *)> &find) {
     static_assert(sizeof types / sizeof *types == int(Type::none), "one of each");
     for (int k = 0; k < int(Type::none); k++) codes[k] = types[k]();
     void *library;  // kept as long as the process
-    connected = !api.aoti_torch_library_init_impl("mml_arrayapi", "CPU", __FILE__, __LINE__, &library) &&
-                !api.torch_library_impl(library, "graph_multi_margin_loss", loss_operator, VERSION) &&
-                !api.torch_library_impl(library, "graph_multi_margin_loss_backward", gradient_operator, VERSION);
-    return connected;
+    return !api.aoti_torch_library_init_impl("mml_arrayapi", "CPU", __FILE__, __LINE__, &library) &&
+           !api.torch_library_impl(library, "graph_multi_margin_loss", loss_operator, VERSION) &&
+           !api.torch_library_impl(library, "graph_multi_margin_loss_backward", gradient_operator, VERSION);
 }
 
 }  // namespace mml

@@ -1,17 +1,12 @@
-// The operators that PyTorch's compiled graphs call, and PyTorch's threads.
+// The operators that PyTorch's compiled graphs call.
 #pragma once
 #include <functional>
-
-#include "pool.h"
 
 namespace mml {
 
 // Takes the functions of PyTorch's stable C interface, which ``find`` returns by name, or null, and
 // registers the operators. False where PyTorch is too old to have them.
 bool connect_pytorch(const std::function<void *(const char *)> &find);
-
-// PyTorch's threads; null before it is connected.
-Team pytorch_team();
 
 // The threads that a large call may use, where PyTorch's setting is so many; below 1: a Python error,
 // which is cleared. Takes Python's lock.

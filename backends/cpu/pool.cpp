@@ -53,19 +53,6 @@ template <class F> bool spin_until(std::chrono::nanoseconds most, F ready) {
     return false;
 }
 
-// Start threads, one by one; fewer where the system gives no more.
-template <class F> void start(int count, F one) {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
-    try {
-        for (int k = 0; k < count; k++) one();
-    } catch (const std::system_error &) {
-    } catch (const std::bad_alloc &) {
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-}
-
 class Pool {
     std::mutex mutex;
     std::condition_variable come, done;
@@ -100,11 +87,17 @@ class Pool {
             if (!--call->helpers) done.notify_all();
         }
     }
+    // Start threads until there are ``wanted``; fewer where the system gives no more.
     void grow(int wanted) {
-        start(wanted - threads, [&] {
-            std::thread([this] { work(); }).detach();
-            threads++;
-        });
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
+        try {
+            for (; threads < wanted; threads++) std::thread([this] { work(); }).detach();
+        } catch (const std::system_error &) {
+        } catch (const std::bad_alloc &) {
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
 
   public:
@@ -137,32 +130,25 @@ void begin() {
     pool = new (memory) Pool;
     generation++;
 }
-
-// Whether this thread can have so many others. OpenMP ends the process where it can't start one, and
-// starts some for each thread that calls it.
-bool can_start(int count) {
-    thread_local int known = 0;
-    if (count <= known) return true;
-    std::vector<std::thread> tried;
-    std::mutex held;
-    {
-        std::lock_guard<std::mutex> lock(held);
-        start(count, [&] { tried.emplace_back([&] { std::lock_guard<std::mutex> wait(held); }); });
-    }
-    for (std::thread &thread : tried) thread.join();
-    if (int(tried.size()) == count) known = count;
-    return known >= count;
+Pool &the_pool() {
+    static const bool begun = (begin(), pthread_atfork(nullptr, nullptr, begin), true);
+    (void)begun;
+    return *pool;
 }
 
-// Our own threads help, if any.
-bool in_pool(Call &call, const std::function<bool()> &interrupted) {
+}  // namespace
+
+bool in_parallel(int64_t count, int threads, const std::function<void(int64_t)> &block,
+                 const std::function<bool()> &interrupted) {
+    threads = int(std::min<int64_t>(threads, count));
+    Call call(block, count, std::max(threads, 1));
+    Pool *shared = threads > 1 ? &the_pool() : nullptr;
     const int born = generation;
-    Pool *shared = call.wanted ? pool : nullptr;
     if (shared) shared->open(call);
     bool whole = true;
     auto next = Clock::now() + ASK;
     for (int64_t k; (k = call.take()) >= 0;) {
-        call.block(k);
+        block(k);
         if (Clock::now() < next) continue;
         next = Clock::now() + ASK;
         if (!interrupted()) continue;
@@ -172,42 +158,6 @@ bool in_pool(Call &call, const std::function<bool()> &interrupted) {
     if (shared && born != generation) return false;  // a signal's handler forked: the helpers are gone
     if (shared) shared->close(call);
     return whole;
-}
-
-// The threads that PyTorch's operations leave awake for a while. Ours would have to wake up beside
-// them: that took twice the time, for 655,360 scores after an operation of PyTorch.
-bool in_team(Call &call, const Helpers &helpers) {
-    struct Shift {
-        Call &call;
-        Clock::time_point end;
-    };
-    const int born = generation;
-    while (call.has_more()) {
-        Shift shift{call, Clock::now() + ASK};
-        const auto work = [](int64_t, int64_t, void *given) {
-            const Shift &shift = *static_cast<Shift *>(given);
-            for (int64_t k; Clock::now() < shift.end && (k = shift.call.take()) >= 0;) shift.call.block(k);
-        };
-        if (helpers.team(0, helpers.threads, 1, work, &shift)) return false;
-        // Only now, between two shifts: a handler may fork, and the child would wait for the others.
-        if (call.has_more() && (helpers.interrupted() || born != generation)) return false;
-    }
-    return true;
-}
-
-}  // namespace
-
-void watch_forks() {
-    static const bool begun = (begin(), pthread_atfork(nullptr, nullptr, begin), true);
-    (void)begun;
-}
-
-bool in_parallel(int64_t count, const Helpers &helpers, const std::function<void(int64_t)> &block) {
-    const int threads = int(std::min<int64_t>(helpers.threads, count));
-    Call call(block, count, std::max(threads, 1));
-    // A forked child has not the threads of its parent's OpenMP, which doesn't know.
-    if (helpers.team && threads > 1 && generation == 1 && can_start(threads - 1)) return in_team(call, helpers);
-    return in_pool(call, helpers.interrupted);
 }
 
 }  // namespace mml
