@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
+from jax.sharding import PartitionSpec, auto_axes
 
 from mml_arrayapi import formula
 from mml_arrayapi.kernel import Kernel, Problem
@@ -65,28 +65,13 @@ def places(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:  # noqa: ARG
     return lax.optimization_barrier(index)
 
 
-def _at(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """Tell which elements stand at ``index`` along an axis."""
-    return lax.broadcasted_iota(index.dtype, x.shape, axis) == index
-
-
-def _sharded_by_type(x: jax.Array) -> bool:
-    """Tell whether the sharding is part of the type, in which no gather can be written plainly."""
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
-
-
 def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """Return the elements at ``index`` along an axis."""
-    if _sharded_by_type(x) or _sharded_by_type(index):
-        return jnp.where(_at(x, index, axis), x, 0).sum(axis, keepdims=True)
     return jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
 
 
-def look_up(table: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+def look_up(table: jax.Array, index: jax.Array, axis: int) -> jax.Array:  # noqa: ARG001
     """Return the elements of a vector."""
-    if _sharded_by_type(table) or _sharded_by_type(index):
-        row = table.reshape([-1 if i == axis else 1 for i in range(index.ndim)])
-        return take(row, index, axis)
     return table.at[index].get(mode="promise_in_bounds")
 
 
@@ -95,12 +80,11 @@ def put(x: jax.Array, index: jax.Array, values: jax.Array | float, axis: int) ->
 
     One value is selected, which XLA fuses with what comes before and after. A row's own value is
     written, since broadcasting those values takes memory of the size of ``x``; but not where sizes
-    are symbolic, or shardings part of the types.
+    are symbolic.
     """
-    plain = all(isinstance(n, int) for n in x.shape) and not _sharded_by_type(x)
-    if plain and not isinstance(values, float):
+    if all(isinstance(n, int) for n in x.shape) and not isinstance(values, float):
         return jnp.put_along_axis(x, index, values, axis, inplace=False, mode="promise_in_bounds")
-    return jnp.where(_at(x, index, axis), values, x)
+    return jnp.where(lax.broadcasted_iota(index.dtype, x.shape, axis) == index, values, x)
 
 
 def relu(x: jax.Array) -> jax.Array:
@@ -156,7 +140,22 @@ def loss(problem: Problem) -> jax.Array:
     if dtype.itemsize == 2:  # so that the factors of the gradient are formed in float32
         problem = problem._replace(input=problem.input.astype(jnp.float32))
     call, arrays = _split(problem)
-    return _loss(call, *arrays).astype(dtype)
+    spec, axis = jax.typeof(problem.input).sharding.spec, problem.axis
+    rows = (*spec[:axis], *spec[axis + 1 :]) if problem.reduction == "none" else ()
+    return _sharded(partial(_loss, call), arrays, rows).astype(dtype)
+
+
+def _sharded(function: Any, arrays: tuple[Any, ...], spec: tuple[Any, ...]) -> jax.Array:
+    """Call a function with the scores and other arrays, and shard what it returns.
+
+    Where shardings are part of the types, they are not within the function: JAX would refuse
+    gathers, most reshapes, and selections from arrays that are sharded in several ways.
+    """
+    sharding = jax.typeof(arrays[0]).sharding
+    if axes := sharding.mesh.explicit_axes:
+        out = sharding.update(spec=PartitionSpec(*spec))
+        function = auto_axes(function, axes=axes, out_sharding=out)
+    return function(*arrays)
 
 
 def _split(problem: Problem) -> tuple[Problem, tuple[Any, Any, Any]]:
@@ -200,7 +199,13 @@ def _compiled_loss_and_grad(call: Problem, grad_output: Any, *arrays: Any) -> An
 
 def loss_and_grad(problem: Problem, grad_output: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Compute loss and gradient, each of which can be differentiated."""
-    return loss(problem), formula.loss_and_grad(problem, grad_output)[1]
+    call, arrays = _split(problem)
+    spec = jax.typeof(problem.input).sharding.spec
+    return loss(problem), _sharded(partial(_grad, call), (*arrays, grad_output), spec)
+
+
+def _grad(call: Problem, input: Any, target: Any, weight: Any, grad_output: Any) -> jax.Array:
+    return formula.loss_and_grad(_joined(call, input, target, weight), grad_output)[1]
 
 
 def _kernel_loss(problem: Problem) -> jax.Array:

@@ -365,38 +365,88 @@ def test_small_integers_as_targets(dtype):
             multi_margin_loss(scores[:, :1], target, backend=backend)
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 8), reason="JAX before 0.8 selects from arrays of one sharding only"
-)
-def test_shardings_that_are_part_of_the_types():
-    """What ``jax.make_mesh`` gives: no gather is written plainly there."""
-    code = """
-import jax, numpy as np
+EXPLICIT = """
+import itertools, jax, numpy as np
+from functools import partial
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as S
 from mml_arrayapi import multi_margin_loss, multi_margin_loss_and_grad
 mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=(AxisType.Explicit,) * 2)
+within = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # JAX before 0.8
 rng = np.random.default_rng(0)
-x, t, w = rng.normal(size=(4, 8)).astype("f4"), rng.integers(0, 8, 4).astype("i4"), rng.random(8)
-w = w.astype("f4")
+put = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, S(*spec)))
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+sharding = lambda array: jax.typeof(array).sharding
+def case(*shape):
+    x, t = rng.normal(size=shape), rng.integers(0, shape[-1], shape[:-1])
+    return x.astype("f4"), t.astype("i4"), rng.random(shape[-1]).astype("f4")
+"""
+
+
+def run_explicit(code):
+    printed = run_python(
+        EXPLICIT + code + "print('good')",
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    )
+    assert printed == "good"
+
+
+def test_shardings_that_are_part_of_the_types():
+    """What ``jax.make_mesh`` gives: arrays that are sharded in different ways hardly meet there."""
+    run_explicit("""
+x, t, w = case(268, 268)  # no run of a sum has a length that divides it
 options = {"ignore_index": int(t[1]), "p": 2}
 expected, expected_grad = multi_margin_loss_and_grad(x, t, weight=w, **options)
-put = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, S(*spec)))
-b, c = put(t, "rows"), put(w)
-for spec in (("rows", "classes"), ("rows", None)):
-    a = put(x, *spec)
+of_scores = ("rows", "classes"), ("rows", None), (None, "classes"), (("rows", "classes"), None)
+of_labels, of_weights = (("rows",), (), ("classes",), ("rows",)), ((), ("rows",), (), ("classes",))
+for spec, of_t, of_w in zip(of_scores, of_labels, of_weights):
+    a, b, c = put(x, *spec), put(t, *of_t), put(w, *of_w)
     loss = lambda a, b, c: multi_margin_loss(a, b, weight=c, **options)
-    np.testing.assert_allclose(loss(a, b, c), expected, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(a, b, c), expected_grad, 1e-5, 1e-7)
-    with jax.set_mesh(mesh):
-        grad = jax.grad(loss)(a, b, c)
-        both = multi_margin_loss_and_grad(a, b, weight=c, backend="generic", **options)
+    close(loss(a, b, c), expected)
+    with within(mesh):
+        grad = jax.jit(jax.grad(loss))(a, b, c)
+        both = multi_margin_loss_and_grad(a, b, weight=c, **options)
     for made in (grad, both[1]):
-        assert jax.typeof(made).sharding == jax.typeof(a).sharding
-        np.testing.assert_allclose(made, expected_grad, rtol=1e-5, atol=1e-7)
-print("good")
-"""
-    printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    assert printed.strip() == "good"
+        assert sharding(made) == sharding(a)
+        close(made, expected_grad)
+""")
+
+
+def test_options_where_shardings_are_part_of_the_types():
+    run_explicit("""
+x, t, w = case(4, 8)
+a, b, c = put(x, "rows", "classes"), put(t), put(w)
+for reduction, p in itertools.product(("none", "sum"), (1, 3)):
+    options = {"p": p, "reduction": reduction, "check_target": "nan"}
+    g = np.arange(1, 5, dtype="f4") if reduction == "none" else np.float32(2)
+    expected = multi_margin_loss_and_grad(x, t, weight=w, grad_output=g, **options)
+    loss = lambda a, b, c: multi_margin_loss(a, b, weight=c, **options)
+    with within(mesh):
+        for d in (put(g), put(g, *["rows"][:g.ndim])):
+            made = multi_margin_loss_and_grad(a, b, weight=c, grad_output=d, **options)
+            assert sharding(made[0]).spec == S(*["rows"][:g.ndim])
+            close(made[0], expected[0])
+            close(made[1], expected[1])
+        by_rows = jax.vmap(partial(loss, c=c))(put(x, "rows", "classes"), put(t, "rows"))
+        by_weight = jax.grad(lambda c: loss(a, b, c).sum())(put(w, "classes"))
+    none = multi_margin_loss(x, t, weight=w, **{**options, "reduction": "none"})
+    close(by_rows, none)
+    close(by_weight @ w, none.sum())
+    assert sharding(by_weight).spec == S("classes")
+""")
+
+
+def test_batches_where_shardings_are_part_of_the_types():
+    run_explicit("""
+for shape, spec in ((8,), ["classes"]), ((2, 4, 8), [None, "rows"]), ((2, 4, 8), ["classes", "rows"]):
+    x, t, w = case(*shape)
+    a, b, options = put(x, *spec), put(t), {"ignore_index": 8}
+    expected = multi_margin_loss_and_grad(x, t, weight=w, **options)
+    for options["backend"] in (None, "generic"):
+        with within(mesh):
+            made = multi_margin_loss_and_grad(a, b, weight=put(w), **options)
+        close(made[0], expected[0])
+        close(made[1], expected[1])
+""")
 
 
 SEVERAL = """
