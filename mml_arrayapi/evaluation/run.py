@@ -109,7 +109,7 @@ def evaluate(
     InvalidTargetError
         A target is out of range, with its position in the whole.
     WorkerError
-        Workers died again and again, or hang.
+        Workers have not this version of the package, died again and again, or hang.
     TypeError, ValueError
         A parameter is not accepted.
 
