@@ -337,6 +337,23 @@ def test_private_names_are_found(code):
     assert [name for name in private_names(ast.parse(code)) if name.startswith("_")]
 
 
+def test_what_torch_compile_records():
+    seen = []
+
+    def backend(module, _):
+        seen.append(state.is_recording())
+        return module.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert seen == [True]
+    assert not state.is_recording()
+
+
+def test_functions_of_the_stable_c_interface():
+    assert state.address_of("aoti_torch_get_dim")
+    assert state.address_of("aoti_torch_no_such_function") is None
+
+
 def test_tensors_of_compilers_are_recorded():
     from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
