@@ -26,6 +26,7 @@ from mml_arrayapi.validation import check_targets
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
 WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
 SHORT = 64  # elements of a row
+SMALL_INTEGERS = ("int2", "int4", "uint2", "uint4")
 
 
 def value_access(array: jax.Array) -> str:
@@ -33,6 +34,13 @@ def value_access(array: jax.Array) -> str:
     if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
         return TRACED  # the latter are spread over several processes
     return HOST if all(d.platform == "cpu" for d in array.devices()) else DEVICE
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """Return the values as a NumPy array: inside ``jit`` every jnp operation is traced."""
+    values = np.asarray(array)
+    # NumPy's own functions know no integers of 2 and 4 bits.
+    return values.astype(np.int8) if values.dtype.name in SMALL_INTEGERS else values
 
 
 def device_key(array: jax.Array) -> frozenset[Any] | None:
@@ -224,7 +232,7 @@ KERNEL = Kernel(
 )
 
 ROW: dict[str, Any] = {
-    "on_host": np.asarray,  # inside ``jit`` every jnp operation is traced
+    "on_host": on_host,
     "device_key": device_key,
     "unsupported_layout": unsupported_layout,
     "widest": widest,

@@ -30,9 +30,6 @@ DEVICE = "device"  # values are concrete, reading them would stall a device
 TRACED = "traced"  # there are no values yet: jit, vmap, torch.compile, meta and fake tensors
 LAZY = "lazy"  # values come when computed (Dask)
 
-# Of ml_dtypes, which adds them to NumPy, and of JAX.
-SMALL_INTEGERS = ("int1", "int2", "int4", "uint1", "uint2", "uint4")
-
 
 def device_of(array: Array) -> Any:
     """Return the array's device, or None where the library knows of none (Dask, old NumPy)."""
@@ -389,12 +386,7 @@ def to_numpy(*arrays: Array) -> list[np.ndarray]:
     library = library_of("input", arrays[0])
     if library.compute is not None:
         return to_numpy(*library.compute(*arrays))
-    return [of_whole_bytes(np.asarray(library.on_host(array))) for array in arrays]
-
-
-def of_whole_bytes(array: Array) -> Array:
-    """Return an array whose integers have at least 8 bits: NumPy's functions know no others."""
-    return array.astype("int8") if getattr(array.dtype, "name", None) in SMALL_INTEGERS else array
+    return [np.asarray(library.on_host(array)) for array in arrays]
 
 
 def like(values: np.ndarray, array: Array) -> Array:

@@ -13,16 +13,7 @@ import numbers
 from typing import Any, NamedTuple
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.libraries import (
-    HOST,
-    LAZY,
-    SMALL_INTEGERS,
-    TRACED,
-    Library,
-    library_of,
-    of_whole_bytes,
-    widest,
-)
+from mml_arrayapi.libraries import HOST, LAZY, TRACED, Library, library_of, widest
 
 Array = Any
 
@@ -443,17 +434,15 @@ def _is_of_kind(library: Library, array: Array, kind: str) -> bool:
     if type(dtype).__hash__ is not None and library.kinds.get(dtype) == kind:
         return True
     try:
-        # Dtypes that ml_dtypes adds to NumPy, in whatever byte order.
-        if getattr(dtype, "name", None) in (("bfloat16",) if kind == REAL else SMALL_INTEGERS):
-            return True
+        if kind == REAL and getattr(dtype, "name", None) == "bfloat16":
+            return True  # a dtype that ml_dtypes adds to NumPy, in whatever byte order
         return xp.isdtype(dtype, kind) and (kind != REAL or xp.finfo(dtype).bits in (16, 32, 64))
     except Exception:  # noqa: BLE001 (libraries have dtypes that their own isdtype() fails at)
         return False
 
 
 def _native(array: Array) -> Array:
-    """Return an array in the machine's byte order, without integers of less than a byte."""
-    array = of_whole_bytes(array)
+    """Return an array in the machine's byte order; NumPy also has the other."""
     dtype = array.dtype
     return array if getattr(dtype, "isnative", True) else array.astype(dtype.newbyteorder("="))
 

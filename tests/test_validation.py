@@ -11,7 +11,6 @@ import pytest
 from mml_arrayapi import (
     InvalidTargetError,
     LossAccumulator,
-    explain,
     multi_margin_loss,
     multi_margin_loss_and_grad,
 )
@@ -600,31 +599,3 @@ def test_bfloat16_of_numpy():
     accumulator = LossAccumulator()
     accumulator.update(x, t)
     assert accumulator.compute() == pytest.approx(multi_margin_loss(x.astype(float), t), rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4"])
-@pytest.mark.parametrize("chunked", [False, True], ids=["NumPy", "Dask"])
-def test_small_integers_of_numpy_as_targets(dtype, chunked):
-    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), dtype))
-    array = np.asarray
-    if chunked:
-        array = partial(pytest.importorskip("dask.array").from_array, chunks=2)
-    x, t = np.random.default_rng(0).normal(size=(4, 3)), np.array([0, 1, 0, 1])
-    scores, target = array(x), array(t.astype(dtype))
-    for ignore_index in (None, 1, -100, 300):
-        options = {"p": 2, "ignore_index": ignore_index}
-        wanted, wanted_grad = multi_margin_loss_and_grad(x, t, **options)
-        for backend in (None, "generic"):
-            assert explain(scores, target, **options, backend=backend).kernel
-            loss, grad = multi_margin_loss_and_grad(scores, target, **options, backend=backend)
-            assert float(loss) == pytest.approx(wanted)
-            assert loss == multi_margin_loss(scores, target, **options, backend=backend)
-            np.testing.assert_allclose(grad, wanted_grad)
-        accumulator = LossAccumulator(**options)
-        accumulator.update(scores, target)
-        assert accumulator.compute() == pytest.approx(wanted)
-    for backend in (None, "generic"):
-        with pytest.raises(InvalidTargetError, match=r"target\[1\] is 1"):
-            np.asarray(multi_margin_loss(scores[:2, :1], target[:2], backend=backend))
-    with pytest.raises(TypeError, match=f"weight must have a real .*, but has dtype {dtype}"):
-        multi_margin_loss(scores, target, weight=np.ones(3, dtype))
