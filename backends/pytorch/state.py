@@ -227,7 +227,7 @@ def _within_grad(tensor: torch.Tensor) -> torch.Tensor:
 
 def address_of(name: str) -> int | None:
     """Return where a function of PyTorch's stable C interface is, or None."""
-    function = getattr(ctypes.CDLL(torch._C.__file__), name, None)
+    function = getattr(ctypes.CDLL(torch._C.__spec__.origin), name, None)
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
