@@ -7,15 +7,19 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context, resource_tracker
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from threading import TIMEOUT_MAX, Event, Thread, current_thread, main_thread
+from time import monotonic
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from mml_arrayapi._version import __version__
 from mml_arrayapi.evaluation.errors import InputError, WorkerError, one_line, require
 from mml_arrayapi.evaluation.inputs import Batch
 
@@ -75,7 +79,7 @@ def run(
     InputError
         No scheduler answers at that address.
     WorkerError
-        Workers died again and again, or hang.
+        Workers have not this version of the package, died again and again, or hang.
     """
     if isinstance(scheduler, str) and scheduler == "threads":
         # One more than there are CPUs: one of them waits for its file most of the time.
@@ -91,6 +95,7 @@ def run(
         if client.status != "running":
             raise InputError("scheduler: the client or its cluster is closed; give one that is not")
         name = _wait_for(client, scheduler, workers, timeout)
+        _check_versions(client, _workers(client), timeout)
         with _interrupts() as finished, stack.pop_all():
             yield from _on_cluster(client, work, timeout, name, finished)
 
@@ -297,6 +302,37 @@ def _wait_for(client: Any, scheduler: Any, workers: int | None, timeout: float) 
     return name
 
 
+def _check_versions(client: Any, workers: list[str], timeout: float) -> None:
+    """Raise if a worker has not this package, or another version; those that hang are passed over.
+
+    They are asked by functions of Python: without the package, a worker can't even read a batch.
+    """
+    answers: SimpleQueue[Any] = SimpleQueue()
+    versions = {}
+    for worker in workers:
+        there = {"workers": [worker], "pure": False}
+        package = client.submit(import_module, "mml_arrayapi", **there)
+        versions[worker] = client.submit(attrgetter("__version__"), package, **there)
+        versions[worker].add_done_callback(lambda _, worker=worker: answers.put(worker))
+    until = monotonic() + min(timeout, CONNECT)
+    with suppress(Empty, TimeoutError):
+        for _ in workers:
+            worker = answers.get(timeout=max(0, until - monotonic()))
+            version = versions[worker]
+            if version.status == "error":
+                raise WorkerError(
+                    f"worker {worker}: mml_arrayapi cannot be imported there "
+                    f"({one_line(version.exception())}); install version {__version__} there"
+                )
+            if version.status != "finished":  # the connection is lost, as the batches will tell
+                return
+            if (found := version.result(timeout=CONNECT)) != __version__:
+                raise WorkerError(
+                    f"worker {worker}: has mml_arrayapi {found}, but this is {__version__}; "
+                    "install the same on all"
+                )
+
+
 class _Finished(SimpleQueue[Any]):
     """What is finished, by number; and whether Ctrl-C came."""
 
@@ -392,15 +428,19 @@ def _on_cluster(
 def _idle_workers(client: Any, timeout: float, hanging: set[str]) -> list[str]:
     """Return the workers that have nothing to do; the others hang."""
     busy = {worker for worker, tasks in client.processing().items() if tasks} | hanging
-    there = client.scheduler_info(n_workers=-1)["workers"]
-    idle = [worker for worker in there if worker not in busy]
+    idle = [worker for worker in _workers(client) if worker not in busy]
     if not idle:
         raise WorkerError(
             f"no batch has been finished for {timeout:g} s, and no worker is idle; hanging, or too "
             f"slow for the timeout: {', '.join(sorted(busy)) or 'none is left'}; restart them, and "
             "run again (a checkpoint keeps what is finished)"
         )
+    _check_versions(client, idle, timeout)  # some may have come since
     return idle
+
+
+def _workers(client: Any) -> list[str]:
+    return list(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def _result(future: Any, timeout: float, name: str) -> Any:

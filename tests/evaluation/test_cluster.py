@@ -184,6 +184,79 @@ def test_all_workers_hang(folder, client, wanted, tmp_path):
     assert run(folder, address, checkpoint=tmp_path) == wanted
 
 
+# What Python runs when it starts, if it is called sitecustomize.py
+STRANGERS = {
+    "no package": """
+import sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "mml_arrayapi":
+            raise ModuleNotFoundError("No module named 'mml_arrayapi'")
+
+sys.meta_path.insert(0, Finder)
+""",
+    "other version": "import mml_arrayapi; mml_arrayapi.__version__ = '0.0.1'",
+}
+MESSAGES = {
+    "no package": r"worker tcp://.*: mml_arrayapi cannot be imported there \(No module named "
+    rf"'mml_arrayapi'\); install version {mml.__version__} there",
+    "other version": rf"worker tcp://.*: has mml_arrayapi 0.0.1, but this is {mml.__version__}; "
+    "install the same on all",
+}
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """Start a worker that has not this package, or another version of it."""
+    started = []
+
+    def start(kind, address):
+        (tmp_path / "sitecustomize.py").write_text(STRANGERS[kind])
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", "--no-dashboard", address]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+@pytest.mark.parametrize("others", [0, 1])
+def test_workers_without_this_version(folder, stranger, kind, others):
+    with local_cluster(others) as made:
+        stranger(kind, made.scheduler_address)
+        with pytest.raises(mml.WorkerError, match=MESSAGES[kind]):
+            run(folder, made.scheduler_address, workers=others + 1)
+
+
+def test_workers_of_another_version_do_not_take_over(folder, stranger):
+    with local_cluster(1) as made, distributed.Client(made, set_as_default=False) as client:
+        (victim,) = pids(client)
+
+        def replace():
+            os.kill(victim, signal.SIGSTOP)
+            stranger("other version", made.scheduler_address)
+            client.wait_for_workers(2, timeout=60)
+
+        try:
+            with pytest.raises(mml.WorkerError, match=MESSAGES["other version"]):
+                run(folder, made.scheduler_address, timeout=3, progress=at(5, replace))
+        finally:
+            os.kill(victim, signal.SIGCONT)
+
+
+def test_a_worker_that_hangs_from_the_start(folder, client, wanted):
+    victims = pids(client)
+    os.kill(victims[0], signal.SIGSTOP)
+    try:
+        assert run(folder, client.scheduler.address, timeout=2) == wanted
+    finally:
+        os.kill(victims[0], signal.SIGCONT)
+
+
 CLIENT = """
 import sys, time
 import mml_arrayapi as mml
