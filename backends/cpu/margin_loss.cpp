@@ -230,15 +230,20 @@ template <class T> struct Lanes {
         for (int k = 0; k < W; k++) x[k] = T(p[k]);
         return x;
     }
-    static INLINE void to_doubles(F x, double *p) {
+    struct Halves {
+        Vec<double, W / 2> low, high;
+    };
+    static INLINE Halves to_doubles(F x) {
 #ifdef __AVX2__
         if constexpr (W == 8) {
-            _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(bits_as<__m256>(x))));
-            _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(bits_as<__m256>(x), 1)));
-            return;
+            const __m256 all = bits_as<__m256>(x);
+            return {bits_as<Vec<double, 4>>(_mm256_cvtps_pd(_mm256_castps256_ps128(all))),
+                    bits_as<Vec<double, 4>>(_mm256_cvtps_pd(_mm256_extractf128_ps(all, 1)))};
         }
 #endif
-        for (int k = 0; k < W; k++) p[k] = x[k];
+        Vec<T, W / 2> halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        return {convert<Vec<double, W / 2>>(halves[0]), convert<Vec<double, W / 2>>(halves[1])};
     }
     // The sums of the lanes of each of W vectors.
     static INLINE F sums(const F *x) {
@@ -285,15 +290,8 @@ template <class T> class Sum {
 
   public:
     INLINE void add(typename L::F x) {
-#ifdef __AVX2__  // GCC 12 converts two numbers at a time
-        low += bits_as<Vec<double, H>>(_mm256_cvtps_pd(_mm256_castps256_ps128(bits_as<__m256>(x))));
-        high += bits_as<Vec<double, H>>(_mm256_cvtps_pd(_mm256_extractf128_ps(bits_as<__m256>(x), 1)));
-#else
-        Vec<T, H> halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        low += convert<Vec<double, H>>(halves[0]);
-        high += convert<Vec<double, H>>(halves[1]);
-#endif
+        const auto halves = L::to_doubles(x);
+        low += halves.low, high += halves.high;
     }
     INLINE double total() const { return added(low + high); }
 };
@@ -1147,7 +1145,10 @@ template <class E, class P> struct FewClasses {
         }
         if (BY_ROW) {
             double sums[GROUP];
-            for (int64_t t = 0; t < g.count; t += W) L::to_doubles(row_sums(terms + t * n), sums + t);
+            for (int64_t t = 0; t < g.count; t += W) {
+                const auto halves = L::to_doubles(row_sums(terms + t * n));
+                write(sums + t, halves.low), write(sums + t + W / 2, halves.high);
+            }
             return k.write_losses(start, g, sums);
         }
         int64_t count = 0;

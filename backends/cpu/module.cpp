@@ -737,6 +737,10 @@ int mml::threads_with(long setting) {
 
 PyMODINIT_FUNC JOIN(PyInit_, MODULE)() {
     PyObject *module = PyModule_Create(&definition);
+    if (module && PyModule_AddIntConstant(module, "MARK", MARK)) {
+        Py_DECREF(module);
+        return nullptr;
+    }
 #ifdef Py_GIL_DISABLED
     if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif

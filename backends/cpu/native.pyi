@@ -18,6 +18,8 @@ Array = Any
 Options = tuple[Any, Any, Any, Any, Any, Any]
 Threads = int | Callable[[], int] | None
 
+MARK: int  #: At the end of a mask whose bits this build has written.
+
 def accept(
     types: tuple[type, ...],
     source: Any,

@@ -23,6 +23,21 @@ using Kernel = void (*)(Value *stack, uint64_t arguments, uint64_t results);
 
 constexpr uint64_t VERSION = (uint64_t(2) << 56) | (uint64_t(10) << 48);  // of the interface
 
+// In the order of Type.
+#define TYPES(F)                     \
+    F(aoti_torch_dtype_float64, ())  \
+    F(aoti_torch_dtype_float32, ())  \
+    F(aoti_torch_dtype_float16, ())  \
+    F(aoti_torch_dtype_bfloat16, ()) \
+    F(aoti_torch_dtype_int8, ())     \
+    F(aoti_torch_dtype_int16, ())    \
+    F(aoti_torch_dtype_int32, ())    \
+    F(aoti_torch_dtype_int64, ())    \
+    F(aoti_torch_dtype_uint8, ())    \
+    F(aoti_torch_dtype_uint16, ())   \
+    F(aoti_torch_dtype_uint32, ())   \
+    F(aoti_torch_dtype_uint64, ())
+
 // Return 0, but for those of types and devices.
 #define FUNCTIONS(F)                                                                                   \
     F(torch_get_num_threads, (uint32_t *))                                                             \
@@ -42,18 +57,7 @@ constexpr uint64_t VERSION = (uint64_t(2) << 56) | (uint64_t(10) << 48);  // of 
     F(aoti_torch_empty_strided, (int64_t ndim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device, int32_t index, Tensor *)) \
     F(aoti_torch_delete_tensor_object, (Tensor))                                                       \
     F(aoti_torch_device_type_cpu, ())                                                                  \
-    F(aoti_torch_dtype_float64, ())                                                                    \
-    F(aoti_torch_dtype_float32, ())                                                                    \
-    F(aoti_torch_dtype_float16, ())                                                                    \
-    F(aoti_torch_dtype_bfloat16, ())                                                                   \
-    F(aoti_torch_dtype_int8, ())                                                                       \
-    F(aoti_torch_dtype_int16, ())                                                                      \
-    F(aoti_torch_dtype_int32, ())                                                                      \
-    F(aoti_torch_dtype_int64, ())                                                                      \
-    F(aoti_torch_dtype_uint8, ())                                                                      \
-    F(aoti_torch_dtype_uint16, ())                                                                     \
-    F(aoti_torch_dtype_uint32, ())                                                                     \
-    F(aoti_torch_dtype_uint64, ())
+    TYPES(F)
 
 #define POINTER(name, arguments) int32_t (*name) arguments = nullptr;
 struct Api {
@@ -167,13 +171,7 @@ struct TorchJob : Tensors, Job {
     }
 };
 
-// The mask of pytorch/cpu.py: the bits, and at its end a mark of the build that wrote them.
-constexpr uint8_t MARK =
-#ifdef __AVX2__
-    2;
-#else
-    1;
-#endif
+// The mask of pytorch/cpu.py: the bits, and at its end MARK.
 int64_t mask_size(const Job &job) {
     const int64_t lanes = job.input.type == Type::f64 ? 2 : 4;
     return job.call.rows * ((job.call.classes + lanes - 1) / lanes) + 1;
@@ -275,13 +273,10 @@ bool connect_pytorch(const std::function<void *(const char *)> &find) {
     FUNCTIONS(FIND)
     api = made;
     cpu_device = api.aoti_torch_device_type_cpu();
-    int32_t (*const types[])() = {  // in the order of Type
-        api.aoti_torch_dtype_float64, api.aoti_torch_dtype_float32, api.aoti_torch_dtype_float16,
-        api.aoti_torch_dtype_bfloat16, api.aoti_torch_dtype_int8, api.aoti_torch_dtype_int16,
-        api.aoti_torch_dtype_int32, api.aoti_torch_dtype_int64, api.aoti_torch_dtype_uint8,
-        api.aoti_torch_dtype_uint16, api.aoti_torch_dtype_uint32, api.aoti_torch_dtype_uint64};
-    static_assert(sizeof types / sizeof *types == int(Type::none), "one of each");
-    for (int k = 0; k < int(Type::none); k++) codes[k] = types[k]();
+#define CODE(name, arguments) api.name(),
+    const int32_t found[] = {TYPES(CODE)};
+    static_assert(sizeof found == sizeof codes, "one of each");
+    std::memcpy(codes, found, sizeof codes);
     void *library;  // kept as long as the process
     return !api.aoti_torch_library_init_impl("mml_arrayapi", "CPU", __FILE__, __LINE__, &library) &&
            !api.torch_library_impl(library, "graph_multi_margin_loss", loss_operator, VERSION) &&

@@ -1,8 +1,16 @@
 // The operators that PyTorch's compiled graphs call.
 #pragma once
+#include <cstdint>
 #include <functional>
 
 namespace mml {
+
+// Stands at the end of a mask whose bits were written by this build; 0 where none were.
+#ifdef __AVX2__
+constexpr uint8_t MARK = 2;
+#else
+constexpr uint8_t MARK = 1;
+#endif
 
 // Takes the functions of PyTorch's stable C interface, which ``find`` returns by name, or null, and
 // registers the operators. False where PyTorch is too old to have them.

@@ -253,9 +253,7 @@ def _implement(engine: Engine) -> None:
 
     def loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
         options, keep_mask = options[:-1], options[-1]
-        made = None
-        if _all_readable(input, target, weight):
-            made = engine.loss(input, target, weight, options, keep_mask)
+        made = _run(engine.loss, (input, target, weight), options, keep_mask)
         if made is None:
             made = _formula_loss(input, target, weight, options), None
         value, mask = made
@@ -266,9 +264,7 @@ def _implement(engine: Engine) -> None:
     def gradient(
         grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, *options: Any
     ) -> Tensor:
-        grad = None
-        if _all_readable(grad_output, input, target, weight, mask):
-            grad = engine.grad(grad_output, input, target, weight, mask, options)
+        grad: Tensor | None = _run(engine.grad, (grad_output, input, target, weight, mask), options)
         if grad is None:
             grad = _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
         return grad
@@ -276,9 +272,9 @@ def _implement(engine: Engine) -> None:
     def loss_and_grad(
         input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        made = None
-        if _all_readable(input, target, weight, grad_output):
-            made = engine.loss_and_grad(input, target, weight, grad_output, options)
+        made: tuple[Tensor, Tensor] | None = _run(
+            engine.loss_and_grad, (input, target, weight, grad_output), options
+        )
         if made is None:
             made = _formula_loss_and_grad(input, target, weight, grad_output, options)
         return made
@@ -295,8 +291,11 @@ def _implement(engine: Engine) -> None:
         _library.impl(name, run, engine.device.upper())
 
 
-def _all_readable(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or readable(tensor) for tensor in tensors)
+def _run(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
+    """Call an engine's function; None also where the memory of a tensor isn't its values."""
+    if all(tensor is None or readable(tensor) for tensor in tensors):
+        return function(*tensors, *options)
+    return None
 
 
 def _no_mask(input: Tensor) -> Tensor:
@@ -329,8 +328,8 @@ def _formula() -> Any:
 
 def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
-        if tensor is not None and state.is_freed(tensor):
-            raise RuntimeError(f"{name} is a tensor whose storage was freed or shrunk")
+        if tensor is not None and (what := state.unsupported_layout(tensor)):
+            raise RuntimeError(f"{name} is {what}")
     p, margin, reduction, ignore_index, axis, check_target = options
     problem = Problem(
         xp, "torch", input, target, weight, p, margin, reduction, axis, check_target, ignore_index
@@ -466,9 +465,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     options = p, margin, reduction, ignore_index, axis % input.ndim, "nan"  # the loss has looked
     if state.is_mapped(grad_output):
         return _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
-    simply = ctx.engine is not None and ordinary() and not is_grad_enabled()
-    if simply and _all_readable(*arguments):
-        grad: Tensor | None = ctx.engine.grad(*arguments, options)
+    if ctx.engine is not None and ordinary() and not is_grad_enabled():
+        grad: Tensor | None = _run(ctx.engine.grad, arguments, options)
         if grad is not None:
             return grad
     return _gradient(*arguments, *options)

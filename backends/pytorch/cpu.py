@@ -15,7 +15,7 @@ from mml_arrayapi.kernel import Options, Problem
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 native = cpu.native
-_MARK = 1 if native is None or native.__name__.endswith("baseline") else 2  # not 0: no bits yet
+_MARK = 0 if native is None else native.MARK
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10
 GRAPH_OPERATORS = False
 if native is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 
 import numpy as np
 import torch
@@ -176,7 +177,7 @@ def unsupported_layout(tensor: torch.Tensor) -> str | None:
         return f"a tensor of layout {layout}"
     if type(tensor) not in _RECORDED and isinstance(tensor, torch.masked.MaskedTensor):
         return "a MaskedTensor, whose mask would be lost; call its to_tensor() or get_data()"
-    if not torch.compiler.is_compiling() and is_freed(tensor):
+    if not torch.compiler.is_compiling() and _is_freed(tensor):
         return "a tensor whose storage was freed or shrunk"
     return None
 
@@ -189,8 +190,7 @@ def device_key(tensor: torch.Tensor) -> object:
     return tensor.device if mesh is None else f"{mesh} (a {type(tensor).__name__})"
 
 
-def is_freed(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor lies beyond its storage, which may have been freed or shrunk."""
+def _is_freed(tensor: torch.Tensor) -> bool:
     return (
         type(tensor) in PLAIN
         and not tensor._is_zerotensor()
@@ -225,9 +225,14 @@ def _within_grad(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+@cache
+def _torch_library() -> ctypes.CDLL:
+    return ctypes.CDLL(torch._C.__spec__.origin)
+
+
 def address_of(name: str) -> int | None:
     """Return where a function of PyTorch's stable C interface is, or None."""
-    function = getattr(ctypes.CDLL(torch._C.__spec__.origin), name, None)
+    function = getattr(_torch_library(), name, None)
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
