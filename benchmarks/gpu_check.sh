@@ -32,6 +32,7 @@ log=$results/gpu_check${profile:+_profile}.log
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 export PYTHONPATH=$root:$site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # JAX would take three quarters of the GPU's memory
 unset MML_ARRAYAPI_BACKEND
 
 failed=() running=()
@@ -107,11 +108,13 @@ else
     # The rest at once: what takes long is compiling, each process on a CPU of its own.
     begin device-tests 240 $test tests/backends/cuda/test_cuda_device.py -k "not cupy"
     begin device-tests-cupy 240 $test tests/backends/cuda/test_cuda_device.py -k cupy
+    begin device-programs 240 $test tests/backends/cuda/test_device_programs.py
     begin conformance-torch 240 python3 -m mml_arrayapi.conformance --xp torch $torch_on
     if [ -z "$dry" ]; then
         begin conformance-cupy 240 python3 -m mml_arrayapi.conformance --xp cupy
     fi
     begin tests-cupy 240 $test tests/test_loss.py tests/test_validation.py -k cupy
+    begin tests-jax 240 $test tests/test_loss.py tests/test_validation.py -k jax
     finish
 fi
 

@@ -68,6 +68,18 @@ class Lib:
         result = np.asarray(array)
         return result.astype(np.float32) if result.dtype.name == "bfloat16" else result
 
+    @property
+    def on_gpu(self):
+        """Whether its arrays are on a GPU. PyTorch's and Dask's are on the host in these tests."""
+        return self.name == "cupy" or (
+            self.name == "jax" and self.xp.zeros(1).device.platform == "gpu"
+        )
+
+    @property
+    def raising(self):
+        """The options with which a target out of range raises: on a GPU it must be asked for."""
+        return {"check_target": "raise"} if self.on_gpu else {}
+
     def dtype_name(self, array):
         return str(array.dtype).rpartition(".")[2]
 

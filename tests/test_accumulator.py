@@ -494,6 +494,7 @@ def test_jax_arrays_over_several_devices_with_a_weight():
     pytest.importorskip("jax")
     code = """
 import os
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec

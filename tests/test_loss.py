@@ -39,9 +39,10 @@ def test_value_and_gradient(lib, rng, p, margin, weighted, reduction):
     assert lib.dtype_name(loss) == lib.dtype_name(grad) == "float32"
     assert grad.shape == (13, 7)
     assert loss.shape == ((13,) if reduction == "none" else ())
-    np.testing.assert_array_equal(
-        lib.numpy(multi_margin_loss(*arguments, **options)), lib.numpy(loss)
-    )
+    alone = lib.numpy(multi_margin_loss(*arguments, **options))
+    # XLA compiles two programs, which may add up in different orders on a GPU.
+    rtol = 3e-7 if lib.name == "jax" and lib.on_gpu else 0
+    np.testing.assert_allclose(alone, lib.numpy(loss), rtol=rtol)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -22,6 +22,14 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 P = [1, 2, 1.5, 3]
 
 
+def host_devices(count):
+    """The environment in which the CPU stands for so many devices."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+    }
+
+
 @pytest.fixture
 def batch(rng):
     scores = jnp.asarray(rng.normal(size=(6, 5)).astype(np.float32))
@@ -121,7 +129,7 @@ try:
 except TypeError as error:
     print(error)
 """
-    printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    printed = run_python(code, **host_devices(2))
     assert printed.startswith(
         "target must be on the same device as input, but target is on frozenset"
     )
@@ -350,7 +358,7 @@ close(mapped(partial(multi_margin_loss, reduction="none"))(a, b), expected)
 close(mapped(jax.grad(sum_of))(a, b), expected_grad)
 print("good")
 """
-    printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    printed = run_python(code, **host_devices(8))
     assert printed.strip() == "good"
 
 
@@ -383,10 +391,7 @@ def case(*shape):
 
 
 def run_explicit(code):
-    printed = run_python(
-        EXPLICIT + code + "print('good')",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
-    )
+    printed = run_python(EXPLICIT + code + "print('good')", **host_devices(4))
     assert printed == "good"
 
 
