@@ -85,8 +85,8 @@ class LossAccumulator:
         weight: Array | None = None,
         ignore_index: SupportsIndex | None = None,
     ) -> None:
-        self.p, self.margin = check_parameters("mean", p, margin)
-        self.ignore_index = check_ignore_index(ignore_index)
+        self._p, self._margin = check_parameters("mean", p, margin)
+        self._ignore_index = check_ignore_index(ignore_index)
         self._weight = None if weight is None else weight_to_numpy(weight)
         self._lock = threading.Lock()
         self.reset()
@@ -95,6 +95,21 @@ class LossAccumulator:
         """Forget all samples."""
         with self._lock:
             self._totals = _Totals(ExactSum(), ExactSum())
+
+    @property
+    def p(self) -> float:
+        """The exponent."""
+        return self._p
+
+    @property
+    def margin(self) -> float:
+        """The margin."""
+        return self._margin
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The target of samples that are left out."""
+        return self._ignore_index
 
     @property
     def count(self) -> int:

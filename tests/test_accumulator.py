@@ -226,6 +226,14 @@ def test_different_losses_do_not_merge(other):
         LossAccumulator().merge(LossAccumulator(**other))
 
 
+@pytest.mark.parametrize("name", ["p", "margin", "ignore_index"])
+def test_all_samples_are_added_under_the_same_parameters(name):
+    accumulator = LossAccumulator(p=2)
+    with pytest.raises(AttributeError, match=f"'{name}' of 'LossAccumulator' object has no setter"):
+        setattr(accumulator, name, 3)
+    assert (accumulator.p, accumulator.margin, accumulator.ignore_index) == (2, 1, None)
+
+
 def test_updates_from_many_threads_lose_nothing():
     """A total that is read before the slow sum and written after it would lose losses."""
     scores, target = batch()
