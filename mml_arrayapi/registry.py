@@ -190,6 +190,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     Returns
     -------
     context manager
+        For one block. It may also decorate a function, but no generator and no coroutine.
 
     Raises
     ------

@@ -387,6 +387,13 @@ class TestUseBackendBelongsToItsContext:
             assert explain(X, T).kernel == "generic"
         assert explain(X, T).kernel == "a"
 
+    def test_as_a_decorator(self):
+        @use_backend("generic")
+        def kernel():
+            return explain(X, T).kernel
+
+        assert [kernel(), explain(X, T).kernel, kernel()] == ["generic", "a", "generic"]
+
     @pytest.fixture
     def generic_only(self, kernel):
         with use_backend("generic"):
