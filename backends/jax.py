@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec, auto_axes
 
 from mml_arrayapi import formula
+from mml_arrayapi.backends.numpy_formula import widened
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 from mml_arrayapi.validation import check_targets
@@ -26,7 +27,6 @@ from mml_arrayapi.validation import check_targets
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
 WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
 SHORT = 64  # elements of a row
-SMALL_INTEGERS = ("int2", "int4", "uint2", "uint4")
 
 
 def value_access(array: jax.Array) -> str:
@@ -38,9 +38,8 @@ def value_access(array: jax.Array) -> str:
 
 def on_host(array: jax.Array) -> np.ndarray:
     """Return the values as a NumPy array: inside ``jit`` every jnp operation is traced."""
-    values = np.asarray(array)
-    # NumPy's own functions know no integers of 2 and 4 bits.
-    return values.astype(np.int8) if values.dtype.name in SMALL_INTEGERS else values
+    values: np.ndarray = widened(np.asarray(array))
+    return values
 
 
 def device_key(array: jax.Array) -> frozenset[Any] | None:

@@ -10,6 +10,7 @@ Array = Any
 
 SHORT = 64  # elements of a row
 FEW = 4096  # elements
+SMALL_INTEGERS = ("int2", "int4", "uint2", "uint4")  # dtypes that ml_dtypes adds to NumPy
 add: Any = np.add.reduce  # np.sum() takes two microseconds more
 UNSIGNED = {
     np.dtype(f"{kind}{size}"): (np.dtype(f"u{size}"), 2 ** (8 * size - (kind == "i")))
@@ -72,6 +73,15 @@ def in_range(target: Array, n_classes: int) -> bool:
     return bool(largest < min(n_classes, limit))
 
 
+def widened(target: Array) -> Array:
+    """Return targets with integers of 8 bits for those of 2 and 4, which NumPy's functions lack."""
+    dtype = target.dtype
+    # NumPy takes microseconds to make up a name; those of the dtypes that are added are of kind V.
+    if dtype.kind != "V" or dtype.name not in SMALL_INTEGERS:
+        return target
+    return target.astype(np.int8, casting="safe")  # chunks of Dask may have another dtype than said
+
+
 def unsupported_layout(array: np.ndarray) -> str | None:
     """Tell what an array is whose meaning would be lost, or None."""
     if type(array) is np.ndarray:
@@ -93,7 +103,9 @@ def unsupported_layout(array: np.ndarray) -> str | None:
 
 
 ROW: dict[str, Any] = {
+    "on_host": widened,
     "unsupported_layout": unsupported_layout,
+    "widened": widened,
     "widest": lambda _: (np.int64, np.float64),
     "places": places,
     "take": take,

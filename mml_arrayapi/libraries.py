@@ -57,6 +57,9 @@ class Library:
     kinds : mapping
         The kinds of the common dtypes, ``"real floating"`` or ``"integral"``; ``isdtype()`` takes
         microseconds to find them.
+    widened : callable
+        ``widened(target)``: the targets; as ``int8`` where the library's functions don't know their
+        integers of less than 8 bits.
     device : callable
         ``device(array)``: the device to name when an array is made to be used with this one.
     compute : callable or None
@@ -126,6 +129,7 @@ class Library:
     runs: Callable[[Array], bool] = lambda _: False
     run_length: Callable[[Any, int], int] = lambda _, longest: longest
     unsupported_layout: Callable[[Array], str | None] = lambda _: None
+    widened: Callable[[Array], Array] = lambda target: target
     device: Callable[[Array], Any] = device_of
     compute: Callable[..., tuple[Array, ...]] | None = None
     loss: Callable[[Problem], Array] | None = None

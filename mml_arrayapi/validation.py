@@ -151,6 +151,7 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     shape, axis, n_classes = _classes(shape, options.axis)
     batch = shape[:axis] + shape[axis + 1 :]
     given, target_library = _seen("target", target)
+    target = target_library.widened(target)
     if not same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "

@@ -1,5 +1,6 @@
 """Every message, the order of the checks, and targets out of range, on every library."""
 
+import itertools
 import pickle
 from enum import Enum
 from fractions import Fraction
@@ -11,6 +12,7 @@ import pytest
 from mml_arrayapi import (
     InvalidTargetError,
     LossAccumulator,
+    explain,
     multi_margin_loss,
     multi_margin_loss_and_grad,
 )
@@ -601,3 +603,52 @@ def test_bfloat16_of_numpy():
     accumulator = LossAccumulator()
     accumulator.update(x, t)
     assert accumulator.compute() == pytest.approx(multi_margin_loss(x.astype(float), t), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["NumPy", "Dask"])
+def test_small_integers_of_numpy_as_targets(dtype, chunked):
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), dtype))
+    array = np.asarray
+    if chunked:
+        array = partial(pytest.importorskip("dask.array").from_array, chunks=2)
+    x, t = np.random.default_rng(0).normal(size=(4, 3)), np.array([0, 1, 0, 1])
+    scores, target = array(x), array(t.astype(dtype))
+    for reduction, ignore_index in itertools.product(("none", "mean", "sum"), (None, 1, -100, 300)):
+        options = {"p": 2, "ignore_index": ignore_index, "reduction": reduction}
+        wanted, wanted_grad = multi_margin_loss_and_grad(x, t, **options)
+        for backend in (None, "generic"):
+            assert explain(scores, target, **options, backend=backend).kernel
+            loss, grad = multi_margin_loss_and_grad(scores, target, **options, backend=backend)
+            np.testing.assert_allclose(loss, wanted)
+            np.testing.assert_allclose(grad, wanted_grad)
+            loss = multi_margin_loss(scores, target, **options, backend=backend)
+            np.testing.assert_allclose(loss, wanted)
+    for ignore_index in (None, 1, -100, 300):
+        results = []
+        for labels in (array(t), target):
+            accumulator = LossAccumulator(ignore_index=ignore_index)
+            accumulator.update(scores, labels)
+            results.append((accumulator.compute(), accumulator.count))
+        assert results[0] == results[1]
+    one_class = scores[:, :1]
+    for backend in (None, "generic"):
+        with pytest.raises(InvalidTargetError, match=r"target\[[13]\] is 1"):
+            np.asarray(multi_margin_loss(one_class, target, backend=backend))
+        losses = multi_margin_loss(
+            one_class, target, backend=backend, check_target="nan", reduction="none"
+        )
+        np.testing.assert_array_equal(losses, [0, np.nan, 0, np.nan])
+    with pytest.raises(TypeError, match=f"weight must have a real .*, but has dtype {dtype}"):
+        multi_margin_loss(scores, target, weight=np.ones(3, dtype))
+
+
+def test_chunks_that_are_no_small_integers_as_dask_was_told():
+    """They are not cut off to integers."""
+    dtype = pytest.importorskip("ml_dtypes").int4
+    array = partial(pytest.importorskip("dask.array").from_array, chunks=2)
+    target = array(np.array([0.5, 1.5])).map_blocks(
+        lambda block: block, dtype=dtype, meta=np.empty(0, dtype)
+    )
+    with pytest.raises(TypeError, match="Cannot cast"):
+        multi_margin_loss(array(np.zeros((2, 3))), target).compute()

@@ -35,6 +35,7 @@ from mml_arrayapi.backends.dask.alignment import (
     slices,
     unknown,
 )
+from mml_arrayapi.backends.numpy_formula import widened
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import library_of
 
@@ -295,4 +296,5 @@ KERNEL = Kernel(
 ROW: dict[str, Any] = {
     "loss": partial(loss, backend="generic"),
     "loss_and_grad": partial(loss_and_grad, backend="generic"),
+    "widened": widened,
 }

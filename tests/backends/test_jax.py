@@ -373,6 +373,26 @@ def test_small_integers_as_targets(dtype):
             multi_margin_loss(scores[:, :1], target, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "uint2"])
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_small_integers_that_a_compiled_function_captures(dtype, backend):
+    """Labels that are concrete stay so: nothing is done to them within the trace."""
+    scores, target = jnp.zeros((2, 3)), jnp.asarray([0, 1], dtype)
+
+    @jax.jit
+    def loss_and_grad(x):
+        options = {"backend": backend, "check_target": "raise"}
+        return multi_margin_loss(x, target, **options), *multi_margin_loss_and_grad(
+            x, target, **options
+        )
+
+    loss, again, grad = loss_and_grad(scores)
+    assert float(loss) == float(again) == pytest.approx(2 / 3)
+    np.testing.assert_allclose(grad, np.asarray([[-2, 1, 1], [1, -2, 1]]) / 6, rtol=1e-6)
+    with pytest.raises(InvalidTargetError, match=r"target\[1\] is 1"):
+        loss_and_grad(scores[:, :1])
+
+
 EXPLICIT = """
 import itertools, jax, numpy as np
 from functools import partial
