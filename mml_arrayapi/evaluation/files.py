@@ -229,7 +229,7 @@ def find(given: str) -> list[File]:
 
 def _splits(given: str) -> Iterator[tuple[str, str]]:
     """Yield the ways to read a name with a #, which names of files and of columns may have too."""
-    if "#" not in given or not re.search("https?://", given):  # where it is never the file's
+    if "#" not in given or not re.search("(?i)https?://", given):  # where it is never the file's
         yield given, ""
     elif given.endswith("#"):
         yield given[:-1], ""
@@ -241,6 +241,7 @@ def _file(path: str, item: str, name: str) -> File:
     if os.path.lexists(path) or not URL.match(path):
         return File(None, os.path.abspath(path), item, name)
     core = require("fsspec.core", name)
+    path = re.sub(r"(^|::)[\w+.-]+://", lambda scheme: scheme[0].lower(), path)  # as HTTP://
     try:
         # Else a cache of an earlier evaluation would be taken, whatever has changed since.
         caches = [one for one in path.split("::")[:-1] if one in CACHES]

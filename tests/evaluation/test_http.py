@@ -93,6 +93,10 @@ def test_files(arrays, files, wanted, serve, handler):
     parquet("p.parquet", logits=list(arrays[0]), label=arrays[1])
     assert mml.evaluate(f"{url}/x.npy", f"{url}/y.npy#", chunk_size=300) == wanted
     assert mml.evaluate(f"{url}/both.npz#logits", f"{url}/both.npz#labels") == wanted
+    capitals = url.replace("http", "HTTP")
+    assert mml.evaluate(f"{capitals}/x.npy", f"simplecache::{capitals}/y.npy#") == wanted
+    with pytest.raises(mml.InputError, match="twice"):
+        mml.evaluate([f"{url}/x.npy", f"{capitals}/x.npy"], ["y.npy", "y.npy"])
     assert mml.evaluate(f"{url}/p.parquet", f"{url}/p.parquet?version=1") == wanted
 
 
