@@ -685,7 +685,14 @@ def _index_rows(shards: list[Shard], plain: bool = False) -> Iterator[Any]:
         yield index_table(range(sum(shard.shape[0] for shard in shards)))
         return
     for shard in shards:
-        yield from _open(shard.source, shard.role, shard.rules, shard.version).index_rows()
+        try:
+            yield from _open(shard.source, shard.role, shard.rules, shard.version).index_rows()
+        except Exception as error:
+            shard._check_version_after(error)
+            raise InputError(
+                f"{shard.name}: its pandas index cannot be read "
+                + advice(error, "write or copy it again")
+            ) from error
 
 
 def _batches(data: Dataset, step: int) -> Iterator[Batch]:

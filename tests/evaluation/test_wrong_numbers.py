@@ -1516,6 +1516,20 @@ def test_indices_of_pandas_that_contradict_the_order(files, fails, index):
     assert "so that it is in doubt which belong together; sort both alike, or write" in line
 
 
+def test_an_index_that_is_damaged(files, fails):
+    pq = pytest.importorskip("pyarrow.parquet")
+    frames([7, 5, 3, 1, 0, 2], [7, 5, 3, 1, 0, 2])
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(pq.read_table("t.parquet"), "t.parquet", **options)
+    key = pq.ParquetFile("t.parquet").metadata.row_group(0).column(1)
+    with open("t.parquet", "r+b") as file:
+        file.seek(key.data_page_offset + key.total_compressed_size - 1)
+        file.write(b"\x01")
+    line = fails("s.parquet", "t.parquet")
+    assert "t.parquet: its pandas index cannot be read (" in line
+    assert line.endswith("; write or copy it again\n")
+
+
 def test_indices_of_other_types_are_compared_by_value(files, fails):
     pa = pytest.importorskip("pyarrow")
     frames([1, 2, 3, 4, 5, 6], pa.array([1, 2, 3, 4, 5, 6], pa.int32()))
