@@ -348,7 +348,8 @@ def _check_result(kernel: Kernel, problem: Problem, operation: str, result: Any)
         )
     made = (result,) if operation == "loss" else result
     for (what, shape), one in zip(wanted.items(), made, strict=True):
-        number = what == "loss" and not none and isinstance(one, (int, float))
+        is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
+        number = what == "loss" and not none and is_number
         if number or _is_of(problem, one, shape):
             continue
         known = hasattr(one, "shape") and hasattr(one, "dtype")
@@ -383,11 +384,11 @@ def _refusal(kernel: Kernel, problem: Problem) -> str | None:
         reason = kernel.refuses(problem)
     except Exception as error:  # noqa: BLE001 - a kernel nobody asked for must not end a call
         return f"its refuses() raised {_told(error)}"
-    if reason is None:
-        return None
-    with suppress(Exception):
-        return str(reason) or "it gives no reason"
-    return "it gives no reason"
+    if reason is None or (isinstance(reason, str) and reason):
+        return reason
+    if reason == "":
+        return "it gives no reason"
+    return f"its refuses() returned {in_words(reason)}; None says that it takes the call"
 
 
 def _told(error: BaseException) -> str:

@@ -29,7 +29,7 @@ class InvalidTargetError(IndexError, ValueError):
     Attributes
     ----------
     position : tuple of int
-        Where in ``target`` the first such value stands.
+        Where in ``target`` the first such value stands; of a Dask array, the first in a chunk.
     value : int
         The value.
     n_classes : int
@@ -568,7 +568,10 @@ def _static(argument: str, value: object) -> str:
     if not type(value).__module__.startswith("jax"):
         return ""
     convert = "int()" if argument in ("ignore_index", "axis") else "float()"
-    return f"; under jax.jit name it in static_argnames=({argument!r},), else call {convert}"
+    return (
+        f"; under jax.jit name it in static_argnames=({argument!r},), else call {convert}; the "
+        f"loss can't be differentiated by it"
+    )
 
 
 def in_words(value: object) -> str:

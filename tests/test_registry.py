@@ -738,7 +738,13 @@ with mml.use_backend("tiny-loops"):
     assert run_python(code, path=[plugin_path]) == "found"
 
 
-@pytest.mark.parametrize(("reason", "shown"), [("", "it gives no reason"), (False, "False")])
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("", "it gives no reason"),
+        (False, "its refuses() returned False of type bool; None says that it takes the call"),
+    ],
+)
 def test_a_refusal_without_words_is_one(reason, shown):
     with registry.isolated():
         kernel = Kernel("speechless", "numpy", lambda _: reason, print, print, before="numpy-cpu")
@@ -1000,7 +1006,7 @@ def test_errors_whose_words_raise(plugins, module):
     assert dict(explain(X, T).considered) == {
         "numpy": "cannot be imported: Mute",
         "raises": "its refuses() raised Mute",
-        "gives": "it gives no reason",
+        "gives": "its refuses() returned Mute() of type Mute; None says that it takes the call",
         "generic": None,
     }
 
@@ -1044,6 +1050,7 @@ def test_a_kernel_that_returns_something_else():
     [
         (None, X, "mean", "the loss must be an array of numpy, of float32 and shape (), but is None"),
         ("", X, "sum", "the loss must be an array of numpy, of float32 and shape (), but is ''"),
+        (True, X, "sum", "of numpy, of float32 and shape (), but is True of type bool"),
         ([1.0], X, "mean", "but is [1.0]"),
         (X[0], X, "mean", "shape (), but is a ndarray of float32 and shape (3,)"),
         (np.float16(0), X, "mean", "shape (), but is a float16 of float16 and shape ()"),

@@ -561,9 +561,18 @@ template <class E, class P, bool UNIT> struct Kernel {
         for (int k = 0; k < W; k++) x[k] = widen<E>(row + (j + k < n ? j + k : n - 1) * step);
         return x;
     }
+    // What the scores' own computing type can't hold is infinite, where powers are taken in a wider one.
+    template <class V> static INLINE V difference(V x, V own) {
+        V z = x - own;
+        if constexpr (sizeof(T) > sizeof(One::Computing<E>)) {
+            z = z > LARGEST ? V{} + T(INFINITY) : z;
+            z = z < -LARGEST ? V{} - T(INFINITY) : z;
+        }
+        return z;
+    }
     // max(0, z), and 0 for the target's class; NaN stays. ``at``: the target's place minus j.
     INLINE F hinge(F x, I own_class, F own) const {
-        F z = (x - own) + margin;
+        F z = difference(x, own) + margin;
         return L::only(z, ~((z <= 0) | own_class));
     }
     INLINE F hinge(const char *row, int64_t j, int shift, I at, F own) const {
@@ -686,7 +695,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     NOINLINE Sums careful(const char *row, int64_t y, T own, double unit) const {
         Sums s = {0, 0, unit};
         for (int64_t j = 0; j < n; j++) {
-            T z = (T(widen<E>(row + j * in_step)) - own) + margin[0];
+            T z = difference(T(widen<E>(row + j * in_step)), own) + margin[0];
             if (j == y || z <= 0) continue;
             Vec<double, 2> h = {double(z), 0};
             const double term = power.term(h)[0];

@@ -569,7 +569,7 @@ def _for_input(
     z = (x - x.gather(-1, y)) + margin
     own = torch.arange(n_classes, device=x.device) == y
     active = (z > 0) & ~own
-    curvature = torch.where(active, p * (p - 1) * torch.where(active, z, 1) ** (p - 2), 0)
+    curvature = p * (p - 1) * torch.where(active, z, 1) ** (p - 2)
     scale = grad_output.to(wide) / n_classes
     if reduction == "none":
         scale = scale.unsqueeze(-1)
@@ -577,7 +577,7 @@ def _for_input(
         scale = scale / kept.sum()
     if weight is not None:
         scale = scale * weight.to(wide)[y]
-    others = curvature * (v - v.gather(-1, y)) * scale
+    others = torch.where(active, curvature * (v - v.gather(-1, y)) * scale, 0)
     result = torch.where(own, -others.sum(-1, keepdim=True), others)
     # Infinity minus itself at the target's class is no class's NaN.
     no_value = (z.isnan() & ~own).any(-1, keepdim=True) | x.gather(-1, y).isnan()

@@ -176,6 +176,19 @@ def test_a_margin_that_the_dtype_cannot_hold_is_infinite(native, dtype, rng):
         assert native.loss(flat, y, np.full(c, 1e300), options()) == math.inf
 
 
+@pytest.mark.parametrize("p", [1, 2, 1.001, 3])
+def test_a_difference_that_the_dtype_cannot_hold_is_infinite(native, p):
+    """General powers too, which are taken in float64."""
+    for c in (2, 5, 40):
+        x = np.full((3, c), -2e38, np.float32)
+        x[:, 0] = 2e38
+        grad = np.empty_like(x)
+        y = np.ones(3, int)
+        assert native.loss_and_grad(x, y, None, options(p, -3e38), grad) == math.inf
+        assert native.loss(x, np.zeros(3, int), None, options(p, 3e38)) == 0
+        assert math.isnan(native.loss(x, y, None, options(p, -1e39)))  # infinity minus infinity
+
+
 def test_the_margin_survives_large_scores(native):
     # (x_j - x_y) + margin; reassociated, the margin of 1e-3 would vanish in scores of 1e5.
     x = np.full((64, 100), 1e5, np.float32)

@@ -49,6 +49,15 @@ def test_first_and_second_derivatives_of_scores_and_weight(batch, p):
     assert torch.autograd.gradgradcheck(loss, arguments)
 
 
+def test_inactive_classes_have_no_second_derivative_beside_an_infinite_weight():
+    x = torch.tensor([[0.0, 5.0, -5.0]], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([torch.inf, 1, 1], dtype=torch.float64)
+    loss = multi_margin_loss(x, torch.tensor([0]), p=2, weight=weight)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(grad[0, 1], x)
+    assert second.tolist() == [[-torch.inf, torch.inf, 0]]
+
+
 @pytest.mark.parametrize("p", P)
 def test_rows_without_a_value_have_a_gradient_of_nan(p):
     inf, nan = float("inf"), float("nan")
