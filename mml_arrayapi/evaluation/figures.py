@@ -353,7 +353,7 @@ def figures_of(
         ignored=state.ignored,
         nan=int(state.counts[3].sum()),
         confusions=_confusions(state),
-        nan_samples=tuple(data.place(i)[:2] for i in state.nan),
+        nan_samples=tuple((printable(name), row) for name, row, _ in map(data.place, state.nan)),
         nan_by_file=tuple((printable(name), count) for name, count in nan_by_file.items()),
         worst=tuple(_worst(sample, data) for sample in state.worst),
         pairing=data.pairing(),

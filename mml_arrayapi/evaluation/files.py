@@ -151,7 +151,7 @@ class File:
         if not os.path.isdir(path):
             return _local_version(path)
         told = hashlib.sha256()
-        for folder, folders, names in os.walk(path, followlinks=True):
+        for folder, folders, names in _walk(path):
             folders.sort()
             for name in sorted(names):
                 file = os.path.join(folder, name)
@@ -410,9 +410,27 @@ def _try(pattern: str) -> None:
                 look = os.listdir if glob.has_magic(part) else os.stat
                 look(os.path.join(place, os.curdir))
                 continue
-            for folder, folders, _ in os.walk(place, onerror=_raise, followlinks=True):
+            for _, folders, _ in _walk(place):
                 folders[:] = [name for name in folders if not name.startswith(".")]
-                os.stat(os.path.join(folder, os.curdir))
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk through folders as os.walk() does, through links too; raise what stands in the way.
+
+    A link that leads back to a folder that it is in would be followed without end.
+    """
+    above: dict[str, tuple[tuple[int, int], ...]] = {}  # of each folder, it and those it is in
+    for folder, folders, names in os.walk(top, onerror=_raise, followlinks=True):
+        status = os.stat(os.path.join(folder, os.curdir))
+        this = status.st_dev, status.st_ino
+        others = above.get(os.path.dirname(folder), ())
+        if this in others:
+            raise InputError(
+                f"{folder}: is a link back to a folder that it is in; remove it, or give what is "
+                "in the folders one by one"
+            )
+        above[folder.rstrip(os.sep)] = *others, this
+        yield folder, folders, names
 
 
 def _raise(error: OSError) -> None:

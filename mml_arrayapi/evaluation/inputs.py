@@ -310,8 +310,8 @@ class Dataset(NamedTuple):
     def identity(self) -> list[Any]:
         """Return what each shard is, as plain JSON."""
         return [
-            [s.source.where, list(s.shape), str(s.dtype), list(s.columns), s.version]
-            for shards in self.shards.values()
+            [role, s.source.where, list(s.shape), str(s.dtype), list(s.columns), s.version]
+            for role, shards in self.shards.items()
             for s in shards
         ]
 
@@ -507,7 +507,7 @@ def _check_alike(scores: list[Shard], axis: int, rows_axis: int) -> None:
             m == n or i == rows_axis
             for i, (m, n) in enumerate(zip(shard.shape, first.shape, strict=True))
         )
-        if not same or shard.dtype != first.dtype:
+        if not same or shard.dtype.newbyteorder("=") != first.dtype.newbyteorder("="):
             raise InputError(
                 f"{shard.name}: scores of shape {shard.shape} and dtype {shard.dtype} don't "
                 f"continue those of {first.name}, of shape {first.shape} and dtype {first.dtype}; "

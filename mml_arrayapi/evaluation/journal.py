@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 from zlib import crc32
 
@@ -110,18 +111,31 @@ class _Local:
             self._file = path.open("a+b", buffering=0)
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        if not S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self.close()
+            raise InputError(f"{self.path}: is no file; give another folder")
         try:
             if flock is not None:
                 flock(self._file, LOCK_EX | LOCK_NB)
         except BlockingIOError as error:
-            self._file.close()
+            self.close()
             raise InputError(
                 f"{self.path}: is in use by another evaluation; wait for it, or give another folder"
             ) from error
+        except OSError as error:
+            self.close()
+            raise InputError(
+                f"{self.path}: cannot be locked {advice(error, 'give a folder on another disk')}"
+            ) from error
 
     def read(self) -> Iterator[dict[str, Any]]:
-        self._file.seek(0)
-        lines = self._file.read().splitlines(keepends=True)
+        try:
+            self._file.seek(0)
+            lines = self._file.read().splitlines(keepends=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be read {advice(error, 'give another folder')}"
+            ) from error
         length = 0
         for number, line in enumerate(lines, start=1):
             record = _record(line)
@@ -200,17 +214,22 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
             continue
         if key == "inputs":
             before = old.get(key) or []
-            changed = [one[0] for one in value if one not in before] or [
-                "fewer files, or another order"
-            ]
+            changed = [f"{name} as {role}" for role, name, *_ in _others(value, before)]
+            gone = [f"{name} as {role}" for role, name, *_ in _others(before, value)]
+            told = changed and f"now: {', '.join(changed[:3])}"
+            told = told or (gone and f"then also: {', '.join(gone[:3])}") or "now: in another order"
             raise InputError(
-                f"{path}: was begun with other inputs (now: {', '.join(changed[:3])}); give the "
-                "same files, unchanged, or another folder"
+                f"{path}: was begun with other inputs ({told}); give the same files, unchanged, or "
+                "another folder"
             )
         raise InputError(
             f"{path}: was begun with {key} {old.get(key)}, but this run has {value}; use the same, "
             "or another folder"
         )
+
+
+def _others(some: list[Any], known: list[Any]) -> list[Any]:
+    return [one for one in some if one not in known]
 
 
 def check_writable(path: str) -> None:
@@ -271,10 +290,12 @@ def write_whole(path: str, text: str) -> None:
             if os.path.exists(path):
                 os.chmod(part, os.stat(path).st_mode)
             os.replace(part, path)
-    except OSError as error:
+    except BaseException as error:
         if part != path:
             Path(part).unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+        if isinstance(error, Exception):
+            raise cannot_write(path, error) from error
+        raise
 
 
 def _is_plain(path: str) -> bool:  # not a pipe, a terminal, or what the process has open

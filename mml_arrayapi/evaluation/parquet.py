@@ -129,7 +129,7 @@ class ParquetColumns:
     def __getitem__(self, where: tuple[slice, ...]) -> Array:
         import numpy as np
 
-        start, stop, _ = where[-1].indices(self.shape[0])
+        start, stop, _ = where[0].indices(self.shape[0])
         parts = [np.empty((0, *self.shape[1:]), self.dtype)]
         for group, (low, high) in enumerate(pairwise(self._starts)):
             if low < high and start < high and low < stop:
@@ -141,7 +141,8 @@ class ParquetColumns:
                         "score per class"
                     )
                 parts.append(rows[max(0, start - low) : stop - low])
-        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+        rows = parts[1] if len(parts) == 2 else np.concatenate(parts)
+        return rows[(slice(None), *where[1:])]
 
     def index_rows(self) -> Iterator[Any]:
         """Yield the index of pandas of each row group, as Arrow tables."""

@@ -236,7 +236,7 @@ def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]
     starts = [batch.start for batch in data.batches]
     cut = {"kernel": kernel, "chunk size": max((b.stop - b.start for b in data.batches), default=0)}
     parameters |= {"mml_arrayapi": __version__}
-    return {"version": 3, **parameters, **cut, "batches": starts, "inputs": data.identity()}
+    return {"version": 4, **parameters, **cut, "batches": starts, "inputs": data.identity()}
 
 
 def _check(

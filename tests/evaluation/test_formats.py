@@ -580,3 +580,23 @@ def test_progress_that_counts_as_false(arrays):
     mml.evaluate(*arrays, progress=log, chunk_size=350, workers=1)
     assert log == [(350, N), (N, N)]
     assert mml.evaluate(*arrays, progress=False).samples == N
+
+
+@pytest.mark.parametrize("n_classes", [3, 9])
+def test_parquet_with_the_classes_in_rows(files, n_classes):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    scores = np.random.default_rng(1).standard_normal((n_classes, 5))
+    target = np.arange(5) % n_classes
+    table = pa.table({"logits": list(scores)})
+    pq.write_table(table, "t.parquet", row_group_size=2)
+    wanted = mml.evaluate(scores, target, axis=0)
+    assert mml.evaluate("t.parquet", target, axis=0) == wanted
+    assert mml.evaluate("t.parquet", target, axis=0, chunk_size=2) == wanted
+
+
+def test_parts_in_different_byte_orders(arrays, files, wanted):
+    np.save("part-1.npy", arrays[0][:300].astype(">f4"))
+    np.save("part-2.npy", arrays[0][300:])
+    assert mml.evaluate("part-*.npy", "y.npy") == wanted
+    assert mml.evaluate(["part-1.npy", "part-2.npy"], "y.npy", chunk_size=90) == wanted

@@ -1,12 +1,17 @@
 """The journal: resuming, damage, locks."""
 
+import errno
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 from zlib import crc32
 
 import numpy as np
@@ -143,7 +148,26 @@ def test_a_changed_file_is_refused(arrays, files, capsys, fails, command):
     capsys.readouterr()
     np.save("y.npy", arrays[1][::-1])
     line = fails("x.npy", "y.npy", "--checkpoint", "ck")
-    assert "y.npy); give the same files, unchanged, or another folder" in line
+    assert "y.npy as targets); give the same files, unchanged, or another folder" in line
+
+
+def test_other_inputs_are_named(arrays, files, capsys, fails, command):
+    np.save("w.npy", np.ones(len(arrays[1])))
+    assert command("x.npy", "y.npy", "--checkpoint", "one") == 0
+    more = "x.npy", "y.npy", "--sample-weight", "w.npy"
+    assert command(*more, "--checkpoint", "two") == 0
+    capsys.readouterr()
+    assert "w.npy as sample weights); give" in fails(*more, "--checkpoint", "one")
+    line = fails("x.npy", "y.npy", "--checkpoint", "two")
+    assert "other inputs (then also: " in line
+    assert "w.npy as sample weights); give" in line
+    np.save("part-1.npy", arrays[0][:300])
+    np.save("part-2.npy", arrays[0][300:])
+    at = {"chunk_size": 700, "checkpoint": "three"}
+    mml.evaluate(["part-1.npy", "part-2.npy"], "y.npy", **at)
+    os.rename("part-1.npy", "part-0.npy")
+    with pytest.raises(mml.InputError, match=r"part-0.npy as scores"):
+        mml.evaluate(["part-0.npy", "part-2.npy"], "y.npy", **at)
 
 
 SLOW = """
@@ -212,6 +236,41 @@ def test_a_journal_in_use_is_refused(files, wanted):
     assert mml.evaluate("x.npy", "y.npy", progress=again, **options) == wanted
     assert messages
     assert mml.evaluate("x.npy", "y.npy", **options) == wanted
+
+
+def test_a_file_system_without_locks(files, fails, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(journal, "flock", flock)
+    line = fails("x.npy", "y.npy", "--checkpoint", "ck")
+    assert "journal.jsonl: cannot be locked (No locks available); give a folder on another" in line
+
+
+def test_a_journal_that_cannot_be_read(files, fails, monkeypatch):
+    (files / "ck").mkdir()
+    os.symlink(os.devnull, files / "ck" / NAME)
+    assert "journal.jsonl: is no file; give another" in fails(
+        "x.npy", "y.npy", "--checkpoint", "ck"
+    )
+    os.unlink(files / "ck" / NAME)
+    opened = Path.open
+
+    def broken(path, *arguments, **options):
+        file = opened(path, *arguments, **options)
+        if path.name != NAME:
+            return file
+        file.close()
+        return SimpleNamespace(
+            fileno=lambda: os.open(files / "ck" / NAME, os.O_RDWR),
+            seek=mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")),
+            close=lambda: None,
+        )
+
+    monkeypatch.setattr(journal, "flock", None)
+    monkeypatch.setattr(Path, "open", broken)
+    line = fails("x.npy", "y.npy", "--checkpoint", "ck")
+    assert "journal.jsonl: cannot be read (Input/output error); give another folder" in line
 
 
 def test_a_journal_of_an_older_version_is_refused(files, fails):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -367,6 +368,23 @@ def test_names_that_are_not_utf8(arrays, files, command, capsysbinary):
         json.loads(capsysbinary.readouterr().out)["pairing"][0]["scores"]["name"]
         == "caf\\udce9.npy"
     )
+
+
+def test_samples_that_are_nan_in_a_file_whose_name_is_not_utf8(arrays, files, command):
+    name, scores = os.fsdecode(b"caf\xe9.npy"), arrays[0].copy()
+    scores[3, 1] = np.nan
+    np.save(name, scores)
+    assert command(name, "y.npy", "--report", "r.html") == 0
+    assert "caf\\udce9.npy" in Path("r.html").read_text("utf-8")
+
+
+def test_what_was_begun_to_be_written_is_removed(files, monkeypatch):
+    with pytest.raises(mml.InputError, match=r"r.html: cannot be written \('utf-8' codec can't"):
+        write_whole("r.html", "\udcff")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_whole("r.html", "text")
+    assert sorted(os.listdir()) == ["x.npy", "y.npy"]
 
 
 # The progress bar.

@@ -27,6 +27,28 @@ def parts(name, array, n, numbers=None):
 # The order of files.
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("given", ["data", "data/**/*.parquet", "."])
+def test_links_that_lead_back(files, fails, given):
+    """They were followed 40 levels deep, two of them practically for ever."""
+    os.makedirs("data/inner")
+    parquet("data/p.parquet", logits=[[1.0, 2.0]], label=[1])
+    os.symlink("..", "data/inner/up")
+    os.symlink(".", "data/same")
+    line = fails(given, given)
+    assert re.search(
+        r"data/(same|inner/up): is a link back to a folder that it is in; remove", line
+    )
+    os.unlink("data/inner/up")
+    os.unlink("data/same")
+    os.symlink("../../data", "data/inner/up")
+    assert "up: is a link back to a folder that it is in" in fails(given, given)
+    os.unlink("data/inner/up")
+    os.makedirs("elsewhere/deep")
+    os.symlink("../elsewhere", "data/good")
+    assert mml.evaluate("data", "data").samples == 1
+
+
 def test_numbers_in_names_are_numbers(arrays, files, wanted):
     parts("part", arrays[0], 12)
     parts("label", arrays[1], 12)
@@ -441,7 +463,7 @@ def test_a_zarr_store_that_is_rewritten(arrays, files, when):
         mml.evaluate("x.zarr", "y.npy", progress=rewrite_at(3, change), **options)
     if when == "resume":
         store[600:700] = 0
-    with pytest.raises(mml.InputError, match=r"begun with other inputs \(now: .*x\.zarr\)"):
+    with pytest.raises(mml.InputError, match=r"begun with other inputs \(now: .*x\.zarr as"):
         mml.evaluate("x.zarr", "y.npy", **options)
 
 
@@ -1117,10 +1139,8 @@ def test_the_same_under_another_name(arrays, files, fails):
     parquet("p/part-0.parquet", **by_class(arrays[0], columns))
     with pytest.raises(mml.InputError, match="is given twice"):
         mml.evaluate(["p", "p#c*"], ["y.npy", "y.npy"])
-    for link, target in (("latest.parquet", "part-0.parquet"), ("loop", ".")):
-        os.symlink(target, f"p/{link}")
-        assert "is given twice" in fails("p", "y.npy")
-        os.remove(f"p/{link}")
+    os.symlink("part-0.parquet", "p/latest.parquet")
+    assert "is given twice" in fails("p", "y.npy")
 
 
 def test_the_same_through_a_cache(arrays, files):
