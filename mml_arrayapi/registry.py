@@ -384,10 +384,10 @@ def _refusal(kernel: Kernel, problem: Problem) -> str | None:
         reason = kernel.refuses(problem)
     except Exception as error:  # noqa: BLE001 - a kernel nobody asked for must not end a call
         return f"its refuses() raised {_told(error)}"
-    if reason is None or (isinstance(reason, str) and reason):
-        return reason
-    if reason == "":
-        return "it gives no reason"
+    if reason is None:
+        return None
+    if isinstance(reason, str):
+        return reason or "it gives no reason"
     return f"its refuses() returned {in_words(reason)}; None says that it takes the call"
 
 

@@ -743,6 +743,10 @@ with mml.use_backend("tiny-loops"):
     [
         ("", "it gives no reason"),
         (False, "its refuses() returned False of type bool; None says that it takes the call"),
+        (
+            T,
+            "its refuses() returned array([0, 1]) of type ndarray; None says that it takes the call",
+        ),
     ],
 )
 def test_a_refusal_without_words_is_one(reason, shown):
