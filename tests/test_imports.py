@@ -200,13 +200,17 @@ for name in {names!r}:
 """
 
 
+def in_processes(names, code):
+    """What processes say that begin with none of our modules, one for each name: {name: output}."""
+    if not hasattr(os, "fork"):
+        return {name: run_python(code.replace("NAME", repr(name))) for name in names}
+    _, *told = run_python(FORKS.format(names=names, code=code)).split("\0")
+    return dict(zip(told[::2], map(str.strip, told[1::2]), strict=True))
+
+
 @pytest.fixture(scope="module")
 def every_form():
-    """What a process says that imports a module first of ours: {module: output or error}."""
-    if not hasattr(os, "fork"):
-        return {name: run_python(EVERY_FORM.replace("NAME", repr(name))) for name in MODULES}
-    _, *told = run_python(FORKS.format(names=MODULES, code=EVERY_FORM)).split("\0")
-    return dict(zip(told[::2], map(str.strip, told[1::2]), strict=True))
+    return in_processes(MODULES, EVERY_FORM)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -217,7 +221,6 @@ def test_every_form_of_import(name, every_form):
     assert not said
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes long without fork()")
 def test_every_order_of_imports():
     code = f"""
 import importlib, random
@@ -232,8 +235,8 @@ for name in mml_arrayapi.__all__:
     getattr(mml_arrayapi, name)
 assert callable(mml_arrayapi.evaluate)
 """
-    _, *told = run_python(FORKS.format(names=["first", "second", "third"], code=code)).split("\0")
-    assert [*map(str.strip, told)] == ["first", "", "second", "", "third", ""]
+    seeds = ["first", "second", "third"]
+    assert in_processes(seeds, code) == dict.fromkeys(seeds, "")
 
 
 def test_what_tests_skip_for_is_no_module_of_ours_that_has_moved():

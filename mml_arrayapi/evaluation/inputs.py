@@ -100,11 +100,7 @@ class Shard:
             if part.dtype.newbyteorder("=") != self.dtype.newbyteorder("="):
                 raise ValueError(f"they have dtype {part.dtype}, not {self.dtype}")  # noqa: TRY301
         except Exception as error:
-            self._check_version_after(error)
-            raise InputError(
-                f"{self.name}: rows {start} to {stop - 1} cannot be read "
-                + advice(error, "write or copy it again")
-            ) from error
+            raise self.unreadable(f"rows {start} to {stop - 1}", error) from error
         if not (self.version and self.source.store):  # stores are looked at once, at the end
             self.check_version()
         return part
@@ -132,8 +128,8 @@ class Shard:
             "nothing writes to it (workers must see the same file, not a copy)"
         )
 
-    def _check_version_after(self, error: Exception) -> None:
-        """Raise what explains an error: that the file has changed; or the error, if it is plain."""
+    def unreadable(self, what: str, error: Exception) -> InputError:
+        """Return the error that says so; but raise that the file has changed, or a plain error."""
         try:
             self._check_version()
         except InputError:
@@ -142,6 +138,8 @@ class Shard:
             pass
         if isinstance(error, (InputError, MemoryError, TypeError)):
             raise error
+        told = advice(error, "write or copy it again")
+        return InputError(f"{self.name}: {what} cannot be read {told}")
 
     def starts(self, axis: int) -> list[int]:
         """Return where the rows' chunks begin, and the number of rows; nothing without chunks."""
@@ -688,11 +686,7 @@ def _index_rows(shards: list[Shard], plain: bool = False) -> Iterator[Any]:
         try:
             yield from _open(shard.source, shard.role, shard.rules, shard.version).index_rows()
         except Exception as error:
-            shard._check_version_after(error)
-            raise InputError(
-                f"{shard.name}: its pandas index cannot be read "
-                + advice(error, "write or copy it again")
-            ) from error
+            raise shard.unreadable("its pandas index", error) from error
 
 
 def _batches(data: Dataset, step: int) -> Iterator[Batch]:

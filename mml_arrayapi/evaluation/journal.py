@@ -214,10 +214,10 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
             continue
         if key == "inputs":
             before = old.get(key) or []
-            changed = [f"{name} as {role}" for role, name, *_ in _others(value, before)]
-            gone = [f"{name} as {role}" for role, name, *_ in _others(before, value)]
-            told = changed and f"now: {', '.join(changed[:3])}"
-            told = told or (gone and f"then also: {', '.join(gone[:3])}") or "now: in another order"
+            now, then = _others(value, before), _others(before, value)
+            told = f"now: {now}" if now else f"then also: {then}"
+            if not now and not then:
+                told = "now: in another order"
             raise InputError(
                 f"{path}: was begun with other inputs ({told}); give the same files, unchanged, or "
                 "another folder"
@@ -228,8 +228,9 @@ def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
-def _others(some: list[Any], known: list[Any]) -> list[Any]:
-    return [one for one in some if one not in known]
+def _others(some: list[Any], known: list[Any]) -> str:
+    """Name the first of some inputs that are not among others."""
+    return ", ".join([f"{one[1]} as {one[0]}" for one in some if one not in known][:3])
 
 
 def check_writable(path: str) -> None:

@@ -161,10 +161,12 @@ def test_other_inputs_are_named(arrays, files, capsys, fails, command):
     line = fails("x.npy", "y.npy", "--checkpoint", "two")
     assert "other inputs (then also: " in line
     assert "w.npy as sample weights); give" in line
-    np.save("part-1.npy", arrays[0][:300])
-    np.save("part-2.npy", arrays[0][300:])
+    np.save("part-1.npy", arrays[0][:350])
+    np.save("part-2.npy", arrays[0][350:])
     at = {"chunk_size": 700, "checkpoint": "three"}
     mml.evaluate(["part-1.npy", "part-2.npy"], "y.npy", **at)
+    with pytest.raises(mml.InputError, match=r"other inputs \(now: in another order\)"):
+        mml.evaluate(["part-2.npy", "part-1.npy"], "y.npy", **at)
     os.rename("part-1.npy", "part-0.npy")
     with pytest.raises(mml.InputError, match=r"part-0.npy as scores"):
         mml.evaluate(["part-0.npy", "part-2.npy"], "y.npy", **at)
