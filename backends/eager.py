@@ -19,28 +19,28 @@ Array = Any
 TILE = 2**17  # elements
 
 
+@np.errstate(all="ignore")
 def loss(problem: Problem) -> Array:
     """Compute the loss as :func:`mml_arrayapi.formula.loss` does."""
-    with np.errstate(all="ignore"):
-        if _is_small(problem):
-            return formula.loss(problem)
-        parts = [formula.losses(tile) for _, tile in _tiles(problem)]
-        return formula.reduce(problem, _joined(problem, parts))
+    if _is_small(problem):
+        return formula.loss(problem)
+    parts = [formula.losses(tile) for _, tile in _tiles(problem)]
+    return formula.reduce(problem, _joined(problem, parts))
 
 
+@np.errstate(all="ignore")
 def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, Array]:
     """Compute loss and gradient as :func:`mml_arrayapi.formula.loss_and_grad` does."""
-    with np.errstate(all="ignore"):
-        if _is_small(problem):
-            return formula.loss_and_grad(problem, grad_output)
-        upstream: Any = formula.upstream(problem, grad_output)
-        grad = problem.xp.empty_like(problem.input)
-        parts = []
-        for where, tile in _tiles(problem):
-            each = upstream if getattr(upstream, "ndim", 0) == 0 else upstream[where]
-            losses, grad[where] = formula.losses_and_grad(tile, each)
-            parts.append(losses)
-        return formula.reduce(problem, _joined(problem, parts)), grad
+    if _is_small(problem):
+        return formula.loss_and_grad(problem, grad_output)
+    upstream: Any = formula.upstream(problem, grad_output)
+    grad = problem.xp.empty_like(problem.input)
+    parts = []
+    for where, tile in _tiles(problem):
+        each = upstream if getattr(upstream, "ndim", 0) == 0 else upstream[where]
+        losses, grad[where] = formula.losses_and_grad(tile, each)
+        parts.append(losses)
+    return formula.reduce(problem, _joined(problem, parts)), grad
 
 
 def _is_small(problem: Problem) -> bool:

@@ -19,14 +19,15 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec, auto_axes
 
 from mml_arrayapi import formula
-from mml_arrayapi.backends.numpy_formula import widened
+from mml_arrayapi.backends import numpy_formula
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 from mml_arrayapi.validation import check_targets
 
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
 WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
-SHORT = 64  # elements of a row
+SHORT = 64  # float32 elements of a row
+SHORT_WIDE = 16  # float64 elements: a product of 8192 x 20 takes up to 15 milliseconds
 
 
 def value_access(array: jax.Array) -> str:
@@ -38,8 +39,13 @@ def value_access(array: jax.Array) -> str:
 
 def on_host(array: jax.Array) -> np.ndarray:
     """Return the values as a NumPy array: inside ``jit`` every jnp operation is traced."""
-    values: np.ndarray = widened(np.asarray(array))
+    values: np.ndarray = numpy_formula.widened(np.asarray(array))
     return values
+
+
+def in_range(target: jax.Array, n_classes: int) -> bool:
+    """Tell whether all targets are classes."""
+    return numpy_formula.in_range(on_host(target), n_classes)
 
 
 def device_key(array: jax.Array) -> frozenset[Any] | None:
@@ -119,7 +125,8 @@ def total(x: jax.Array, axis: int | None, dtype: Any) -> jax.Array:
 
     Not of three axes: runs of a long row, which XLA adds where they are computed.
     """
-    if axis == 1 and x.ndim == 2 and isinstance(x.shape[1], int) and x.shape[1] <= SHORT:
+    short = SHORT if dtype == jnp.float32 else SHORT_WIDE
+    if axis == 1 and x.ndim == 2 and isinstance(x.shape[1], int) and x.shape[1] <= short:
         ones = jnp.ones(x.shape[1], dtype)
         return jnp.matmul(x.astype(dtype), ones, precision=lax.Precision.HIGHEST)[..., None]
     return jnp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
@@ -232,6 +239,7 @@ KERNEL = Kernel(
 
 ROW: dict[str, Any] = {
     "on_host": on_host,
+    "in_range": in_range,
     "device_key": device_key,
     "unsupported_layout": unsupported_layout,
     "widest": widest,

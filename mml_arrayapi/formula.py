@@ -1,10 +1,9 @@
 """The implementation: the loss and its gradient in the Python array API standard.
 
-No library is named here. Whatever follows the standard runs it: eager and lazy arrays, and the
-transforms (automatic differentiation, vectorisation, compilation) that libraries lay over theirs.
-Hence no boolean indexing and no shape or branch that depends on data. Every array made here is
-made from the input. What the standard lacks, or has only in a slow form, comes from the library's
-row in :mod:`mml_arrayapi.libraries`, which also gives the gradient to automatic differentiation.
+Whatever follows the standard runs it: eager and lazy arrays, and the transforms (automatic
+differentiation, vectorisation, compilation) that libraries lay over theirs. Hence no boolean
+indexing and no shape or branch that depends on data. What the standard lacks, or has only in a slow
+form, comes from the library's row in :mod:`mml_arrayapi.libraries`.
 
 For one sample with scores ``x``, target ``y``, ``C`` classes and ``z_j = (x_j - x_y) + margin``::
 
@@ -22,7 +21,7 @@ import math
 from typing import Any
 
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.libraries import Library, cast, library_of
+from mml_arrayapi.libraries import Library, library_of
 from mml_arrayapi.wide_sum import divided_sum
 
 Array = Any
@@ -76,36 +75,36 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     xp, axis, p, n_classes = problem.xp, problem.axis, problem.p, problem.input.shape[problem.axis]
     library = library_of("input", problem.input)
     places, hinge, weight, losses = _hinge(problem, library)
-    scale = xp.zeros_like(losses) + upstream * p if weight is None else weight * upstream * p
+    scale, is_nan = upstream * (p / n_classes), xp.isnan(losses)
+    # One scale per row: what is added is 0 but in rows of NaN.
+    scale = xp.astype(is_nan, losses.dtype) + scale if weight is None else weight * scale
     if (ignored := _ignored(problem)) is not None:
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
-    scale = xp.where(xp.isnan(losses), losses, scale)
-    grad = library.scaled(_slope(xp, hinge, p), cast(xp, scale / n_classes, hinge.dtype))
+    scale = xp.where(is_nan, losses, scale)
+    grad = library.scaled(_slope(xp, hinge, p), library.cast(scale, hinge.dtype))
     # All terms of a row have one sign: no part of their sum is larger than the whole.
-    own = cast(xp, -divided_sum(library, grad, axis, 1, small=True), hinge.dtype)
+    own = library.cast(divided_sum(library, grad, axis, -1, small=True), hinge.dtype)
     grad = library.put(grad, places, own, axis)
-    return losses, cast(xp, grad, problem.input.dtype)
+    return losses, library.cast(grad, problem.input.dtype)
 
 
 def reduce(problem: Problem, losses: Array) -> Array:
     """Reduce :func:`losses` over the samples, and round to the input's dtype, once."""
-    xp, dtype = problem.xp, problem.input.dtype
+    library, dtype = library_of("input", problem.input), problem.input.dtype
     if problem.reduction == "none":
-        losses = losses[_along(problem.axis, 0)]
-    else:
-        library = library_of("input", problem.input)
-        n = library.divisor(_count(problem)) if problem.reduction == "mean" else 1
-        losses = divided_sum(library, losses, None, n, small=losses.dtype == xp.float64 != dtype)
-    return cast(xp, losses, dtype)
+        return library.cast(losses[_along(problem.axis, 0)], dtype)
+    n = library.divisor(_count(problem)) if problem.reduction == "mean" else 1
+    small = losses.dtype == problem.xp.float64 != dtype
+    return library.cast(divided_sum(library, losses, None, n, small=small), dtype)
 
 
 def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
     """Return what the gradient of each loss is multiplied by, in the precision of sums."""
     xp, upstream = problem.xp, 1.0
     if grad_output is not None:
-        wide = library_of("input", problem.input).widest(problem.input)[1]
-        upstream = cast(xp, grad_output, wide)
+        library = library_of("input", problem.input)
+        upstream = library.cast(grad_output, library.widest(problem.input)[1])
         if problem.reduction == "none":
             upstream = upstream[_along(problem.axis, None)]
     if problem.reduction != "mean":
@@ -119,32 +118,30 @@ def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
 
 
 def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | None, Array]:
-    """Compute the pieces that value and gradient share; weights and losses have one class.
+    """Compute what value and gradient share; weights and losses have one class.
 
-    ``places`` says where the targets are among the scores, at class 0 for a sample that has none
-    or is ignored; ``hinge`` is max(0, z), and 0 at the target's class; ``weight`` is that class's
-    weight, or None where all are 1; then come the losses.
+    ``places`` says where the targets are, at class 0 for a sample that has none or is ignored;
+    ``hinge`` is max(0, z), 0 at the target's class; ``weight`` is that class's, or None.
     """
     xp, axis, margin, p = problem.xp, problem.axis, problem.margin, problem.p
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
     if x.dtype != xp.float64:
-        x = cast(xp, x, xp.float32)
+        x = library.cast(x, xp.float32)
     if abs(margin) > 3.4028234663852886e38 and x.dtype == xp.float32:  # the largest float32
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
-    index = cast(xp, problem.target, integer)[_along(axis, None)]
-    ignored, known = _ignored(problem), None
-    if problem.check_target == "nan":
-        known = (index >= 0) & (index < n_classes)
-        index = xp.where(known, index, xp.zeros_like(index))
-    if ignored is not None:
+    index = library.cast(problem.target, integer)[_along(axis, None)]
+    if (ignored := _ignored(problem)) is not None:
         # All scores and the margin are 0: nothing of an ignored sample is computed with.
         ignored = ignored[_along(axis, None)]
         zero = xp.zeros_like(index, dtype=x.dtype)
         x = xp.where(ignored, zero, x)
         margin = xp.where(ignored, zero, xp.full_like(zero, margin))
         index = xp.where(ignored, xp.zeros_like(index), index)
+    if problem.check_target == "nan":
+        known = (index >= 0) & (index < n_classes)
+        index = xp.where(known, index, xp.zeros_like(index))
     places = library.places(x, index, axis)
     score = library.take(x, places, axis)
     z = x - score
@@ -156,10 +153,9 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     terms = hinge if p == 1 else hinge * _slope(xp, hinge, p)
     losses = divided_sum(library, terms, axis, n_classes)
     if (weight := problem.weight) is not None:
-        weight = cast(xp, library.look_up(cast(xp, weight, x.dtype), index, axis), wide)
+        weight = library.cast(library.look_up(library.cast(weight, x.dtype), index, axis), wide)
         losses = losses * weight
-    if known is not None:
-        known = known if ignored is None else known | ignored
+    if problem.check_target == "nan":
         losses = library.nan_unless(known, losses)
     if ignored is not None:
         losses = xp.where(ignored, xp.zeros_like(losses), losses)
@@ -184,17 +180,16 @@ def _ignored(problem: Problem) -> Array | None:
     xp, target, wanted = problem.xp, problem.target, problem.ignore_index
     if wanted is None or not xp.iinfo(target.dtype).min <= wanted <= xp.iinfo(target.dtype).max:
         return None
-    integer, _ = library_of("input", problem.input).widest(problem.input)
+    integer, _ = (library := library_of("input", problem.input)).widest(problem.input)
     half = 2 ** (xp.iinfo(integer).bits - 1)  # both are cast: a value keeps its bits
-    return cast(xp, target, integer) == (wanted + half) % (2 * half) - half
+    return library.cast(target, integer) == (wanted + half) % (2 * half) - half
 
 
 def _count(problem: Problem) -> Any:
     """Return the number of samples that count: an integer, a symbolic size or an array."""
     xp, shape, ignored = problem.xp, problem.target.shape, _ignored(problem)
-    if ignored is None and all(n is not None and n == n for n in shape):  # Dask says NaN
-        return math.prod(shape)
-    library = library_of("input", problem.input)
-    wide = library.widest(problem.input)[1]
+    if ignored is None and None not in shape and (n := math.prod(shape)) == n:  # Dask says NaN
+        return n
+    wide = (library := library_of("input", problem.input)).widest(problem.input)[1]
     ones = xp.ones_like(problem.target, dtype=wide)
     return divided_sum(library, ones if ignored is None else xp.astype(~ignored, wide), None, 1)

@@ -66,6 +66,8 @@ class Library:
         For a lazy library, ``compute(*arrays)``: their values, computed together.
     widest : callable
         ``widest(array)``: the widest signed integer and the widest real dtype of its device.
+    cast : callable
+        ``cast(x, dtype)``: ``x`` in a dtype; itself if it has that dtype.
     places : callable
         ``places(x, index, axis)``: what ``take`` and ``put`` need to find the elements at
         ``index``, which has length 1 along ``axis`` and ``x``'s other lengths. All are in range.
@@ -103,9 +105,9 @@ class Library:
     loss, loss_and_grad : callable, optional
         How the generic implementation is run, if there is more to it than the formula: derivatives
         for automatic differentiation, for instance. As :mod:`mml_arrayapi.formula` has them.
-    cast : callable or None
-        ``cast(input)``: the scores in the dtype that the library wants a loss to be computed from
-        (PyTorch under autocast).
+    under_autocast : callable or None
+        ``under_autocast(input)``: the scores in the dtype that the library wants a loss to be
+        computed from (PyTorch under autocast).
     """
 
     name: str
@@ -114,6 +116,7 @@ class Library:
     on_host: Callable[[Array], Array]
     device_key: Callable[[Array], Any]
     widest: Callable[[Array], tuple[Any, Any]]
+    cast: Callable[[Array, Any], Array]
     places: Callable[[Array, Array, int], Any]
     take: Callable[[Array, Any, int], Array]
     put: Callable[[Array, Any, Array | float, int], Array]
@@ -134,7 +137,7 @@ class Library:
     compute: Callable[..., tuple[Array, ...]] | None = None
     loss: Callable[[Problem], Array] | None = None
     loss_and_grad: Callable[[Problem, Array | None], tuple[Array, Array]] | None = None
-    cast: Callable[[Array], Array] | None = None
+    under_autocast: Callable[[Array], Array] | None = None
 
 
 def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Library:
@@ -143,6 +146,9 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
     The standard has no assignment by index, and its gather is eager or missing in several
     libraries: the classes are compared with the target instead.
     """
+
+    def cast(x: Array, dtype: Any) -> Array:
+        return x if x.dtype == dtype else xp.astype(x, dtype)  # cheaper than astype(copy=False)
 
     def places(x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         n = x.shape[axis]
@@ -186,6 +192,7 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         on_host=lambda array: array,
         device_key=device_of,
         widest=lambda array: widest(xp, array),
+        cast=cast,
         places=places,
         take=take,
         put=put,
@@ -234,9 +241,10 @@ def _numpy() -> Library:
 
 
 def _torch() -> Library:
-    from mml_arrayapi.backends.pytorch.library import LIBRARY
+    # Written as "from ... import LIBRARY" this takes three times as long, at each look-up.
+    import mml_arrayapi.backends.pytorch.library as row
 
-    return LIBRARY
+    return row.LIBRARY
 
 
 def _cupy() -> Library:
@@ -274,7 +282,11 @@ def _array_api_strict() -> Library:
         return array.to_device(xp.Device("CPU_DEVICE"))
 
     row = plain("array_api_strict", xp, lambda _: HOST)
-    return replace(row, on_host=on_host, **eager.ROW)
+
+    def in_range(target: Array, n_classes: int) -> bool:
+        return row.in_range(on_host(target), n_classes)
+
+    return replace(row, on_host=on_host, in_range=in_range, **eager.ROW)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -376,11 +388,6 @@ def _stranger_value_access(array: Array) -> str:
     if "cpu" not in str(device_of(array)).lower():
         return DEVICE
     return TRACED if is_lazy_array(array) else HOST
-
-
-def cast(xp: Namespace, array: Array, dtype: Any) -> Array:
-    """Return an array in a dtype; asking first is cheaper than ``astype(copy=False)``."""
-    return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
 def to_numpy(*arrays: Array) -> list[np.ndarray]:

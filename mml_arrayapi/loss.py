@@ -202,7 +202,7 @@ def explain(
 def _check(
     input: Array, target: Array, weight: Array | None, options: Options, backend: str | None
 ) -> Problem:
-    checked = validation.check_options(validation.Options(*options))
+    checked = validation.check_options(options)
     registry.check_name(backend)
     return validation.check_arrays(input, target, weight, checked)
 

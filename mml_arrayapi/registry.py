@@ -319,6 +319,8 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
         The kernel asked for is unknown, refuses, or turned out to be unusable.
     """
     kernel = choose(problem, backend)
+    if kernel is GENERIC:
+        return getattr(GENERIC, operation)(problem, *arguments)
     name, source = overrides.asked_for(backend)
     result = None
     try:
@@ -330,7 +332,7 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
         raise ValueError(_cannot_run(name, source, reason))
     if reason is not None:
         return getattr(GENERIC, operation)(problem, *arguments)
-    if kernel is not GENERIC and kernel.name not in _BUILT_IN:
+    if kernel.name not in _BUILT_IN:
         _check_result(kernel, problem, operation, result)
     return result
 

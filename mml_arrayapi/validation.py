@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
-from mml_arrayapi.kernel import Problem
+from mml_arrayapi.kernel import Options, Problem
 from mml_arrayapi.libraries import HOST, LAZY, TRACED, Library, library_of, widest
 
 Array = Any
@@ -61,29 +61,18 @@ class InvalidTargetError(IndexError, ValueError):
         return type(self), (self.position, self.value, self.n_classes)
 
 
-class Options(NamedTuple):
-    """The arguments that are no arrays, as :func:`mml_arrayapi.multi_margin_loss` gets them."""
-
-    p: float
-    margin: float
-    reduction: str
-    ignore_index: int | None
-    axis: int
-    check_target: str
-
-
 def check_options(options: Options) -> Options:
     """Check the arguments that are no arrays (but ``axis``, which needs one).
 
     Parameters
     ----------
-    options : Options
-        As the caller gave them.
+    options : tuple
+        As the caller gave them: p, margin, reduction, ignore_index, axis, check_target.
 
     Returns
     -------
-    Options
-        With ``p`` and ``margin`` as floats, and plain strings.
+    tuple
+        The same, with ``p`` and ``margin`` as floats, and plain strings.
 
     Raises
     ------
@@ -97,7 +86,7 @@ def check_options(options: Options) -> Options:
         raise ValueError(f"check_target must be one of {_listed(CHECKS)}, but is {in_words(mode)}")
     # Kernels take no subclasses of str, such as NumPy's and an Enum's.
     reduction, mode = REDUCTIONS[REDUCTIONS.index(reduction)], CHECKS[CHECKS.index(mode)]
-    return Options(p, margin, reduction, ignore_index, axis, mode)
+    return p, margin, reduction, ignore_index, axis, mode
 
 
 def check_ignore_index(ignore_index: Any) -> int | None:
@@ -134,7 +123,7 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     ----------
     input, target, weight
         As in :func:`mml_arrayapi.multi_margin_loss`.
-    options : Options
+    options : tuple
         What :func:`check_options` returned.
 
     Returns
@@ -148,11 +137,16 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     """
     weight_shape, weight_library = (None, None) if weight is None else _seen_weight(weight)
     shape, library = _seen("input", input)
-    shape, axis, n_classes = _classes(shape, options.axis)
+    p, margin, reduction, ignore_index, axis, check_target = options
+    shape, axis, n_classes = _classes(shape, axis)
     batch = shape[:axis] + shape[axis + 1 :]
     given, target_library = _seen("target", target)
     target = target_library.widened(target)
-    if not same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
+    if (
+        given != batch
+        and not same_shape(given, batch)
+        and not (batch in ((), (1,)) and given in ((), (1,)))
+    ):
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "
             f"{given} (input has shape {shape}, the classes are at axis {axis})"
@@ -172,16 +166,15 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
         _check_together("weight", weight, weight_library, input, library)
         weight = _native(weight)
     input, target = _native(input), _native(target)
-    if library.cast is not None:
-        input = library.cast(input)
+    if library.under_autocast is not None:
+        input = library.under_autocast(input)
     if len(shape) != input.ndim:
         input = of_one_element(input, 1)
     if len(given) != len(batch):
         target = of_one_element(target, len(batch))
-    p, margin, reduction, ignore_index, _, check_target = options
     mode = _resolve(check_target, library, target)
-    of, arrays = (library.namespace, library.name), (input, target, weight)
-    return Problem(*of, *arrays, p, margin, reduction, axis, mode, ignore_index)
+    parameters = (p, margin, reduction, axis, mode, ignore_index)
+    return Problem(library.namespace, library.name, input, target, weight, *parameters)
 
 
 def check_parameters(reduction: str, p: Any, margin: Any) -> tuple[float, float]:
@@ -278,10 +271,12 @@ def check_targets(problem: Problem) -> Problem:
     InvalidTargetError
         With the first offending position.
     """
-    library = library_of("input", problem.input)
-    if problem.check_target == "raise" and library.value_access(problem.target) != LAZY:
-        target, n_classes = library.on_host(problem.target), problem.input.shape[problem.axis]
-        raise_invalid_target(target, n_classes, problem.ignore_index)
+    library, target = library_of("input", problem.input), problem.target
+    if problem.check_target != "raise" or library.compute is not None or 0 in target.shape:
+        return problem
+    n_classes, ignored = problem.input.shape[problem.axis], problem.ignore_index
+    if ignored is not None or not library.in_range(target, n_classes):
+        raise_invalid_target(library.on_host(target), n_classes, ignored)
     return problem
 
 

@@ -7,7 +7,7 @@ every task (taking them by the targets made 10,000 tasks of 1,000 chunks).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -15,12 +15,23 @@ from dask.layers import ArraySliceDep
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import InvalidTargetError, Options, raise_invalid_target
+from mml_arrayapi.validation import InvalidTargetError, raise_invalid_target
 
 Array = Any
 
 
-def options_of(problem: Problem) -> Options:
+class TaskOptions(NamedTuple):
+    """The arguments of a call that are no arrays, as its tasks need them."""
+
+    p: float
+    margin: float
+    reduction: str
+    ignore_index: int | None  # one that the targets can hold
+    axis: int  # counted from the front
+    check_target: str
+
+
+def options_of(problem: Problem) -> TaskOptions:
     """Return the options of a call as its tasks need them.
 
     An ``ignore_index`` that the targets' dtype can't hold matches nothing: it becomes None.
@@ -29,7 +40,7 @@ def options_of(problem: Problem) -> Options:
     if index is not None:
         limits = np.iinfo(problem.target.dtype)
         index = index if limits.min <= index <= limits.max else None
-    return Options(
+    return TaskOptions(
         problem.p, problem.margin, problem.reduction, index, problem.axis, problem.check_target
     )
 
@@ -242,7 +253,9 @@ def check_float(name: str, array: Array) -> None:
         )
 
 
-def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, options: Options) -> None:
+def check_targets(
+    target: Any, place: tuple[slice, ...], n_classes: int, options: TaskOptions
+) -> None:
     """Check the targets of a chunk, if that is asked for.
 
     Parameters
@@ -253,7 +266,7 @@ def check_targets(target: Any, place: tuple[slice, ...], n_classes: int, options
         Where it lies in the whole array; NaN where that is unknown.
     n_classes : int
         The number of classes.
-    options : Options
+    options : TaskOptions
         As :func:`options_of` returns them.
 
     Raises

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mml_arrayapi.backends.dask.alignment import (
+    TaskOptions,
     check_factors,
     check_float,
     check_length,
@@ -33,7 +34,7 @@ from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import library_of
 from mml_arrayapi.registry import GENERIC, choose
-from mml_arrayapi.validation import Options, check_arrays
+from mml_arrayapi.validation import check_arrays
 
 Array = Any
 
@@ -48,7 +49,7 @@ QUIETLY = np.errstate(all="ignore")
 class Call(NamedTuple):
     """What the tasks of a call need to know besides their blocks."""
 
-    options: Options  # the axis counted from the front; an ignore_index that targets can hold
+    options: TaskOptions
     n_classes: int
     dtype: Any  # the scores'
     backend: str | None  # the kernel that the chunks must take

@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 
 from mml_arrayapi import formula
+from mml_arrayapi.backends import numpy_formula
 from mml_arrayapi.backends.pytorch import state
 from mml_arrayapi.backends.pytorch.state import arange
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import widest
 
 WIDE = (torch.int64, torch.float64)
+COMPARABLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FEW = 2**18  # elements
 
 
 def widest_of(tensor: Tensor) -> tuple[Any, Any]:
     """Return the widest integer and real dtype of the tensor's device."""
+    if tensor.is_cpu:  # half the time of asking for the device
+        return WIDE
     kind = tensor.device.type
-    return WIDE if kind in ("cpu", "cuda", "meta") else _widest_on(kind)
+    return WIDE if kind in ("cuda", "meta") else _widest_on(kind)
 
 
 @cache
@@ -56,12 +60,7 @@ def put(x: Tensor, index: Tensor, values: Tensor | float, axis: int) -> Tensor:
 
 def _runs_at_once(x: Tensor) -> bool:
     """Tell whether operations on a tensor simply run, in the CPU's memory, and have values."""
-    return (
-        state.ordinary()
-        and type(x) in state.PLAIN
-        and x.device.type == "cpu"
-        and not state.is_mapped(x)
-    )
+    return state.ordinary() and type(x) in state.PLAIN and x.is_cpu and not state.is_mapped(x)
 
 
 def _mask(n_classes: int, index: Tensor, axis: int) -> Tensor:
@@ -84,6 +83,14 @@ def scaled(slope: Tensor, scale: Tensor) -> Tensor:
 def total(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     """Return the sum along an axis."""
     return torch.sum(x, axis, axis is not None, dtype=dtype)
+
+
+def in_range(target: Tensor, n_classes: int) -> bool:
+    """Tell whether all targets are classes; of few, NumPy takes 20 microseconds more."""
+    if target.dtype in COMPARABLE and _runs_at_once(target):
+        low, high = torch.aminmax(target)
+        return low.item() >= 0 and high.item() < n_classes
+    return numpy_formula.in_range(state.on_host(target), n_classes)
 
 
 def runs(terms: Tensor) -> bool:
@@ -176,11 +183,13 @@ def _followed(problem: Problem) -> bool:
 
 def loss(problem: Problem) -> Tensor:
     """Compute the loss, followed by autograd and every transform of PyTorch."""
+    if not _followed(problem):
+        return formula.loss(problem)
     # PyTorch differentiates no Function's jvp in forward mode once more, torch.jit.trace saves no
     # Function, and torch.export(strict=True) saves one without its backward pass.
     compiling = torch.compiler.is_compiling()
     simply = state.is_exporting() or (not compiling and state.is_tracing())
-    if _followed(problem) and state.forward_levels() < 2 and not simply:
+    if state.forward_levels() < 2 and not simply:
         function = _Compiled if compiling else _Loss
         tensors = problem.input, problem.target, problem.weight
         return function.apply(*tensors, _Call(problem))
@@ -195,6 +204,8 @@ def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor,
 
 
 ROW: dict[str, Any] = {
+    "on_host": state.on_host,
+    "in_range": in_range,
     "widest": widest_of,
     "places": places,
     "take": take,

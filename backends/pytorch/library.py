@@ -17,11 +17,10 @@ from mml_arrayapi.libraries import plain
 
 LIBRARY = replace(
     plain("torch", xp, state.value_access),
-    on_host=state.on_host,
     device_key=state.device_key,
     unsupported_layout=state.unsupported_layout,
     **generic.ROW,
-    cast=state.under_autocast,
+    under_autocast=state.under_autocast,
 )
 
 registry.load("torch")

@@ -149,11 +149,11 @@ def value_access(tensor: torch.Tensor) -> str:
     if torch.compiler.is_compiling() or is_tracing():
         return TRACED
     tensor = _within_grad(tensor)
-    if tensor.device.type == "meta" or _holds_others(tensor):
+    if tensor.is_meta or _holds_others(tensor):
         return TRACED
     if _functorch.is_functorch_wrapped_tensor(tensor):  # torch.func.vmap
         return TRACED
-    return HOST if tensor.device.type == "cpu" else DEVICE
+    return HOST if tensor.is_cpu else DEVICE
 
 
 def _holds_others(tensor: torch.Tensor) -> bool:

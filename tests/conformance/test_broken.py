@@ -244,7 +244,7 @@ def test_checks_in_another_order(monkeypatch):
     original = validation.check_options
 
     def p_first(options):
-        if options.p < 1:
+        if options[0] < 1:
             raise ValueError("p must be >= 1, but is 0.5")
         return original(options)
 

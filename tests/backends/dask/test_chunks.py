@@ -10,7 +10,7 @@ import pytest
 
 import mml_arrayapi as mml
 from mml_arrayapi.backends.dask import chunks
-from mml_arrayapi.validation import Options
+from mml_arrayapi.backends.dask.alignment import TaskOptions
 
 RNG = np.random.default_rng(0)
 N, C = 60, 33
@@ -57,7 +57,7 @@ def journey(array):
 
 
 def call(reduction="none", backend=None, **options):
-    made = Options(1.0, 1.0, reduction, None, 1, "raise")._replace(**options)
+    made = TaskOptions(1.0, 1.0, reduction, None, 1, "raise")._replace(**options)
     return chunks.Call(made, C, np.dtype("f4"), backend, (C,))
 
 

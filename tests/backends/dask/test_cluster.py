@@ -126,14 +126,14 @@ def kernels_of(block, target, options):
 
 
 def test_chunks_that_travelled_keep_the_kernel(client):
-    from mml_arrayapi.validation import Options
+    from mml_arrayapi.backends.dask.alignment import TaskOptions
 
     scores, target = data()
     target = np.where(target < 0, 0, target)
     kernel = mml.explain(scores, target).kernel
     blocks = client.scatter([scores[at : at + 50] for at in range(0, N, 50)])
     labels = client.scatter([target[at : at + 50] for at in range(0, N, 50)])
-    options = Options(1.0, 1.0, "none", None, 1, "raise")
+    options = TaskOptions(1.0, 1.0, "none", None, 1, "raise")
     found = client.gather(client.map(kernels_of, blocks, labels, options=options))
     assert not all(aligned for aligned, _ in found)
     workers = set(client.scheduler_info()["workers"])
