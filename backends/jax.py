@@ -103,7 +103,8 @@ def scaled(slope: jax.Array, scale: jax.Array) -> jax.Array:
     # Else XLA on the CPU joins what makes the factors of rows with their broadcast, and takes
     # memory of the size of ``slope`` for it: 18 milliseconds become 11 for 8192 x 1000 scores.
     scale, inactive = lax.optimization_barrier((scale, inactive))
-    # Not ``slope * where(...)``: of 0 times NaN, XLA makes 0 where the slope was a bool.
+    if slope.dtype == bool:
+        return jnp.where(slope, scale, inactive)
     return jnp.where(slope > 0, slope * scale, inactive)
 
 

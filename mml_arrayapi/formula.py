@@ -76,11 +76,10 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     library = library_of("input", problem.input)
     places, hinge, weight, losses = _hinge(problem, library)
     scale, is_nan = upstream * (p / n_classes), xp.isnan(losses)
-    # One scale per row: what is added is 0 but in rows of NaN.
     scale = xp.astype(is_nan, losses.dtype) + scale if weight is None else weight * scale
     if (ignored := _ignored(problem)) is not None:
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
-    # A row whose loss is NaN has a gradient of NaN, wherever the NaN came from.
+    # A row whose loss is NaN has a gradient of NaN; in others ``is_nan`` adds 0 to the scale.
     scale = xp.where(is_nan, losses, scale)
     grad = library.scaled(_slope(xp, hinge, p), library.cast(scale, hinge.dtype))
     # All terms of a row have one sign: no part of their sum is larger than the whole.
@@ -126,8 +125,7 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     xp, axis, margin, p = problem.xp, problem.axis, problem.margin, problem.p
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
-    if x.dtype != xp.float64:
-        x = library.cast(x, xp.float32)
+    x = x if x.dtype == xp.float64 else library.cast(x, xp.float32)
     if abs(margin) > 3.4028234663852886e38 and x.dtype == xp.float32:  # the largest float32
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
@@ -166,8 +164,10 @@ def _slope(xp: Any, hinge: Array, p: float) -> Array:
     """Compute ``hinge ** (p - 1)``, 0 at 0; no power of 0, whose derivatives may be infinite."""
     if p == 2:
         return hinge
-    active = xp.astype(hinge > 0, hinge.dtype)
-    return active if p == 1 else active * xp.where(hinge > 0, hinge, xp.ones_like(hinge)) ** (p - 1)
+    active = hinge > 0
+    if p == 1:
+        return active
+    return xp.astype(active, hinge.dtype) * xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)
 
 
 def _along(axis: int, item: int | None) -> tuple[Any, ...]:

@@ -83,8 +83,8 @@ class Library:
         its slope at 0 is 0. It may write into ``x``.
     scaled : callable
         ``scaled(slope, scale)``: the product; where ``slope`` is 0 it is 0, even if ``scale`` is
-        infinite, but NaN if that is NaN. ``scale`` has length 1 along one axis. It may write into
-        ``slope``.
+        infinite, but NaN if that is NaN. ``scale`` has length 1 along one axis. ``slope`` is real,
+        or of booleans; it may be written into.
     shrunk : callable
         ``shrunk(terms, factor)``: the product with a number.
     nan_unless : callable
@@ -177,6 +177,8 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
 
     def scaled(slope: Array, scale: Array) -> Array:
         inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
+        if slope.dtype == xp.bool:
+            return xp.where(slope, scale, inactive)
         return xp.where(slope > 0, slope * scale, inactive)
 
     def total(x: Array, axis: int | None, dtype: Any) -> Array:
