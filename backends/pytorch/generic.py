@@ -18,6 +18,7 @@ from mml_arrayapi.libraries import widest
 
 WIDE = (torch.int64, torch.float64)
 COMPARABLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NARROW = 2**31  # classes that int32 can number
 FEW = 2**18  # elements
 
 
@@ -64,6 +65,8 @@ def _runs_at_once(x: Tensor) -> bool:
 
 
 def _mask(n_classes: int, index: Tensor, axis: int) -> Tensor:
+    if isinstance(n_classes, int) and n_classes <= NARROW:
+        index = index.to(torch.int32)  # vectors of the compiled code compare twice as many
     classes = arange(n_classes, index.dtype, index)
     return index == classes.reshape([n_classes if i == axis else 1 for i in range(index.ndim)])
 
