@@ -27,7 +27,7 @@ from mml_arrayapi.validation import check_targets
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
 WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
 SHORT = 64  # float32 elements of a row
-SHORT_WIDE = 16  # float64 elements: a product of 8192 x 20 takes up to 15 milliseconds
+SHORT_WIDE = 16  # float64 elements: with a product of 8192 x 20 a loss took 19 ms in place of 5.5
 
 
 def value_access(array: jax.Array) -> str:

@@ -394,12 +394,18 @@ def _stranger_value_access(array: Array) -> str:
 
 def to_numpy(*arrays: Array) -> list[np.ndarray]:
     """Return the values of arrays of one library, read from their device, computed if lazy."""
-    import numpy as np
-
     library = library_of("input", arrays[0])
     if library.compute is not None:
         return to_numpy(*library.compute(*arrays))
-    return [np.asarray(library.on_host(array)) for array in arrays]
+    return [_read(library.on_host(array)) for array in arrays]
+
+
+def _read(array: Array) -> np.ndarray:
+    """Read an array's values: by way of DLPack, as the standard has it, if NumPy knows no other."""
+    import numpy as np
+
+    values = np.asarray(array)
+    return np.from_dlpack(array) if values.dtype == object else values
 
 
 def like(values: np.ndarray, array: Array) -> Array:

@@ -624,6 +624,20 @@ def test_weighted_losses_below_float64():
     assert Fraction(stream._totals.losses.total, 2**1130) == wanted
 
 
+@pytest.mark.parametrize("ignore_index", [None, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_arrays_that_numpy_reads_by_dlpack_alone(ignore_index, weighted):
+    xp = pytest.importorskip("marray").masked_namespace(np)
+    draw = np.random.default_rng(5)
+    arrays = [draw.standard_normal((20, 3)), draw.integers(0, 3, 20)]
+    arrays += [draw.uniform(size=20)] * weighted
+    assert np.asarray(xp.asarray(arrays[0])).dtype == object
+    ours, theirs = (LossAccumulator(ignore_index=ignore_index) for _ in range(2))
+    ours.update(*map(xp.asarray, arrays))
+    theirs.update(*arrays)
+    assert ours.compute() == theirs.compute()
+
+
 @pytest.mark.parametrize(
     "change",
     [
