@@ -185,7 +185,9 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
 
     def in_range(target: Array, n_classes: int) -> bool:
-        return int(xp.min(target)) >= 0 and int(xp.max(target)) < n_classes
+        # As signed numbers: ndonnx finds that the largest of 0 and the largest uint64 is 0.
+        signed = cast(target, widest(xp, target)[0])
+        return int(xp.min(signed)) >= 0 and int(xp.max(signed)) < n_classes
 
     return Library(
         name,

@@ -5,7 +5,9 @@ import pickle
 from enum import Enum
 from fractions import Fraction
 from functools import partial
+from types import SimpleNamespace
 
+import array_api_compat.numpy
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from mml_arrayapi import (
     multi_margin_loss,
     multi_margin_loss_and_grad,
 )
-from mml_arrayapi.libraries import _masked_elements
+from mml_arrayapi.libraries import HOST, _masked_elements, plain
 
 X, T = np.zeros((2, 3), np.float32), np.array([0, 1])
 BAD_ARGUMENTS = [
@@ -652,3 +654,16 @@ def test_chunks_that_are_no_small_integers_as_dask_was_told():
     )
     with pytest.raises(TypeError, match="Cannot cast"):
         multi_margin_loss(array(np.zeros((2, 3))), target).compute()
+
+
+def test_a_library_whose_largest_unsigned_number_is_wrong():
+    """Targets are compared as signed numbers: in ndonnx 0.23 the largest uint64 counts as none."""
+
+    def largest(array):
+        return np.int64(0) if array.dtype.kind == "u" else np.max(array)
+
+    library = plain(
+        "odd", SimpleNamespace(**vars(array_api_compat.numpy) | {"max": largest}), lambda _: HOST
+    )
+    assert library.in_range(np.asarray([0, 4], np.uint64), 5)
+    assert not library.in_range(np.asarray([0, 2**64 - 1], np.uint64), 5)
