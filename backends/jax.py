@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec, auto_axes
 
 from mml_arrayapi import formula
-from mml_arrayapi.backends import numpy_formula
+from mml_arrayapi.backends.numpy_formula import widened
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 from mml_arrayapi.validation import check_targets
@@ -39,13 +39,8 @@ def value_access(array: jax.Array) -> str:
 
 def on_host(array: jax.Array) -> np.ndarray:
     """Return the values as a NumPy array: inside ``jit`` every jnp operation is traced."""
-    values: np.ndarray = numpy_formula.widened(np.asarray(array))
+    values: np.ndarray = widened(np.asarray(array))
     return values
-
-
-def in_range(target: jax.Array, n_classes: int) -> bool:
-    """Tell whether all targets are classes."""
-    return numpy_formula.in_range(on_host(target), n_classes)
 
 
 def device_key(array: jax.Array) -> frozenset[Any] | None:
@@ -239,8 +234,6 @@ KERNEL = Kernel(
 )
 
 ROW: dict[str, Any] = {
-    "on_host": on_host,
-    "in_range": in_range,
     "device_key": device_key,
     "unsupported_layout": unsupported_layout,
     "widest": widest,

@@ -140,15 +140,66 @@ class Library:
     under_autocast: Callable[[Array], Array] | None = None
 
 
-def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Library:
-    """Make the row of a library that follows the standard and needs nothing else.
+def _itself(array: Array) -> Array:
+    return array
+
+
+def plain(
+    name: str,
+    xp: Namespace,
+    value_access: Callable[[Array], str],
+    on_host: Callable[[Array], Array] = _itself,
+) -> Library:
+    """Make the row of a library that follows the standard and needs nothing else."""
+
+    def cast(x: Array, dtype: Any) -> Array:
+        return x if x.dtype == dtype else xp.astype(x, dtype)  # cheaper than astype(copy=False)
+
+    def relu(x: Array) -> Array:
+        return xp.where(x <= 0, xp.zeros_like(x), x)  # maximum() and clip() have other slopes at 0
+
+    def scaled(slope: Array, scale: Array) -> Array:
+        inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
+        if slope.dtype == xp.bool:
+            return xp.where(slope, scale, inactive)
+        return xp.where(slope > 0, slope * scale, inactive)
+
+    def total(x: Array, axis: int | None, dtype: Any) -> Array:
+        return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
+
+    def in_range(target: Array, n_classes: int) -> bool:
+        host = on_host(target)
+        if host is not target:
+            return library_of("target", host).in_range(host, n_classes)
+        # As signed numbers: ndonnx finds that the largest of 0 and the largest uint64 is 0.
+        signed = cast(target, widest(xp, target)[0])
+        return int(xp.min(signed)) >= 0 and int(xp.max(signed)) < n_classes
+
+    return Library(
+        name,
+        xp,
+        value_access,
+        on_host=on_host,
+        device_key=device_of,
+        widest=lambda array: widest(xp, array),
+        cast=cast,
+        relu=relu,
+        scaled=scaled,
+        nan_unless=partial(_nan_unless, xp),
+        divisor=partial(_divisor, xp),
+        sum=total,
+        in_range=in_range,
+        kinds=_kinds(xp),
+        **_by_comparison(xp),
+    )
+
+
+def _by_comparison(xp: Namespace) -> dict[str, Callable[..., Any]]:
+    """Return what finds elements along an axis.
 
     The standard has no assignment by index, and its gather is eager or missing in several
     libraries: the classes are compared with the target instead.
     """
-
-    def cast(x: Array, dtype: Any) -> Array:
-        return x if x.dtype == dtype else xp.astype(x, dtype)  # cheaper than astype(copy=False)
 
     def places(x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         n = x.shape[axis]
@@ -172,43 +223,7 @@ def plain(name: str, xp: Namespace, value_access: Callable[[Array], str]) -> Lib
         row = xp.reshape(table, tuple(n if i == axis else 1 for i in range(index.ndim)))
         return take(row, places(row, index, axis), axis)
 
-    def relu(x: Array) -> Array:
-        return xp.where(x <= 0, xp.zeros_like(x), x)  # maximum() and clip() have other slopes at 0
-
-    def scaled(slope: Array, scale: Array) -> Array:
-        inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
-        if slope.dtype == xp.bool:
-            return xp.where(slope, scale, inactive)
-        return xp.where(slope > 0, slope * scale, inactive)
-
-    def total(x: Array, axis: int | None, dtype: Any) -> Array:
-        return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
-
-    def in_range(target: Array, n_classes: int) -> bool:
-        # As signed numbers: ndonnx finds that the largest of 0 and the largest uint64 is 0.
-        signed = cast(target, widest(xp, target)[0])
-        return int(xp.min(signed)) >= 0 and int(xp.max(signed)) < n_classes
-
-    return Library(
-        name,
-        xp,
-        value_access,
-        on_host=lambda array: array,
-        device_key=device_of,
-        widest=lambda array: widest(xp, array),
-        cast=cast,
-        places=places,
-        take=take,
-        put=put,
-        look_up=look_up,
-        relu=relu,
-        scaled=scaled,
-        nan_unless=partial(_nan_unless, xp),
-        divisor=partial(_divisor, xp),
-        sum=total,
-        in_range=in_range,
-        kinds=_kinds(xp),
-    )
+    return {"places": places, "take": take, "put": put, "look_up": look_up}
 
 
 def _nan_unless(xp: Namespace, condition: Array, x: Array) -> Array:
@@ -254,7 +269,7 @@ def _torch() -> Library:
 def _cupy() -> Library:
     import array_api_compat.cupy as xp
 
-    return replace(plain("cupy", xp, lambda _: DEVICE), on_host=xp.asnumpy)
+    return plain("cupy", xp, lambda _: DEVICE, xp.asnumpy)
 
 
 def _dask() -> Library:
@@ -274,7 +289,8 @@ def _jax() -> Library:
     from mml_arrayapi.backends import jax as values
 
     # JAX moves arrays of no particular device beside any other.
-    return replace(plain("jax", xp, values.value_access), device=lambda _: None, **values.ROW)
+    row = plain("jax", xp, values.value_access, values.on_host)
+    return replace(row, device=lambda _: None, **values.ROW)
 
 
 def _array_api_strict() -> Library:
@@ -285,12 +301,7 @@ def _array_api_strict() -> Library:
     def on_host(array: Array) -> Array:
         return array.to_device(xp.Device("CPU_DEVICE"))
 
-    row = plain("array_api_strict", xp, lambda _: HOST)
-
-    def in_range(target: Array, n_classes: int) -> bool:
-        return row.in_range(on_host(target), n_classes)
-
-    return replace(row, on_host=on_host, in_range=in_range, **eager.ROW)
+    return replace(plain("array_api_strict", xp, lambda _: HOST, on_host), **eager.ROW)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {

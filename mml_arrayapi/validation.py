@@ -142,11 +142,7 @@ def check_arrays(input: Array, target: Array, weight: Array | None, options: Opt
     batch = shape[:axis] + shape[axis + 1 :]
     given, target_library = _seen("target", target)
     target = target_library.widened(target)
-    if (
-        given != batch
-        and not same_shape(given, batch)
-        and not (batch in ((), (1,)) and given in ((), (1,)))
-    ):
+    if not same_shape(given, batch) and not (batch in ((), (1,)) and given in ((), (1,))):
         raise ValueError(
             f"target must have input's shape without the classes' axis, {batch}, but has shape "
             f"{given} (input has shape {shape}, the classes are at axis {axis})"
