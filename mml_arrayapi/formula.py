@@ -77,7 +77,7 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     places, hinge, weight, losses = _hinge(problem, library)
     scale, is_nan = upstream * (p / n_classes), xp.isnan(losses)
     scale = xp.astype(is_nan, losses.dtype) + scale if weight is None else weight * scale
-    if (ignored := _ignored(problem)) is not None:
+    if (ignored := _ignored(problem, library)) is not None:
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN; in others ``is_nan`` adds 0 to the scale.
     scale = xp.where(is_nan, losses, scale)
@@ -93,22 +93,21 @@ def reduce(problem: Problem, losses: Array) -> Array:
     library, dtype = library_of("input", problem.input), problem.input.dtype
     if problem.reduction == "none":
         return library.cast(losses[_along(problem.axis, 0)], dtype)
-    n = library.divisor(_count(problem)) if problem.reduction == "mean" else 1
+    n = library.divisor(_count(problem, library)) if problem.reduction == "mean" else 1
     small = losses.dtype == problem.xp.float64 != dtype
     return library.cast(divided_sum(library, losses, None, n, small=small), dtype)
 
 
 def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
     """Return what the gradient of each loss is multiplied by, in the precision of sums."""
-    xp, upstream = problem.xp, 1.0
+    xp, library, upstream = problem.xp, library_of("input", problem.input), 1.0
     if grad_output is not None:
-        library = library_of("input", problem.input)
         upstream = library.cast(grad_output, library.widest(problem.input)[1])
         if problem.reduction == "none":
             upstream = upstream[_along(problem.axis, None)]
     if problem.reduction != "mean":
         return upstream
-    count = _count(problem)
+    count = _count(problem, library)
     if isinstance(count, int):  # a symbolic size is none
         count = max(count, 1)
     elif hasattr(count, "dtype"):
@@ -130,7 +129,7 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
     index = library.cast(problem.target, integer)[_along(axis, None)]
-    if (ignored := _ignored(problem)) is not None:
+    if (ignored := _ignored(problem, library)) is not None:
         # All scores and the margin are 0: nothing of an ignored sample is computed with.
         ignored = ignored[_along(axis, None)]
         zero = xp.zeros_like(index, dtype=x.dtype)
@@ -175,21 +174,21 @@ def _along(axis: int, item: int | None) -> tuple[Any, ...]:
     return (*(slice(None),) * axis, item, ...)
 
 
-def _ignored(problem: Problem) -> Array | None:
+def _ignored(problem: Problem, library: Library) -> Array | None:
     """Return which samples are left out, shape ``(*batch)``; None if none can be."""
     xp, target, wanted = problem.xp, problem.target, problem.ignore_index
     if wanted is None or not xp.iinfo(target.dtype).min <= wanted <= xp.iinfo(target.dtype).max:
         return None
-    integer, _ = (library := library_of("input", problem.input)).widest(problem.input)
+    integer, _ = library.widest(problem.input)
     half = 2 ** (xp.iinfo(integer).bits - 1)  # both are cast: a value keeps its bits
     return library.cast(target, integer) == (wanted + half) % (2 * half) - half
 
 
-def _count(problem: Problem) -> Any:
+def _count(problem: Problem, library: Library) -> Any:
     """Return the number of samples that count: an integer, a symbolic size or an array."""
-    xp, shape, ignored = problem.xp, problem.target.shape, _ignored(problem)
+    xp, shape, ignored = problem.xp, problem.target.shape, _ignored(problem, library)
     if ignored is None and None not in shape and (n := math.prod(shape)) == n:  # Dask says NaN
         return n
-    wide = (library := library_of("input", problem.input)).widest(problem.input)[1]
+    wide = library.widest(problem.input)[1]
     ones = xp.ones_like(problem.target, dtype=wide)
     return divided_sum(library, ones if ignored is None else xp.astype(~ignored, wide), None, 1)
