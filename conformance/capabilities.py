@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from mml_arrayapi import formula, libraries, validation
+from mml_arrayapi import formula, libraries, validation, wide_sum
 from mml_arrayapi.conformance.context import DTYPES, INTEGERS, Context
 from mml_arrayapi.libraries import DEVICE, HOST, LAZY, TRACED
 
@@ -18,6 +18,9 @@ _VALUE_ACCESS = {
     TRACED: "not known while computing: a target out of range gives NaN",
     LAZY: "known when computed: a target out of range raises then",
 }
+
+# What the row of a library without special treatment consists of.
+_PLAIN = (libraries.plain, libraries.by_comparison, libraries.nan_unless, libraries.widest)
 
 
 @cache
@@ -36,7 +39,7 @@ def functions_needed() -> tuple[str, ...]:
     """
     names = {
         node.attr
-        for code in (formula, validation, libraries.plain, libraries.widest)
+        for code in (formula, validation, wide_sum, *_PLAIN)
         for node in ast.walk(ast.parse(inspect.getsource(code)))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)

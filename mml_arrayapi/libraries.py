@@ -185,16 +185,16 @@ def plain(
         cast=cast,
         relu=relu,
         scaled=scaled,
-        nan_unless=partial(_nan_unless, xp),
+        nan_unless=partial(nan_unless, xp),
         divisor=partial(_divisor, xp),
         sum=total,
         in_range=in_range,
         kinds=_kinds(xp),
-        **_by_comparison(xp),
+        **by_comparison(xp),
     )
 
 
-def _by_comparison(xp: Namespace) -> dict[str, Callable[..., Any]]:
+def by_comparison(xp: Namespace) -> dict[str, Callable[..., Any]]:
     """Return what finds elements along an axis.
 
     The standard has no assignment by index, and its gather is eager or missing in several
@@ -226,12 +226,13 @@ def _by_comparison(xp: Namespace) -> dict[str, Callable[..., Any]]:
     return {"places": places, "take": take, "put": put, "look_up": look_up}
 
 
-def _nan_unless(xp: Namespace, condition: Array, x: Array) -> Array:
+def nan_unless(xp: Namespace, condition: Array, x: Array) -> Array:
+    """Put NaN where the condition doesn't hold."""
     return xp.where(condition, x, xp.full_like(x, math.nan))
 
 
 def _divisor(xp: Namespace, count: Any) -> Any:
-    return _nan_unless(xp, count > 0, count) if hasattr(count, "dtype") else count or math.nan
+    return nan_unless(xp, count > 0, count) if hasattr(count, "dtype") else count or math.nan
 
 
 def _kinds(xp: Namespace) -> dict[Any, str]:

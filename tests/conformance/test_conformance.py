@@ -2,15 +2,18 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
+import mml_arrayapi
+from mml_arrayapi import libraries
 from mml_arrayapi.conformance import Context, Result, all_checks, capabilities, report
 from mml_arrayapi.conformance.command import add_arguments
 from mml_arrayapi.conformance.page import as_html
@@ -270,6 +273,32 @@ def test_capabilities():
     assert told["values"] == "at hand: a target out of range raises"
     without = capabilities.capabilities([Context("array_api_strict", device="no_float64")])
     assert without["instead"] == ["no float64: sums are kept accurate by adding blocks in float32"]
+
+
+def test_every_function_that_is_used_is_named(monkeypatch):
+    import array_api_strict
+
+    used = set()
+
+    class Watched:
+        __name__ = "array_api_strict"
+
+        def __getattr__(self, name):
+            used.add(name)
+            return getattr(array_api_strict, name)
+
+    row = libraries.plain("array_api_strict", Watched(), lambda _: libraries.HOST)
+    runs = {"runs": lambda _: True}  # so that the sums of runs are seen too
+    monkeypatch.setitem(libraries._by_module, "array_api_strict", replace(row, **runs))
+    xp = array_api_strict
+    weight = xp.ones(70, dtype=xp.float32)
+    for p in (1, 2, 2.5):
+        input, target = xp.zeros((70, 70), dtype=xp.float32), xp.arange(70)
+        options = {"p": p, "weight": weight, "ignore_index": 3, "backend": "generic"}
+        mml_arrayapi.multi_margin_loss_and_grad(input, target, **options)
+    functions = {name for name in used if inspect.isroutine(getattr(xp, name, None))}
+    assert {"arange", "where", "concat"} <= functions
+    assert functions <= set(capabilities.functions_needed())
 
 
 def test_the_module_is_the_command():
