@@ -146,7 +146,9 @@ def finite_answers_stay_finite(ctx: Context) -> None:
 @check(LIMITS, every_dtype=True)
 def margin_beyond_the_dtype_acts_as_infinity(ctx: Context) -> None:
     """Of its sign: the other classes cost infinitely or nothing; the target's is left out."""
-    rows = [[0.5, 2.0, -1.0, 0.0, 1.5]] * 3
+    large = _LARGEST[ctx.dtype] if ctx.dtype != "float64" else 1.0
+    rows = [[0.5, 2.0, -1.0, 0.0, 1.5], [large, 1.0, -large, large, 0.0]]
+    rows.append([-large, 1.0, -large, -large, large])
     x, y, single = ctx.array(rows), ctx.integers([0, 2, 4]), ctx.array([[1.0], [2.0], [3.0]])
     margins = (1e39, -1e39, 1.7e308, -1.7e308)
     for margin in margins if ctx.dtype != "float64" else margins[2:]:

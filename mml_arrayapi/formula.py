@@ -125,7 +125,8 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
     x = x if x.dtype == xp.float64 else library.cast(x, xp.float32)
-    if abs(margin) > 3.4028234663852886e38 and x.dtype == xp.float32:  # the largest float32
+    infinite = abs(margin) > 3.4028234663852886e38 and x.dtype == xp.float32  # the largest float32
+    if infinite:
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
     index = library.cast(problem.target, integer)[_along(axis, None)]
@@ -141,6 +142,8 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
         index = xp.where(known, index, xp.zeros_like(index))
     places = library.places(x, index, axis)
     score = library.take(x, places, axis)
+    if infinite:  # first: it outweighs differences of finite scores that are infinite themselves
+        x, margin = x + margin, 0.0
     z = x - score
     z += margin
     # At the target's class 0; a single class keeps its NaN. (A symbolic size is no int.)

@@ -440,6 +440,9 @@ NOINLINE void look_up_weights(const Call &c, const int32_t *y, int64_t count, do
         }
     });
 }
+// What own scores are multiplied by: beside an infinite margin no score's distance to them may be
+// infinite too, as that of two finite scores is when it is more than the type can hold.
+template <class E> double own_factor(const Call &c) { return std::isinf(One::Computing<E>(c.margin)) ? 0x1p-100 : 1; }
 template <class T> INLINE T no_score(int32_t y) {  // beside infinity no class is within the margin
     return T(y == IGNORED ? INFINITY : NOT_A_NUMBER);
 }
@@ -473,6 +476,8 @@ NOINLINE void look_up(const Call &c, const Scores &x, int64_t at, int64_t start,
         });
     }
     if (c.part) each(c.own, start, count, [&](int64_t t, const char *p) { g.own[t] = T(load_float(p, c.own.type)); });
+    const T factor = T(own_factor<E>(c));
+    for (int64_t t = 0; factor != 1 && t < count; t++) g.own[t] *= factor;
     if (c.weight.data) look_up_weights(c, g.y, count, g.weight);
 }
 
@@ -1357,11 +1362,13 @@ template <class E> struct Highest {
 
 // ---- Where each row's target stands: by how much it leads the highest other score.
 
+constexpr int64_t CACHED = 1 << 18;  // bytes
+
 template <class E> struct Standings {
     using T = One::Computing<E>;
     const Call &c;
-    const T margin;
-    explicit Standings(const Call &c) : c(c), margin(T(c.margin)) {}
+    const T margin, factor;
+    explicit Standings(const Call &c) : c(c), margin(T(c.margin)), factor(T(own_factor<E>(c))) {}
 
     // A lead's sign and leading bits, so that bins order as leads do; NaN is beyond both infinities.
     int32_t bin(T lead) const {
@@ -1376,20 +1383,22 @@ template <class E> struct Standings {
         if (c.classes == 1) return put(i, own == own ? INFINITY : own, own != own, -1);
         const int64_t rival = best[best[0] == y];
         const T other = widen<E>(row + rival * int64_t(sizeof(E)));
-        put(i, own - other, !((other - own) + margin <= 0), y * c.classes + rival);
+        put(i, own - other, !((other - own * factor) + margin <= 0), y * c.classes + rival);
     }
     INLINE void put(int64_t i, T lead, bool inside, int64_t confused) const {
         c.kinds[i] = uint8_t(inside * INSIDE + (lead > 0) * RIGHT);
         c.bins[i] = bin(lead);
         c.confused[i] = lead <= 0 ? confused : -1;
     }
+    // Rows are looked at again while they are in the cache.
     static void block(const Call &c, int64_t start, int64_t stop, Result &result) {
+        const int64_t fit = CACHED / (c.classes * int64_t(sizeof(E))), step = fit < 1 ? 1 : fit < GROUP ? fit : GROUP;
         const Standings standings(c);
         int32_t y[GROUP];
-        if (c.losses.data) loss_block(c)(c, start, stop, result);
-        Highest<E>::find(c, start, stop);
-        for (; start < stop; start += GROUP) {
-            const int64_t count = stop - start < GROUP ? stop - start : GROUP;
+        for (; start < stop; start += step) {
+            const int64_t count = stop - start < step ? stop - start : step;
+            if (c.losses.data) loss_block(c)(c, start, start + count, result);
+            Highest<E>::find(c, start, start + count);
             look_up_targets(c, start, count, y);
             for (int64_t t = 0; t < count; t++) {
                 if (y[t] >= 0) standings.place(start + t, y[t]);

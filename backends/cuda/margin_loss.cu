@@ -360,6 +360,12 @@ DEVICE const Scalar* scores_of(const Arguments& a, const Row& r) {
 
 DEVICE Scalar* grad_of(const Arguments& a, const Row& r) { return a.grad + r.row * a.classes; }
 
+// Beside an infinite margin no score's distance to the target's may be infinite too, as that of two
+// finite scores is when it is more than Real can hold.
+DEVICE Real pivot_of(Real score, Real margin) {
+    return margin - margin == 0 ? score : score * (Real)7.888609052210118e-31;  // 2 ** -100
+}
+
 template <int OP>
 DEVICE Row row_of(const Arguments& a, i64 row, int y, u32 lane, u32 lanes) {
     Row r = {};
@@ -375,7 +381,7 @@ DEVICE Row row_of(const Arguments& a, i64 row, int y, u32 lane, u32 lanes) {
     r.body = (classes - r.head) / V;
     r.own = y < 0 ? ~0u : ((u32)y - r.head) / V;  // below head: wraps, and is beyond the body
     r.edges = classes - r.body * V + (r.own < r.body ? V : 0);
-    if (OP != GRAD_MASK && y >= 0) r.pivot = to_real(scores_of(a, r)[y]);
+    if (OP != GRAD_MASK && y >= 0) r.pivot = pivot_of(to_real(scores_of(a, r)[y]), a.margin);
     return r;
 }
 
@@ -847,8 +853,8 @@ template <int OP>
 DEVICE double tile_row(const Arguments& a, i64 row, int y, Real factor, Real* tile, u32 start) {
     const u32 classes = tile_classes(a);
     const int column = y < 0 ? 0 : y;
-    const Real pivot = tile[place(start + column, classes)];
     const Real margin = a.margin, exponent = a.exponent;
+    const Real pivot = pivot_of(tile[place(start + column, classes)], margin);
     const Real scale = OP == LOSS_GRAD ? load_scale(a, row, column, factor) : (Real)0;
     Real losses[4] = {0, 0, 0, 0}, slopes[4] = {0, 0, 0, 0};  // four, for the rounding error
     u32 bits = 0;

@@ -42,6 +42,7 @@ Array = Any
 # needs about six tiles of memory.
 TILE = 2**20
 LARGEST = float(np.finfo(np.float32).max)
+TINY = 2.0**-100
 # For every task: what overflows or underflows in a dtype is as it should be.
 QUIETLY = np.errstate(all="ignore")
 
@@ -376,7 +377,7 @@ def _part_of_rows(
     sums = xp.empty(target.shape, dtype=xp.float64)
     of_slopes = xp.empty(target.shape, dtype=xp.float64) if slopes else None
     name = GENERIC.name
-    call, is_infinite = _with_finite_margin(call)
+    is_infinite = _margin_is_infinite(call) and call.options.margin > 0
     for where, rows in _tiles(block.shape, axis):
         few = block[where], target[rows], column[rows], own[rows], inside[rows]
         problem, kernel = _with_own_class(xp, *few, call)
@@ -454,7 +455,7 @@ def _grad_of_part(
     inside, column = _column(xp, block.shape[call.axis], at, target)
     classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
     grad = xp.empty_like(block)
-    call, is_infinite = _with_finite_margin(call)
+    is_infinite = _margin_is_infinite(call) and call.options.margin > 0
     for where, rows in _tiles(block.shape, axis):
         few = block[where], target[rows], column[rows], own[rows], inside[rows]
         problem, kernel = _with_own_class(xp, *few, call)
@@ -491,28 +492,25 @@ def _with_own_class(
     """Append the target's score; where the tile has it already, what costs nothing.
 
     That is minus infinity, but for a target's score of minus infinity, from which it would be
-    no distance: any finite score then gives the infinite loss that the sample has anyway.
+    no distance: any finite score then gives the infinite loss that the sample has anyway. Beside an
+    infinite margin it would be NaN: the largest number, which outweighs tiny scores, will do.
     """
+    options = call.options
+    if _margin_is_infinite(call):
+        options = options._replace(margin=math.copysign(LARGEST, options.margin))
+        tile, own = tile * TINY, own * TINY
     nothing = xp.where(own == -math.inf, 0.0, -math.inf)
     last = xp.expand_dims(xp.astype(xp.where(inside, nothing, own), own.dtype), axis=call.axis)
     tile = xp.concat([xp.astype(tile, own.dtype, copy=False), last], axis=call.axis)
     lost = ignored(target, call.options.ignore_index)
     if lost is not None:
         column = xp.where(lost, -1, column)
-        call = call._replace(options=call.options._replace(ignore_index=-1))
-    return _chosen(tile, column, None, call)
+        options = options._replace(ignore_index=-1)
+    return _chosen(tile, column, None, call._replace(options=options))
 
 
-def _with_finite_margin(call: Call) -> tuple[Call, bool]:
-    """Return a call whose margin float32 can hold, and whether what is positive is infinite.
-
-    An infinite margin would make NaN of the class that costs nothing, at minus infinity.
-    """
-    margin = call.options.margin
-    if call.dtype == np.float64 or abs(margin) <= LARGEST:
-        return call, False
-    options = call.options._replace(margin=math.copysign(LARGEST, margin))
-    return call._replace(options=options), margin > 0
+def _margin_is_infinite(call: Call) -> bool:
+    return bool(call.dtype != np.float64 and abs(call.options.margin) > LARGEST)
 
 
 def _column(xp: Any, n: int, at: int, target: Array) -> tuple[Array, Array]:

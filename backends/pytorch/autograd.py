@@ -566,6 +566,8 @@ def _for_input(
     in_range = (y >= 0) & (y < n_classes)
     kept = ~_ignored(y, target.dtype, ignore_index)
     y = torch.where(in_range, y, 0)
+    if abs(margin) > torch.finfo(wide).max:  # infinite: outweighs any difference
+        x, margin = x + margin, 0
     z = (x - x.gather(-1, y)) + margin
     own = torch.arange(n_classes, device=x.device) == y
     active = (z > 0) & ~own

@@ -464,7 +464,9 @@ def _stand(scores: np.ndarray, target: np.ndarray, loss: Loss, looks: _Looks) ->
         other = scores[rows, rival]
         lead = own - other
         # In the loss's own order of operations; a sample with a NaN counts as inside.
-        inside = ~((other - own) + own.dtype.type(loss.margin) <= 0)
+        margin = own.dtype.type(loss.margin)
+        distance = (other + margin) - own if np.isinf(margin) else (other - own) + margin
+        inside = ~(distance <= 0)
     looks.kinds[...] = inside * INSIDE + (lead > 0) * RIGHT
     looks.confused[...] = np.where(lead <= 0, target * scores.shape[1] + rival, -1)
     with np.errstate(over="ignore", under="ignore"):

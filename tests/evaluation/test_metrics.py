@@ -295,6 +295,19 @@ def test_a_short_repr_and_html(arrays):
     assert "\n    <a>" in str(figures)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "not compiled"])
+@pytest.mark.parametrize("margin", [1e39, -1e39])
+def test_an_infinite_margin_outweighs_infinite_distances(margin, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(cpu, "native", None)
+    largest = np.finfo(np.float32).max
+    scores = np.asarray([[largest, -largest], [-largest, largest]], np.float32)
+    backend = None if compiled else "generic"
+    figures = mml.evaluate(scores, np.zeros(2, int), margin=margin, backend=backend)
+    wanted = (math.inf, 1.0) if margin > 0 else (0.0, 0.0)
+    assert (figures.loss, figures.inside_margin) == wanted
+
+
 @pytest.mark.parametrize("margin", [1.0, 1e300])
 def test_bars_of_infinite_leads_are_not_empty(margin):
     scores = np.asarray([[0, np.inf], [np.inf, 0], [0, 1.0]])

@@ -224,6 +224,10 @@ def _faults(scalar: int, classes: int) -> Iterator[Case]:
         for margin in (1e39, -1e39, 1e300, -1e300):
             yield Case(3, classes, "none", margin=margin)
             yield Case(1, classes, margin=margin)
+            # Scores whose difference is infinite too, with the sign that isn't the margin's.
+            own = math.copysign(largest, margin)
+            special = ((0, 0, -own), (0, -1, own), (1, classes - 1, -own), (1, -1, own))
+            yield Case(3, classes, "none", margin=margin, special=special)
 
 
 def close(

@@ -268,11 +268,13 @@ def test_masked_weights_and_gradients_are_refused(cut, which):
 @pytest.mark.parametrize("p", [1, 2, 1.5])
 @pytest.mark.parametrize("margin", [1e39, -1e39], ids=["large", "small"])
 def test_margins_beyond_the_dtype(margin, p, dtype, backend):
-    scores, target = np.arange(12).reshape(2, 6).astype(dtype), np.asarray([4, 0])
+    scores, target = np.arange(24).reshape(4, 6).astype(dtype), np.asarray([4, 0, 4, 0])
+    scores[2:, ::2], scores[2:, 1::2] = np.finfo(dtype).max, np.finfo(dtype).min
+    scores[3] = -scores[3]
     options = {"margin": margin, "p": p, "reduction": "none"}
     whole = mml.multi_margin_loss_and_grad(scores, target, **options)
     parts = mml.multi_margin_loss_and_grad(
-        da.from_array(scores, chunks=(2, 3)), target, backend=backend, **options
+        da.from_array(scores, chunks=(3, 3)), target, backend=backend, **options
     )
     assert (whole[0] == (math.inf if margin > 0 else 0)).all()
     for one, other in zip(whole, parts, strict=True):

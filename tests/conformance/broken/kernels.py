@@ -76,6 +76,7 @@ FAULTS = {
     "batch sums of float64 overflow": ("finite answers stay finite", "float64"),
     "large margin makes NaN": ("margin beyond the dtype acts as infinity", "float32"),
     "large margin is cut": ("margin beyond the dtype acts as infinity", "float32"),
+    "adds an infinite margin last": ("margin beyond the dtype acts as infinity", "float32"),
     "large losses are cut": ("results beyond the dtype are infinite", "float32"),
     "large weights are cut": ("weights beyond the dtype act as infinity", "float32"),
     "NaN loss beside a gradient of numbers": ("losses that are nan have rows of nan", "float32"),
@@ -165,6 +166,8 @@ def _compute(problem, grad_output, fault):
     if fault == "large margin is cut":
         gap = np.clip(gap, -1e38, 1e38)
     z = (gap - x_y) + x if fault == "loses the margin" else (x - x_y) + gap
+    if np.isinf(gap) and fault != "adds an infinite margin last":
+        z = (x + gap) - x_y
     if fault == "adds the score":
         z = z + work.type(0.001) * x
     others = np.where(own, 0, z)
