@@ -7,7 +7,6 @@ import math
 import reprlib
 from collections.abc import Iterator
 from datetime import datetime
-from operator import index
 from typing import Any
 
 from mml_arrayapi._version import __version__
@@ -51,9 +50,10 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
             )
         for figures in (told, *told["classes"].values()):
             for name in ("loss", *SHARES):
-                figures[name] = float(figures[name])
+                figures[name] = _figure(name, figures[name])
         for name in ("samples", "n_classes"):
-            told[name] = index(told[name])
+            if type(told[name]) is not int or told[name] < 0:
+                raise ValueError(f"{name} is {told[name]!r}")  # noqa: TRY301
         made = {name: told[name] for name in options}
     except (
         OSError,
@@ -77,6 +77,15 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
                 f"the same {name}"
             )
     return dict(told)
+
+
+def _figure(name: str, value: Any) -> float:
+    if type(value) not in (int, float) and value not in ("NaN", "Infinity", "-Infinity"):
+        raise TypeError(f"{name} is {value!r}")
+    made = float(value)
+    if name in SHARES and (made < 0 or made > 1):
+        raise ValueError(f"{name} is {value!r}")
+    return made
 
 
 def comparison(figures: Evaluation, before: dict[str, Any], name: str) -> str:

@@ -164,7 +164,13 @@ def test_comparison(arrays, files, command, fails, capsys):
     with open("r.html") as file:
         assert "7 in 7 classes before" in Page(file.read()).text
     told = before.to_json()
-    odd = ({**told, "samples": "700"}, {k: told[k] for k in told if k != "samples"})
+    odd = [{k: told[k] for k in told if k != "samples"}]
+    wrong = {"samples": ("700", True, -1), "n_classes": (-1, 6.0), "loss": (True, "0.5", None)}
+    for name, values in (
+        wrong | {"accuracy": (1.5, "-Infinity"), "inside_margin": (-0.1,)}
+    ).items():
+        odd += [{**told, name: value} for value in values]
+    odd.append({**told, "classes": {"0": {**told["classes"]["0"], "accuracy": 2}}})
     for text in ("{}", "[]", "no", '{"schema": 1}', "[" * 10**5, *map(json.dumps, odd)):
         with open("bad.json", "w") as file:
             file.write(text)
