@@ -1,5 +1,6 @@
 """JAX: jit, grad, vmap, hessian, with and without 64-bit types."""
 
+import math
 import os
 import socket
 import subprocess
@@ -163,6 +164,56 @@ def test_nothing_is_compiled_again_for_the_same_parameters(batch):
     assert compiled._cache_size() == before
     multi_margin_loss(*batch[:2], p=2, margin=0.375)
     assert compiled._cache_size() == before + 1
+
+
+def test_ordinary_calls_run_without_the_checks(batch):
+    scores, target, weight = batch
+    direct = jax_backend.KERNEL.direct[type(scores)]
+    names = ("p", "margin", "reduction", "ignore_index", "axis", "check_target")
+    plain = (2, 0.75, "mean", None, -1, "auto")
+    for changes, given in (
+        ({}, None),
+        ({"p": 1.5, "reduction": "none"}, None),
+        ({"margin": -1, "check_target": "nan", "axis": 1}, None),
+        ({"check_target": "raise", "reduction": "sum"}, weight),
+    ):
+        options = dict(zip(names, plain, strict=True)) | changes
+        loss = direct(scores, target, given, tuple(options.values()))
+        compiled = jax_backend._compiled_loss._cache_size()
+        wanted = multi_margin_loss(scores, target, weight=given, backend="jax-jit", **options)
+        assert jax_backend._compiled_loss._cache_size() == compiled  # it is the same call
+        np.testing.assert_array_equal(loss, wanted)
+    values = {
+        0: (True, 0.5, math.nan, 10**400),
+        1: (math.inf, "1"),
+        2: ("men", None),
+        3: (2,),
+        4: (0, True),
+        5: ("no", None),
+    }
+    wrong = [(*plain[:i], v, *plain[i + 1 :]) for i, given in values.items() for v in given]
+    for call in (
+        (scores, target + 4, None, plain),
+        (scores, target.astype(jnp.float32), None, plain),
+        (scores.astype(jnp.int32), target, None, plain),
+        (scores, target[:3], None, plain),
+        (scores[:0], target[:0], None, plain),
+        (scores, np.asarray(target), None, plain),
+        (scores, target, weight[:3], plain),
+        (scores, target, np.asarray(weight), plain),
+        (jax.device_put(scores, jax.devices()[0]), target, None, plain),
+        *((scores, target, None, options) for options in wrong),
+    ):
+        assert direct(*call) is None
+
+
+def test_shapes_alone_start_no_devices():
+    code = """
+import jax, mml_arrayapi
+scores, target = (jax.ShapeDtypeStruct((3, 4)[:n], t) for n, t in ((2, "float32"), (1, "int32")))
+print(jax.eval_shape(mml_arrayapi.multi_margin_loss, scores, target).shape)
+"""
+    assert run_python(code, JAX_PLATFORMS="nonsense") == "()"
 
 
 def test_disabled_jit(batch):
