@@ -143,7 +143,7 @@ def test_without_compiled_kernels(kernel, installed, tmp_path):
     assert wrong == "p must be a finite real number >= 1, but is 0.5"
 
 
-@pytest.mark.parametrize("flags", [("-OO",), ("-W", "error"), ("-I",), ("-X", "dev")], ids=" ".join)
+@pytest.mark.parametrize("flags", [("-OO", "-X", "dev"), ("-I", "-W", "error")], ids=" ".join)
 def test_under_the_flags_of_python(flags):
     """Without docstrings and asserts, with warnings as errors, with the current folder not on the path."""
     code = """
