@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from functools import wraps
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from types import FrameType
+from typing import ParamSpec, TypeVar
 
 from mml_arrayapi import overrides as this_module
 
@@ -17,59 +18,85 @@ ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
 # Read once: looking into os.environ takes a microsecond, as long as a small loss.
 environment = os.environ.get(ENVIRONMENT) or None
 
-# These resume a generator to open a block for others, and leave it suspended meanwhile.
-_GENERATORS_FOR_OTHERS = ("contextlib", "_pytest.fixtures")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@dataclass(eq=False)
-class _Block:
-    """A block. One that has ended may still stand in the context that a task has copied."""
+class Block:
+    """A ``with`` block, or a decorator, that asks for a kernel.
 
-    name: str
-    generator: FrameType | None  # the frame, where the block belongs to a generator alone
-    open: bool = True
+    One that has ended may still stand in the context that a task has copied.
+
+    Parameters
+    ----------
+    name : str
+        The kernel's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.open: bool | None = None  # not yet
+        self.generator: FrameType | None = None  # the frame, where the block is its alone
+        self.around: tuple[Block, ...] = ()  # those of generators that slept when it was entered
+
+    def __enter__(self) -> None:
+        global open_names
+        if self.open is not None:
+            raise RuntimeError("use_backend: a block can be entered only once; call it anew")
+        self.open, self.generator = True, _generator(sys._getframe(1))
+        others = _blocks.get()
+        self.around = tuple(block for block in others if not block.counts())
+        _blocks.set((*others, self))
+        with _lock:
+            open_names = (*open_names, self.name)
+
+    def __exit__(self, *_: object) -> None:
+        global open_names
+        self.open, self.generator, self.around = False, None, ()
+        _blocks.set(tuple(other for other in _blocks.get() if other is not self))
+        with _lock:
+            at = open_names.index(self.name)
+            open_names = open_names[:at] + open_names[at + 1 :]
+
+    def counts(self) -> bool:
+        """Tell whether it is open, and no generator that sleeps has it."""
+        # The frame of a suspended generator has no caller.
+        return bool(self.open) and (self.generator is None or self.generator.f_back is not None)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Return the function with a block of its own around each call."""
+
+        @wraps(function)
+        def within(*args: P.args, **kwargs: P.kwargs) -> R:
+            with Block(self.name):
+                return function(*args, **kwargs)
+
+        return within
 
 
-_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("mml_arrayapi_use_backend", default=())
+_blocks: ContextVar[tuple[Block, ...]] = ContextVar("mml_arrayapi_use_backend", default=())
 _lock = threading.Lock()
 # Of the blocks open in any context. torch.compile can't read a ContextVar, but it recompiles when
 # this changes.
 open_names: tuple[str, ...] = ()
 
 
-@contextmanager
-def block(name: str, frame: FrameType) -> Iterator[None]:
-    """Ask for a kernel within a ``with`` block.
+def _generator(frame: FrameType | None) -> FrameType | None:
+    """Return the generator to which a block belongs that is entered in a frame, if one does.
 
-    Parameters
-    ----------
-    name : str
-        The kernel's name.
-    frame : frame
-        The caller's.
+    What contextlib resumes enters it for others: whoever has entered that.
     """
-    global open_names
-    mine = _Block(name, _generator(frame))
-    _blocks.set((*_blocks.get(), mine))
-    with _lock:
-        open_names = (*open_names, name)
-    try:
-        yield
-    finally:
-        mine.open = False
-        _blocks.set(tuple(other for other in _blocks.get() if other is not mine))
-        with _lock:
-            at = open_names.index(name)
-            open_names = open_names[:at] + open_names[at + 1 :]
+    while frame is not None:
+        is_generator = frame.f_code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)
+        caller = _module(frame.f_back)
+        if _module(frame) != "contextlib" and not (is_generator and caller == "contextlib"):
+            return frame if is_generator and caller != "_pytest.fixtures" else None
+        frame = frame.f_back
+    return None
 
 
-def _generator(frame: FrameType) -> FrameType | None:
-    if not frame.f_code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
-        return None
-    resumed_by = frame.f_back
-    if resumed_by is not None and resumed_by.f_globals.get("__name__") in _GENERATORS_FOR_OTHERS:
-        return None
-    return frame
+def _module(frame: FrameType | None) -> str | None:
+    return None if frame is None else frame.f_globals.get("__name__")
 
 
 def in_context() -> str | None:
@@ -79,11 +106,12 @@ def in_context() -> str | None:
     -------
     str or None
     """
-    for block in reversed(_blocks.get()):
-        # The frame of a suspended generator has no caller.
-        if block.open and (block.generator is None or block.generator.f_back is not None):
-            return block.name
-    return None
+    innermost = None
+    for block in _blocks.get():
+        # A generator that slept when a block was entered has been resumed within it.
+        if block.counts() and innermost not in block.around:
+            innermost = block
+    return None if innermost is None else innermost.name
 
 
 def __getattr__(name: str) -> str | None:

@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
@@ -174,7 +174,7 @@ def isolated(*, built_in_kernels: bool = False) -> Iterator[None]:
         _registry = outer
 
 
-def use_backend(name: str) -> AbstractContextManager[None]:
+def use_backend(name: str) -> overrides.Block:
     """Make one kernel run within a ``with`` block.
 
     The block belongs to its context: other threads, other asyncio tasks, and whatever runs while
@@ -208,7 +208,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     if name is None:
         raise TypeError(f"use_backend must be given a kernel's name, but got None; {_list()}")
     check_name(name, "use_backend")
-    return overrides.block(name, sys._getframe(1))
+    return overrides.Block(name)
 
 
 def check_name(name: str | None, source: str = "backend") -> None:

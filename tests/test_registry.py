@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -361,6 +363,101 @@ class TestUseBackendBelongsToItsContext:
             return seen
 
         assert asyncio.run(main()) == ["generic", "a", "generic"]
+
+    def test_a_generator_that_is_resumed_within_a_block(self):
+        def generator():
+            with use_backend("generic"):
+                while True:
+                    with use_backend("a"):
+                        inner = explain(X, T).kernel
+                    yield explain(X, T).kernel, inner
+
+        def outer():
+            yield explain(X, T).kernel
+            yield from generator()
+
+        g = outer()
+        assert next(g) == "a"
+        for _ in range(2):
+            with use_backend("a"):
+                assert next(g) == ("generic", "a")
+                assert explain(X, T).kernel == "a"
+        with use_backend("generic"):
+            assert next(g) == ("generic", "a")
+            with use_backend("a"):
+                assert next(g) == ("generic", "a")
+            assert explain(X, T).kernel == "generic"
+        g.close()
+        assert overrides.open_names == ()
+
+    def test_blocks_that_others_make_belong_to_the_generator_that_enters_them(self):
+        def plain():
+            return use_backend("generic")
+
+        @contextlib.contextmanager
+        def managed():
+            with use_backend("generic"):
+                yield
+
+        def stacked():
+            stack = contextlib.ExitStack()
+            stack.enter_context(use_backend("generic"))
+            return stack
+
+        def generator(block):
+            with block():
+                yield explain(X, T).kernel
+
+        def with_a_stack():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(plain())
+                yield explain(X, T).kernel
+
+        for g in (generator(plain), generator(managed), with_a_stack()):
+            assert next(g) == "generic"
+            assert explain(X, T).kernel == "a"
+            g.close()
+        with stacked():
+            assert explain(X, T).kernel == "generic"
+        assert explain(X, T).kernel == "a"
+
+    def test_a_block_is_entered_once(self):
+        block = use_backend("generic")
+        with (
+            block,
+            pytest.raises(RuntimeError, match="use_backend: a block can be entered only once"),
+        ):
+            block.__enter__()
+        with pytest.raises(RuntimeError, match="entered only once; call it anew"), block:
+            pass
+        assert overrides.open_names == ()
+
+    def test_decorated_functions_keep_nothing_of_where_they_were_made(self):
+        class Large:
+            pass
+
+        def make():
+            large = Large()
+
+            @use_backend("generic")
+            def function():
+                return explain(X, T).kernel
+
+            return function, weakref.ref(large)
+
+        function, large = make()
+        gc.collect()
+        assert large() is None
+        assert function() == "generic"
+
+        def generator():
+            @use_backend("generic")
+            def function():
+                return explain(X, T).kernel
+
+            yield function
+
+        assert next(generator())() == "generic"
 
     def test_a_generator_that_is_dropped(self):
         def generator():
