@@ -55,9 +55,10 @@ def number_of_threads(library_setting: int | None = None) -> int:
     """
     text = os.environ.get(ENVIRONMENT)
     if text:
-        if not text.strip().isdecimal() or int(text) < 1:
+        digits = text.strip()
+        if not digits.isdecimal() or not digits.strip("0"):
             raise ValueError(f"{ENVIRONMENT} must be a positive integer, but is {text!r}")
-        return min(int(text), MOST)
+        return _count(digits)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = (cpus, cpu_quota(), library_setting or _openmp_setting())
     return max(1, min(limit for limit in limits if limit is not None) // _workers.get())
@@ -66,7 +67,13 @@ def number_of_threads(library_setting: int | None = None) -> int:
 def _openmp_setting() -> int | None:
     """Return the first number of ``OMP_NUM_THREADS``; anything else counts for nothing."""
     text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(text) if text.isdecimal() and int(text) else None
+    return _count(text) if text.isdecimal() and text.strip("0") else None
+
+
+def _count(digits: str) -> int:
+    """Read a number, at most the highest: of thousands of digits Python reads none."""
+    digits = digits.lstrip("0")
+    return min(int(digits), MOST) if len(digits) <= len(str(MOST)) else MOST
 
 
 @cache

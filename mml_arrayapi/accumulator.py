@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from copy import copy
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsFloat, SupportsIndex
 
 from mml_arrayapi.exact_sum import ExactSum
@@ -207,7 +208,7 @@ class LossAccumulator:
         """Return an accumulator of what both have seen; see :meth:`merge`."""
         if not isinstance(other, LossAccumulator):
             return NotImplemented
-        made = type(self).from_state(self.state())
+        made = copy(self)
         made.merge(other)
         return made
 
@@ -273,25 +274,30 @@ class LossAccumulator:
         import numpy as np
 
         try:
-            if more := state.keys() - cls().state().keys():
+            if more := state.keys() - LossAccumulator().state().keys():
                 raise ValueError(f"{more} is not of it")  # noqa: TRY301
             weight = state["weight"]
             if isinstance(weight, str):
                 raise TypeError("weight is a string")  # noqa: TRY301
             weight = None if weight is None else np.asarray(list(map(float, weight)))
             options = {name: state[name] for name in ("p", "margin", "ignore_index")}
-            made = cls(**options, weight=weight)
-            parts = (ExactSum.from_state(state[name]) for name in ("sum", "sample_weights"))
-            made._totals = _Totals(*parts)
+            LossAccumulator(**options, weight=weight)
+            totals = _Totals(*(ExactSum.from_state(state[n]) for n in ("sum", "sample_weights")))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"state must be what LossAccumulator.state() returned, but reading it gives "
                 f"{type(error).__name__}: {error}"
             ) from error
+        made = cls(**options, weight=weight)  # what a subclass raises is no fault of the state
+        made._totals = totals
         return made
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).from_state, (self.state(),)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.copy().items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def _parameters(self) -> dict[str, Any]:
         weight = None

@@ -338,38 +338,43 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
 
 
 def _check_result(kernel: Kernel, problem: Problem, operation: str, result: Any) -> None:
-    """Refuse what a caller could not be given; a mean may be a plain number."""
-    none, target, scores = problem.reduction == "none", problem.target, problem.input
-    wanted = {"loss": tuple(target.shape) if none else (), "gradient": tuple(scores.shape)}
+    """Refuse what a caller could not be given."""
+    dtype, target, reduction = problem.input.dtype, problem.target, problem.reduction
     if operation == "loss":
-        del wanted["gradient"]
-    elif not isinstance(result, tuple) or len(result) != 2:
+        return _check_loss(kernel, result, dtype, target, reduction)
+    if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             f"kernel {kernel.name!r}: loss_and_grad must return a loss and a gradient, a tuple of "
             f"two arrays, but returned {in_words(result)}"
         )
-    made = (result,) if operation == "loss" else result
-    for (what, shape), one in zip(wanted.items(), made, strict=True):
-        is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
-        number = what == "loss" and not none and is_number
-        if number or _is_of(problem, one, shape):
-            continue
-        known = hasattr(one, "shape") and hasattr(one, "dtype")
-        told = f"a {type(one).__qualname__} of {one.dtype} and shape {one.shape}" if known else None
-        raise TypeError(
-            f"kernel {kernel.name!r}: the {what} must be an array of {problem.library}, of "
-            f"{scores.dtype} and shape {shape}, but is {told or in_words(one)}"
-        )
+    loss, grad = result
+    _check_loss(kernel, loss, dtype, target, reduction)
+    return _check_array(kernel, "gradient", grad, dtype, tuple(problem.input.shape))
 
 
-def _is_of(problem: Problem, array: Any, shape: tuple[Any, ...]) -> bool:
-    """Whether an array is of a call's library and dtype, and has a shape."""
+def _check_loss(kernel: Kernel, loss: Any, dtype: Any, target: Array, reduction: str) -> None:
+    """Refuse what is no loss; a mean may be a plain number."""
+    if reduction == "none":
+        _check_array(kernel, "loss", loss, dtype, tuple(target.shape))
+    elif not isinstance(loss, (int, float)) or isinstance(loss, bool):
+        _check_array(kernel, "loss", loss, dtype, ())
+
+
+def _check_array(kernel: Kernel, what: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
+    """Refuse what is no array of the kernel's library, a dtype and a shape."""
     try:
-        ours = library_of("input", array).name == problem.library
-        fits = same_shape(tuple(array.shape), shape)
-        return bool(ours and fits and array.dtype == problem.input.dtype)
+        fits = same_shape(tuple(array.shape), shape) and bool(array.dtype == dtype)
+        if fits and library_of("input", array).name == kernel.library:
+            return
     except (AttributeError, TypeError, ValueError):
-        return False
+        pass
+    told = in_words(array)
+    if hasattr(array, "shape") and hasattr(array, "dtype"):
+        told = f"a {type(array).__qualname__} of {array.dtype} and shape {array.shape}"
+    raise TypeError(
+        f"kernel {kernel.name!r}: the {what} must be an array of {kernel.library}, of {dtype} and "
+        f"shape {shape}, but is {told}"
+    )
 
 
 def _cannot_run(name: str, source: str, reason: str) -> str:
@@ -626,9 +631,14 @@ def _guarded(kernel: Kernel, direct: Callable[..., Array | None]) -> Callable[..
         if options[3] is not None and "ignore_index" not in kernel.supports:
             return None
         try:
-            return direct(input, target, weight, options)
+            loss = direct(input, target, weight, options)
         except Unusable:  # the road with words runs the generic implementation
             return None
+        if loss is not None:
+            scores = library_of("input", input).under_autocast
+            dtype = input.dtype if scores is None else scores(input).dtype
+            _check_loss(kernel, loss, dtype, target, options[2])
+        return loss
 
     return guarded
 
@@ -775,8 +785,11 @@ def _misfit(kernel: Any, key: str, library: str) -> str | None:
     """Tell why what an entry point gave is not a kernel that can be used, or None."""
     if not isinstance(kernel, Kernel):
         return f"the entry point gives an object of type {type(kernel).__name__}, not a Kernel"
-    if not all(hasattr(kernel, one.name) for one in fields(Kernel)):
-        return "the entry point gives a Kernel that was never initialised"
+    try:
+        if not all(hasattr(kernel, one.name) for one in fields(Kernel)):
+            return "the entry point gives a Kernel that was never initialised"
+    except Exception as error:  # noqa: BLE001 - a subclass's own
+        return f"the entry point gives a Kernel whose fields cannot be read: {_told(error)}"
     if kernel.library != library:
         return f"the kernel is for {kernel.library}, the entry point's name says {library}"
     if kernel.name in _known(but=key):

@@ -105,6 +105,9 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
 
     __call__ = score
 
+    def _accept_sample_weight(self) -> bool:
+        return True  # searches with several metrics ask
+
 
 def _innermost(estimator: Any) -> Any:
     """Return the classifier at the end of pipelines, within searches and other meta-estimators."""

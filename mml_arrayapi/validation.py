@@ -395,7 +395,7 @@ def _classes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, i
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"axis must lie between {-len(shape)} and {len(shape) - 1} for input of shape "
-            f"{shape}, but is {axis}"
+            f"{shape}, but is {in_words(axis)}"
         )
     axis = int(axis) % len(shape)
     n_classes = shape[axis]

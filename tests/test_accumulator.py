@@ -557,6 +557,33 @@ class Named(LossAccumulator):
     pass
 
 
+class Counting(LossAccumulator):
+    def __init__(self, name, **options):
+        super().__init__(**options)
+        self.name, self.batches = name, 0
+
+    def update(self, *arrays):
+        super().update(*arrays)
+        self.batches += 1
+
+
+def test_subclasses_keep_what_is_theirs():
+    made = Counting("training", p=2)
+    made.update(*batch(5))
+    for other in (
+        pickle.loads(pickle.dumps(made)),
+        copy.copy(made),
+        copy.deepcopy(made),
+        made + LossAccumulator(p=2),
+    ):
+        assert (type(other), other.name, other.batches) == (Counting, "training", 1)
+        assert other.compute() == made.compute()
+        other.update(*batch(3))
+        assert (other.count, made.count) == (8, 5)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'name'"):
+        Counting.from_state(made.state())
+
+
 def test_subclasses_stay_themselves():
     made = Named(p=2)
     made.update(*batch(5))

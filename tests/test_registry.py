@@ -6,11 +6,13 @@ import gc
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -252,11 +254,11 @@ def test_the_direct_way_of_the_first_kernel():
 
     def direct(input, target, weight, options):
         calls.append((weight, options))
-        return "direct" if options[0] == 1 else None
+        return 7.0 if options[0] == 1 else None
 
     register_kernel(fixed("a", 1.0, direct={np.ndarray: direct}))
     explain(X, T)
-    assert multi_margin_loss(X, T) == "direct"
+    assert multi_margin_loss(X, T) == 7
     assert calls == [(None, (1, 1.0, "mean", None, -1, "auto"))]
     assert multi_margin_loss(X, T, p=2) == 1
     with pytest.raises(ValueError, match="p must be"):
@@ -267,7 +269,7 @@ def test_the_direct_way_of_the_first_kernel():
     register_kernel(fixed("b", 2.0, before="a"))
     assert multi_margin_loss(X, T) == 2  # not a's direct way: b comes first
     unregister_kernel("b")
-    assert multi_margin_loss(X, T) == "direct"
+    assert multi_margin_loss(X, T) == 7
 
 
 class TestUseBackendBelongsToItsContext:
@@ -1172,6 +1174,11 @@ def test_a_kernel_whose_results_do_not_fit(loss, grad, reduction, told):
         with pytest.raises(TypeError, match=r"^kernel 'odd': the ") as info:
             call(X, T, reduction=reduction)
         assert told in str(info.value)
+    if loss is not None and multi_margin_loss in calls:
+        unregister_kernel("odd")
+        register_kernel(replace(kernel, direct={np.ndarray: lambda *_: loss}))
+        with pytest.raises(TypeError, match=re.escape(told)):
+            multi_margin_loss(X, T, reduction=reduction)
 
 
 @pytest.mark.usefixtures("empty")
@@ -1191,11 +1198,15 @@ def test_a_broken_plugin_takes_no_kernels_name(tmp_path, entry):
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: pz\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text(
         f"[mml_arrayapi.backends]\n{entry} = pz:K\n{entry} = pz:L\nnumpy.half = pz:HALF\n"
+        "numpy.hidden = pz:HIDDEN\n"
     )
     (tmp_path / "pz.py").write_text(
         "from mml_arrayapi import Kernel\n"
         "K = Kernel('fast', 'cubed', lambda p: None, lambda p: 1.0, lambda p, g: (1, 2))\n"
         "HALF = object.__new__(Kernel)\n"
+        "class Hidden(Kernel):\n"
+        "    def __getattribute__(self, name): raise RuntimeError('hands off')\n"
+        "HIDDEN = object.__new__(Hidden)\n"
     )
     code = """
 import numpy as np, mml_arrayapi as mml
@@ -1206,6 +1217,7 @@ for _ in range(2):
     assert len(set(names)) == len(names), names
     reasons = {b.name: b.reason for b in mml.list_backends()}
     assert "never initialised" in reasons["numpy.half"], reasons
+    assert "cannot be read: RuntimeError: hands off" in reasons["numpy.hidden"], reasons
     for name in names:
         try:
             mml.multi_margin_loss(x, y, backend=name)

@@ -111,6 +111,22 @@ def test_sample_weights():
     np.testing.assert_allclose(got, expected(estimator, slice(None), weights))
 
 
+def test_sample_weights_beside_another_metric():
+    """Where weights are not routed, scikit-learn gives them to each scorer that says so."""
+    weights = np.arange(150.0) % 4
+    folds = list(KFold(3, shuffle=True, random_state=0).split(X))
+    scoring = {"loss": MultiMarginScorer(), "accuracy": "accuracy"}
+    search = GridSearchCV(
+        RidgeClassifier(), {"alpha": [1.0]}, cv=folds, scoring=scoring, refit="loss"
+    )
+    search.fit(X, Y, sample_weight=weights)
+    fitted = [RidgeClassifier().fit(X[a], Y[a], weights[a]) for a, _ in folds]
+    weighted = [expected(one, b, weights[b]) for one, (_, b) in zip(fitted, folds, strict=True)]
+    plain = [expected(one, b) for one, (_, b) in zip(fitted, folds, strict=True)]
+    told = sklearn.__version__ >= "1.8"  # before, the weights were for fitting alone
+    np.testing.assert_allclose(search.best_score_, np.mean(weighted if told else plain))
+
+
 def test_masks_are_refused():
     estimator = RidgeClassifier().fit(X, Y)
     weights = np.ma.masked_less(np.arange(150.0), 3)

@@ -144,7 +144,8 @@ double Job::value(const Result &result) const {
     return value / call.shrink;
 }
 bool Job::overflowed(const Result &result) {
-    if (call.shrink != 1 || !std::isinf(result.sum) || call.x.type != Type::f64) return false;
+    // NaN: parts that overflowed to infinities of both signs, or a row that has no value.
+    if (call.shrink != 1 || std::isfinite(result.sum) || call.x.type != Type::f64) return false;
     call.shrink = 0x1p-64;
     return true;
 }

@@ -147,12 +147,12 @@ def in_one_chunk(array: Any) -> da.Array:
 
 
 def _only(blocks: list[Array]) -> Array:
-    refuse_masked("weight", blocks[0])
+    check_kind("weight", blocks[0])
     return blocks[0]
 
 
 def _only_number(blocks: list[Array]) -> Array:
-    refuse_masked("grad_output", blocks[0])
+    check_kind("grad_output", blocks[0])
     return blocks[0][0]
 
 
@@ -223,7 +223,7 @@ def check_factors(name: str, array: Array, shape: tuple[int, ...]) -> None:
     TypeError, ValueError
         It has another, or no real floating dtype.
     """
-    refuse_masked(name, array)
+    check_kind(name, array)
     if tuple(array.shape) != shape:
         raise ValueError(
             f"{name} must have chunks that fit those of input, but one has shape "
@@ -295,8 +295,8 @@ def check_targets(
         raise InvalidTargetError(position, error.value, n_classes) from None
 
 
-def refuse_masked(name: str, block: Array) -> None:
-    """Raise for a masked chunk, whose mask a kernel would not see.
+def check_kind(name: str, block: Array) -> None:
+    """Refuse a chunk of another library, and a masked one, whose mask a kernel would not see.
 
     Raises
     ------
@@ -307,4 +307,10 @@ def refuse_masked(name: str, block: Array) -> None:
         raise TypeError(
             f"{name} must have plain chunks, but a chunk is a masked array; fill it first, or mark "
             "the samples to leave out with ignore_index"
+        )
+    kind = type(block)
+    if not isinstance(block, (np.ndarray, np.generic)) and kind.__module__.split(".")[0] != "cupy":
+        raise TypeError(
+            f"{name} must have chunks of NumPy or CuPy, but a chunk is of type "
+            f"{kind.__module__}.{kind.__qualname__}"
         )

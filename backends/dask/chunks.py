@@ -22,11 +22,11 @@ from mml_arrayapi.backends.dask.alignment import (
     TaskOptions,
     check_factors,
     check_float,
+    check_kind,
     check_length,
     check_sizes,
     check_targets,
     ignored,
-    refuse_masked,
     without,
 )
 from mml_arrayapi.backends.dask.report import Ran, ran, warn_of_mixture
@@ -555,7 +555,7 @@ def _namespace(block: Array, target: Array) -> tuple[Any, Array]:
 def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool = True) -> Array:
     """Return the targets of a block in its library, once they have been looked at."""
     for name, array in (("input", block), ("target", target)):
-        refuse_masked(name, array)
+        check_kind(name, array)
     check_length(without(block.shape, call.axis), target)
     check_sizes(block, place)
     check_float("input", block)

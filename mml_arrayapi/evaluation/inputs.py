@@ -413,7 +413,7 @@ def _optimised(found: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
 
     # Fusion of single tasks would repeat a chunk's producer for each of its consumers.
     with dask.config.set({"optimization.fuse.active": False}):
-        made = map(_planned, dask.optimize(*(shard.source for shard in lazy)))
+        made = iter(dask.optimize(*(_planned(shard.source) for shard in lazy)))
     return {
         role: [
             replace(s, source=_as_declared(next(made), role)) if hasattr(s.source, "dask") else s

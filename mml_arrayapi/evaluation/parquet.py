@@ -274,7 +274,8 @@ class _Kind:
         self.categories = _categories(field)
         value = kind
         if self.tensor:
-            self.width, value = tuple(kind.shape), kind.value_type
+            order = kind.permutation or range(len(kind.shape))  # of axes; shape is that in memory
+            self.width, value = tuple(kind.shape[i] for i in order), kind.value_type
         elif self.udt:
             value = kind.field("values").type.value_type
         elif is_list(kind):

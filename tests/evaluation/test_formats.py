@@ -100,6 +100,13 @@ def test_tensors_vectors_and_enums(arrays, files, wanted):
     flat = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), C)
     parquet("tensor.parquet", logits=pa.ExtensionArray.from_storage(kind, flat))
     assert mml.evaluate("tensor.parquet", "y.npy", chunk_size=100) == wanted
+    images = scores[:, :, None] * np.asarray([1, 2, 3], np.float32)  # in memory (N, 3, C)
+    kind = pa.fixed_shape_tensor(pa.float32(), (3, C), permutation=[1, 0])
+    flat = pa.array(np.ascontiguousarray(images.transpose(0, 2, 1)).reshape(-1))
+    flat = pa.FixedSizeListArray.from_arrays(flat, 3 * C)
+    parquet("permuted.parquet", logits=pa.ExtensionArray.from_storage(kind, flat))
+    labels = np.repeat(target[:, None], 3, axis=1)
+    assert mml.evaluate("permuted.parquet", labels, axis=1) == mml.evaluate(images, labels, axis=1)
 
     fields = [("type", pa.int8()), ("size", pa.int32())]
     fields += [("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float64()))]

@@ -190,6 +190,20 @@ def test_a_difference_that_the_dtype_cannot_hold_is_infinite(native, p):
         assert native.loss(x, np.zeros(3, int), None, options(p, 1e39)) == math.inf
 
 
+def test_parts_that_overflow_to_both_infinities(native):
+    # In blocks of samples: one sums to infinity, another to minus infinity, together they are 0.
+    n = 2**16
+    x = np.zeros((n, 2))
+    x[: n // 2, 1] = x[n // 2 :, 0] = 1e305
+    y, weight = np.repeat([0, 1], n // 2), np.array([1.0, -1.0])
+    grad = np.empty_like(x)
+    for reduction in ("mean", "sum"):
+        assert native.loss(x, y, weight, options(reduction=reduction)) == 0
+        assert native.loss_and_grad(x, y, weight, options(reduction=reduction), grad) == 0
+    x[5, 0] = np.nan
+    assert math.isnan(native.loss(x, y, weight, options()))
+
+
 def test_the_margin_survives_large_scores(native):
     # (x_j - x_y) + margin; reassociated, the margin of 1e-3 would vanish in scores of 1e5.
     x = np.full((64, 100), 1e5, np.float32)

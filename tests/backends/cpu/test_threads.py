@@ -233,6 +233,25 @@ def test_the_caller_limits_the_threads_of_a_large_call(rng, monkeypatch):
         cpu.native.loss(x, y, None, OPTIONS)
 
 
+def test_settings_of_any_length(monkeypatch):
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
+    for text, number in (("0007", 7), ("9" * 5000, 1024), ("1023", 1023), ("1025", 1024)):
+        monkeypatch.setenv(threads.ENVIRONMENT, text)
+        assert threads.number_of_threads() == number
+    monkeypatch.setenv(threads.ENVIRONMENT, "000")
+    with pytest.raises(ValueError, match="must be a positive integer, but is '000'"):
+        threads.number_of_threads()
+    monkeypatch.delenv(threads.ENVIRONMENT)
+    for text in ("0001", "1,9"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert threads.number_of_threads() == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    every = threads.number_of_threads()
+    for text in ("9" * 5000, "0", "none"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert threads.number_of_threads() == every
+
+
 def test_number_of_threads(monkeypatch):
     monkeypatch.delenv(threads.ENVIRONMENT, raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -444,3 +444,21 @@ def test_scores_of_another_dtype_than_declared(cut, dtype):
     for result in mml.multi_margin_loss_and_grad(other, da.zeros(N, dtype=int, chunks=7)):
         with pytest.raises(TypeError, match=f"input must have a real floating dtype, .* {dtype}"):
             result.compute()
+
+
+@IN_CHUNKS
+@BOTH_CUTS
+@pytest.mark.parametrize("role", ["input", "target"])
+def test_chunks_that_turn_out_to_be_of_another_library(cut, role):
+    x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
+    for kind, told in ((list, "builtins.list"), (str, "builtins.str")):
+        given = {"input": x, "target": y}
+        one = given[role]
+        given[role] = one.map_blocks(
+            lambda block, k=kind: k(block), dtype=one.dtype, meta=one._meta
+        )
+        message = f"{role} must have chunks of NumPy or CuPy, but a chunk is of type {told}"
+        with pytest.raises(TypeError, match=message):
+            mml.multi_margin_loss(given["input"], given["target"]).compute()
+        with pytest.raises(TypeError, match=message):
+            mml.multi_margin_loss_and_grad(given["input"], given["target"])[1].compute()

@@ -54,6 +54,12 @@ def test_chunks_change_no_bit(arrays, wanted, cut, chunk_size):
         assert found == wanted
 
 
+def test_arrays_that_were_chunked_anew(arrays, wanted):
+    x, y, w = (da.from_array(array, chunks=50) for array in arrays)
+    found = mml.evaluate(x.rechunk((37, 3)), y.rechunk(41), sample_weight=w.rechunk(29), **HOW)
+    assert found == wanted
+
+
 def test_unknown_sizes_are_asked_for(arrays, wanted):
     chunks = {"logits": (37, 3), "targets": 37, "sample_weight": 37}
     known = dict(zip(chunks, arrays, strict=True))
