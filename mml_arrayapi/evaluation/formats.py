@@ -413,14 +413,16 @@ def _fill_values(file: File, key: str, given: Any, dtype: Any) -> Array:
 def _open_zarr(file: File, role: str, rules: Rules) -> Array:
     zarr = require("zarr", file.name)
     storage = zarr.storage
-    if file.filesystem is None and not file.path.lower().endswith(".zip"):
+    archive = file.path.lower().endswith(".zip")
+    top = _top_folder(file) if archive else ""
+    if file.filesystem is None and not archive:
         store: Any = file.path
-    elif file.filesystem is None:
+    elif file.filesystem is None and not top:
         store = storage.ZipStore(file.path, mode="r", read_only=True)
     else:
         fs, path = file.filesystem, file.path
-        if path.lower().endswith(".zip"):
-            fs, path = require("fsspec", file.name).filesystem("zip", fo=file.open()), ""
+        if archive:
+            fs, path = require("fsspec", file.name).filesystem("zip", fo=file.open()), top
         store = storage.FsspecStore.from_mapper(fs.get_mapper(path), read_only=True)
     opened = zarr.open(store, mode="r")
     if not hasattr(opened, "dtype"):
@@ -437,6 +439,16 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
             "download the store first"
         )
     return _zarr_array(file, opened, role, rules)
+
+
+def _top_folder(file: File) -> str:
+    """Return the folder of an archive that its store is in, if it was zipped with it."""
+    with file.open() as opened, zipfile.ZipFile(opened) as archive:
+        names = archive.namelist()
+    top = names[0].partition("/")[0] if names else ""
+    whole = all(name.startswith(f"{top}/") for name in names)
+    told = any(f"{top}/{name}" in names for name in ("zarr.json", ".zarray", ".zgroup"))
+    return top if whole and told else ""
 
 
 def _array_at(zarr: Any, store: Any, path: str) -> Array | None:

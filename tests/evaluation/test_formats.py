@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from urllib.request import urlopen
@@ -188,6 +189,12 @@ def test_zarr_in_a_zip_and_in_groups(arrays, files, wanted):
         mml.evaluate("s.zarr", "y.npy")
     with pytest.raises(mml.InputError, match=r"s.zarr.zip: has no array 'run'; name the one with"):
         mml.evaluate("s.zarr.zip#run", "y.npy")
+    shutil.make_archive("top.zarr", "zip", base_dir="s.zarr")  # as "zip -r" does it, from above
+    fsspec = pytest.importorskip("fsspec")
+    with open("top.zarr.zip", "rb") as file:
+        fsspec.filesystem("memory").pipe("/top.zarr.zip", file.read())
+    for path in ("top.zarr.zip", "memory://top.zarr.zip"):
+        assert mml.evaluate(f"{path}#run/logits", f"{path}#run/labels") == wanted
     opened = zarr.open("s.zarr")["run"]
     assert mml.evaluate(opened["logits"], opened["labels"]) == wanted
 
