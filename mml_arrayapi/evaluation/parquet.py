@@ -66,7 +66,7 @@ class ParquetColumns:
             "filesystem": file.filesystem,
         }
         self._keys = _partitions(file)
-        with _encryption_told(file.name):
+        with _cause_told(file.name):
             dataset = ds.dataset(**given)
         stored = dataset.schema.names
         keys = {key: value for key, value in self._keys.items() if key not in stored}
@@ -157,7 +157,7 @@ class ParquetColumns:
         # By expressions, since a name with a dot is otherwise taken for a path.
         columns = {name: self._ds.field(name) for name in names}
         part = self._fragment.subset(row_group_ids=[group])
-        with _encryption_told(self._name):  # of single columns, too
+        with _cause_told(self._name):  # of single columns, too
             return part.to_table(schema=self._schema, columns=columns, use_threads=False)
 
     def _first_width(self) -> tuple[Any, ...]:
@@ -184,14 +184,16 @@ class ParquetColumns:
 
 
 @contextmanager
-def _encryption_told(name: str) -> Iterator[None]:
-    """Give errors of Arrow that come from encryption a message that says so."""
+def _cause_told(name: str) -> Iterator[None]:
+    """Give errors of Arrow whose message leads astray another one."""
     try:
         yield
-    except OSError as error:
-        if not ENCRYPTED.search(str(error)):
-            raise
-        raise InputError(f"{name}: is encrypted; decrypt it first") from error
+    except (OSError, ValueError) as error:
+        if ENCRYPTED.search(str(error)):
+            raise InputError(f"{name}: is encrypted; decrypt it first") from error
+        if "duplicate field names" in str(error):
+            raise InputError(f"{name}: has several columns of one name; rename them") from error
+        raise
 
 
 def _index_of(schema: Any, rows: int) -> tuple[str, ...] | range | None:

@@ -917,6 +917,15 @@ def test_vectors_of_spark(files, fails, row, message):
     assert "has vectors of different sizes" in fails("p.parquet#x", "y.npy")
 
 
+def test_a_column_that_is_there_twice(arrays, files, fails):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    columns = [pa.array(arrays[0].tolist()), pa.array(["a"] * N), pa.array(["b"] * N)]
+    pq.write_table(pa.Table.from_arrays(columns, ["logits", "note", "note"]), "d.parquet")
+    line = fails("d.parquet#logits", "y.npy")
+    assert "d.parquet#logits: has several columns of one name; rename them" in line
+
+
 @pytest.mark.parametrize("item", ["c*,c1", "c1,c1", "c1,c*"])
 def test_a_column_twice(arrays, files, fails, item):
     parquet("p.parquet", **by_class(arrays[0], [f"c{i}" for i in range(C)]))
