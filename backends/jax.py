@@ -104,7 +104,7 @@ def scaled(slope: jax.Array, scale: jax.Array) -> jax.Array:
     scale, inactive = lax.optimization_barrier((scale, inactive))
     if slope.dtype == bool:
         return jnp.where(slope, scale, inactive)
-    return jnp.where(slope > 0, slope * scale, inactive)
+    return jnp.where(slope != 0, slope * scale, inactive)
 
 
 def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:

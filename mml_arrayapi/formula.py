@@ -166,7 +166,7 @@ def _slope(xp: Any, hinge: Array, p: float) -> Array:
     """Compute ``hinge ** (p - 1)``, 0 at 0; no power of 0, whose derivatives may be infinite."""
     if p == 2:
         return hinge
-    active = hinge > 0
+    active = hinge != 0  # NaN too, so that derivatives of a gradient of NaN are NaN
     if p == 1:
         return active
     return xp.astype(active, hinge.dtype) * xp.where(active, hinge, xp.ones_like(hinge)) ** (p - 1)

@@ -162,7 +162,7 @@ def plain(
         inactive = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
         if slope.dtype == xp.bool:
             return xp.where(slope, scale, inactive)
-        return xp.where(slope > 0, slope * scale, inactive)
+        return xp.where(slope != 0, slope * scale, inactive)
 
     def total(x: Array, axis: int | None, dtype: Any) -> Array:
         return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)

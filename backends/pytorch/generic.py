@@ -65,7 +65,8 @@ def _runs_at_once(x: Tensor) -> bool:
 
 
 def _mask(n_classes: int, index: Tensor, axis: int) -> Tensor:
-    if isinstance(n_classes, int) and n_classes <= NARROW:
+    # A size that is being exported may be symbolic, and would be bound by the comparison.
+    if not state.is_exporting() and isinstance(n_classes, int) and n_classes <= NARROW:
         index = index.to(torch.int32)  # vectors of the compiled code compare twice as many
     classes = arange(n_classes, index.dtype, index)
     return index == classes.reshape([n_classes if i == axis else 1 for i in range(index.ndim)])
@@ -80,7 +81,7 @@ def scaled(slope: Tensor, scale: Tensor) -> Tensor:
     """Return the product, 0 where the slope is 0; a selection takes five times as long."""
     if _runs_at_once(scale) and not scale.isinf().any():
         return slope * scale
-    return torch.where(slope > 0, slope * scale, torch.where(scale.isnan(), scale, 0))
+    return torch.where(slope != 0, slope * scale, torch.where(scale.isnan(), scale, 0))
 
 
 def total(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:

@@ -108,11 +108,11 @@ def readable(tensor: torch.Tensor) -> bool:
 
 def _end(tensor: torch.Tensor) -> int:
     """Return the byte of its storage before which a tensor ends."""
+    if not tensor.numel():  # a view may begin behind a storage of no bytes
+        return 0
     begin = tensor.storage_offset() * tensor.itemsize
     if tensor.is_contiguous():
         return begin + tensor.nbytes
-    if not tensor.numel():
-        return begin
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return begin + (last + 1) * tensor.itemsize
 

@@ -290,6 +290,17 @@ def test_a_row_whose_loss_is_nan_has_a_gradient_of_nan(batch, p, transform, caus
     assert np.isnan(grad).any(axis=1).tolist() == [i == 1 for i in range(6)]
 
 
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+@pytest.mark.parametrize("place", [0, 2], ids=["own score", "score"])
+@pytest.mark.parametrize("transform", [jax.jacrev, jax.jacfwd])
+def test_second_derivatives_of_a_row_of_nan_are_nan(p, place, transform):
+    x = jnp.asarray([[0.5, 1, 2, 0], [0, 1, 2, 3]]).at[0, place].set(np.nan)
+    grad = jax.grad(lambda x: multi_margin_loss(x, jnp.asarray([0, 1]), p=p))
+    second = transform(grad)(x)
+    assert np.isnan(second[0, :, 0]).all()
+    assert not np.isnan(second[1, :, 1]).any()
+
+
 @pytest.mark.parametrize("p", P)
 def test_gradient_of_the_weights_and_forward_mode(batch, p):
     scores, target, weight = batch

@@ -49,6 +49,18 @@ def test_first_and_second_derivatives_of_scores_and_weight(batch, p):
     assert torch.autograd.gradgradcheck(loss, arguments)
 
 
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+@pytest.mark.parametrize("place", [0, 2], ids=["own score", "score"])
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_second_derivatives_of_a_row_of_nan_are_nan(p, place, backend):
+    x = torch.tensor([[0.5, 1, 2, 0], [0, 1, 2, 3]], dtype=torch.double)
+    x[0, place] = torch.nan
+    loss = multi_margin_loss(x.requires_grad_(), torch.tensor([0, 1]), p=p, backend=backend)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad((grad * torch.arange(8).reshape(2, 4)).sum(), x)
+    assert second.isnan().tolist() == [[True] * 4, [False] * 4]
+
+
 def test_inactive_classes_have_no_second_derivative_beside_an_infinite_weight():
     x = torch.tensor([[0.0, 5.0, -5.0]], dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([torch.inf, 1, 1], dtype=torch.float64)

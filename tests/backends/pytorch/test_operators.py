@@ -1,6 +1,7 @@
 """The operators: opcheck, compilers' graphs, export, transforms. The kernels run in all of them."""
 
 import asyncio
+import math
 import threading
 
 import pytest
@@ -571,6 +572,46 @@ def test_storage_that_was_freed(name):
     for function in (multi_margin_loss, multi_margin_loss_and_grad, explain):
         with pytest.raises(TypeError, match=message):
             function(**given)
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize(("reduction", "wanted"), [("sum", 0.0), ("mean", math.nan), ("none", [])])
+def test_views_of_empty_batches(backend, reduction, wanted):
+    """They may begin behind their storage, which has no bytes."""
+    options = {"reduction": reduction, "backend": backend}
+    whole, target = torch.randn(0, 8), torch.zeros(0, 3, dtype=torch.long)[:, 1]
+    for scores in (whole[:, 1:], whole.chunk(2, 1)[1], whole.requires_grad_()[:, 3:]):
+        for function in (multi_margin_loss, lambda *a, **k: multi_margin_loss_and_grad(*a, **k)[0]):
+            loss = function(scores, target, **options)
+            torch.testing.assert_close(
+                loss, torch.tensor(wanted), equal_nan=True, check_dtype=False
+            )
+    multi_margin_loss(scores, target, **options).sum().backward()
+    assert whole.grad.shape == (0, 8)
+    grad = func.grad(lambda x: multi_margin_loss(x[:, 1:], target, **options).sum())(whole.detach())
+    assert grad.shape == (0, 8)
+    several = torch.randn(3, 0, 5)[..., 1:]
+    assert multi_margin_loss(several, torch.zeros(3, 0, dtype=torch.long), reduction="sum") == 0
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_exported_with_any_number_of_classes(batch, strict, backend):
+    class Model(torch.nn.Module):
+        def forward(self, x, y, w):
+            return multi_margin_loss(x, y, weight=w, backend=backend)
+
+    n, c = torch.export.Dim("n"), torch.export.Dim("c")
+    shapes = {"x": {0: n, 1: c}, "y": {0: n}, "w": {0: c}}
+    scores, target, weight = batch
+    program = torch.export.export(
+        Model(), (scores, target, weight), strict=strict, dynamic_shapes=shapes
+    )
+    scores, weight = torch.randn(9, 11), torch.rand(11)
+    target = torch.randint(0, 11, (9,))
+    wanted = multi_margin_loss(scores, target, weight=weight)
+    torch.testing.assert_close(program.module()(scores, target, weight), wanted)
 
 
 @P
