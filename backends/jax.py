@@ -233,7 +233,7 @@ def _direct(input: Any, target: Any, weight: Any, options: Options) -> jax.Array
     p, margin, reduction, ignore_index, axis, check_target = options
     shape = input.shape
     if (
-        not (_is_plain(input, REAL) and _is_plain(target, INTEGER) and input.size)
+        not (_is_plain(input, REAL) and _is_plain(target, INTEGER) and shape and input.size)
         or type(axis) is not int
         or axis not in (-1, len(shape) - 1)
         or target.shape != shape[:-1]

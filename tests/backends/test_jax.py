@@ -198,6 +198,7 @@ def test_ordinary_calls_run_without_the_checks(batch):
         (scores.astype(jnp.int32), target, None, plain),
         (scores, target[:3], None, plain),
         (scores[:0], target[:0], None, plain),
+        (scores[0, 0], target[0], None, plain),
         (scores, np.asarray(target), None, plain),
         (scores, target, weight[:3], plain),
         (scores, target, np.asarray(weight), plain),
