@@ -33,8 +33,7 @@ def loss(problem: Problem) -> Array:
     Parameters
     ----------
     problem : Problem
-        See :class:`mml_arrayapi.Problem`. Where ``check_target`` is ``"raise"``, the targets that
-        are not ignored have been found to be in range.
+        Its targets have been found to be in range where ``check_target`` is ``"raise"``.
 
     Returns
     -------
@@ -125,8 +124,7 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     integer, wide = library.widest(problem.input)
     x, n_classes = problem.input, problem.input.shape[axis]
     x = x if x.dtype == xp.float64 else library.cast(x, xp.float32)
-    infinite = abs(margin) > 3.4028234663852886e38 and x.dtype == xp.float32  # the largest float32
-    if infinite:
+    if infinite := abs(margin) > 3.4028234663852886e38 and x.dtype == xp.float32:  # the largest
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
     index = library.cast(problem.target, integer)[_along(axis, None)]
