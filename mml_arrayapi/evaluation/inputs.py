@@ -840,9 +840,10 @@ def _shard(shard: Shard, array: Array) -> Shard:
             "convert them, as with array.astype('float32')"
         )
     if shard.role == TARGETS and dtype.kind not in "iu":
+        numbers = dtype.kind in "bf"  # what dates become would be no classes
         raise InputError(
             f"{shard.name}: targets must be integers, but are {dtype}; "
-            "convert them, as with array.astype('int64')"
+            + ("convert them, as with array.astype('int64')" if numbers else "number the classes")
         )
     if not (floats or dtype.kind in "iu"):
         raise InputError(f"{shard.name}: {shard.role} must be real numbers, but are {dtype}")

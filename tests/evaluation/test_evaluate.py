@@ -451,3 +451,11 @@ def test_a_copy_is_equal_though_figures_are_nan(again, target):
     assert hash(made) == hash(figures)
     assert made.to_json() == figures.to_json()
     assert made != mml.evaluate(scores, np.asarray(target), ignore_index=-1, p=2)
+
+
+def test_labels_that_are_no_numbers_are_not_to_be_converted():
+    """What dates become would be taken for classes."""
+    for target in (np.arange(3).astype("M8[D]"), np.asarray(["a", "b", "c"]), np.arange(3) * 1j):
+        message = f"targets must be integers, but are {re.escape(str(target.dtype))}; number the cl"
+        with pytest.raises(mml.InputError, match=message):
+            mml.evaluate(np.eye(3), target)
