@@ -22,7 +22,7 @@ from mml_arrayapi import formula
 from mml_arrayapi.backends.numpy_formula import in_range, widened
 from mml_arrayapi.kernel import Kernel, Options, Problem
 from mml_arrayapi.libraries import DEVICE, HOST, TRACED
-from mml_arrayapi.validation import check_targets
+from mml_arrayapi.validation import CHECKS, REDUCTIONS, check_targets
 
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
 WIDE = (jnp.dtype("int64"), jnp.dtype("float64"))
@@ -247,10 +247,10 @@ def _direct(input: Any, target: Any, weight: Any, options: Options) -> jax.Array
         or type(margin) not in (int, float)
         or not -1e9 < margin < 1e9
         or type(reduction) is not str
-        or reduction not in ("mean", "none", "sum")
+        or reduction not in REDUCTIONS
         or ignore_index is not None
         or type(check_target) is not str
-        or check_target not in ("auto", "raise", "nan")
+        or check_target not in CHECKS
     ):
         return None
     if check_target != "nan":
