@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec, auto_axes
 from mml_arrayapi import formula
 from mml_arrayapi.backends.numpy_formula import in_range, widened
 from mml_arrayapi.kernel import Kernel, Options, Problem
-from mml_arrayapi.libraries import DEVICE, HOST, TRACED
+from mml_arrayapi.libraries import DEVICE, HOST, TRACED, library_of
 from mml_arrayapi.validation import CHECKS, REDUCTIONS, check_targets
 
 NARROW = (jnp.dtype("int32"), jnp.dtype("float32"))
@@ -186,8 +186,11 @@ def _tangent(call: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
     rows = problem.reduction == "none"
     tangent = jnp.zeros(problem.target.shape if rows else (), problem.input.dtype)
     if type(of_input) is not SymbolicZero:
-        grad = formula.loss_and_grad(problem, None)[1]
-        tangent += jnp.sum(grad * of_input, axis=problem.axis if rows else None)
+        products = formula.loss_and_grad(problem, None)[1] * of_input
+        ignored = formula.ignored_samples(problem, library_of("input", problem.input))
+        if ignored is not None:  # even where the tangent is infinite or NaN
+            products = jnp.where(jnp.expand_dims(ignored, problem.axis), 0, products)
+        tangent += jnp.sum(products, axis=problem.axis if rows else None)
     if problem.weight is not None and type(of_weight) is not SymbolicZero:
         tangent += formula.loss(problem._replace(weight=of_weight))  # the loss is linear in it
     return _loss(call, *primals), tangent

@@ -76,7 +76,7 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     places, hinge, weight, losses = _hinge(problem, library)
     scale, is_nan = upstream * (p / n_classes), xp.isnan(losses)
     scale = xp.astype(is_nan, losses.dtype) + scale if weight is None else weight * scale
-    if (ignored := _ignored(problem, library)) is not None:
+    if (ignored := ignored_samples(problem, library)) is not None:
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
     # A row whose loss is NaN has a gradient of NaN; in others ``is_nan`` adds 0 to the scale.
     scale = xp.where(is_nan, losses, scale)
@@ -128,7 +128,7 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
         margin = math.copysign(math.inf, margin)
     # No narrowing: what is too large for int64 turns negative and stays out of range.
     index = library.cast(problem.target, integer)[_along(axis, None)]
-    if (ignored := _ignored(problem, library)) is not None:
+    if (ignored := ignored_samples(problem, library)) is not None:
         # All scores and the margin are 0: nothing of an ignored sample is computed with.
         ignored = ignored[_along(axis, None)]
         zero = xp.zeros_like(index, dtype=x.dtype)
@@ -175,7 +175,7 @@ def _along(axis: int, item: int | None) -> tuple[Any, ...]:
     return (*(slice(None),) * axis, item, ...)
 
 
-def _ignored(problem: Problem, library: Library) -> Array | None:
+def ignored_samples(problem: Problem, library: Library) -> Array | None:
     """Return which samples are left out, shape ``(*batch)``; None if none can be."""
     xp, target, wanted = problem.xp, problem.target, problem.ignore_index
     if wanted is None or not xp.iinfo(target.dtype).min <= wanted <= xp.iinfo(target.dtype).max:
@@ -187,7 +187,7 @@ def _ignored(problem: Problem, library: Library) -> Array | None:
 
 def _count(problem: Problem, library: Library) -> Any:
     """Return the number of samples that count: an integer, a symbolic size or an array."""
-    xp, shape, ignored = problem.xp, problem.target.shape, _ignored(problem, library)
+    xp, shape, ignored = problem.xp, problem.target.shape, ignored_samples(problem, library)
     if ignored is None and None not in shape and (n := math.prod(shape)) == n:  # Dask says NaN
         return n
     wide = library.widest(problem.input)[1]

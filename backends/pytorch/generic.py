@@ -14,7 +14,7 @@ from mml_arrayapi.backends import numpy_formula
 from mml_arrayapi.backends.pytorch import state
 from mml_arrayapi.backends.pytorch.state import arange
 from mml_arrayapi.kernel import Problem
-from mml_arrayapi.libraries import widest
+from mml_arrayapi.libraries import library_of, widest
 
 WIDE = (torch.int64, torch.float64)
 COMPARABLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -160,6 +160,9 @@ def _tangent(problem: Problem, tangent: Tensor) -> Tensor:
     if dtype not in WIDE[1:]:
         problem = problem._replace(input=problem.input.to(torch.float32))
     product = formula.loss_and_grad(problem, None)[1] * tangent
+    ignored = formula.ignored_samples(problem, library_of("input", problem.input))
+    if ignored is not None:  # even where the tangent is infinite or NaN
+        product = torch.where(ignored.unsqueeze(axis), 0, product)
     return (product.sum(axis) if problem.reduction == "none" else product.sum()).to(dtype)
 
 

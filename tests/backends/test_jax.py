@@ -323,6 +323,19 @@ def test_gradient_of_the_weights_and_forward_mode(batch, p):
     )
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_mode_leaves_tangents_of_ignored_samples_out(reduction):
+    scores = jnp.asarray([[0.5, 0.0, 1.0], [math.nan, 0.0, 1.0]])
+    tangent = jnp.asarray([[1.0, 2.0, 3.0], [math.nan, math.inf, 0.0]])
+
+    def loss(x):
+        return multi_margin_loss(x, jnp.asarray([0, -100]), ignore_index=-100, reduction=reduction)
+
+    # Both other classes are within the margin: ((2 - 1) + (3 - 1)) / 3
+    _, found = jax.jvp(loss, (scores,), (tangent,))
+    np.testing.assert_allclose(found, [1.0, 0.0] if reduction == "none" else 1.0, rtol=1e-6)
+
+
 def test_the_gradient_of_a_float16_mean_survives_a_loss_scale():
     weight = jnp.full(2**4, 2.0**-16)
 

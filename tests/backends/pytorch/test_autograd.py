@@ -1,5 +1,7 @@
 """PyTorch: derivatives, transforms, compilation, tensors without values, and its own samples."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -117,6 +119,20 @@ def test_function_transforms(batch, p):
     torch.testing.assert_close(hessian, numeric)
     if p == 2:
         assert hessian.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_mode_leaves_tangents_of_ignored_samples_out(reduction):
+    scores = torch.tensor([[0.5, 0.0, 1.0], [math.nan, 0.0, 1.0]])
+    tangent = torch.tensor([[1.0, 2.0, 3.0], [math.nan, math.inf, 0.0]])
+
+    def loss(x):
+        target = torch.tensor([0, -100])
+        return multi_margin_loss(x, target, ignore_index=-100, reduction=reduction)
+
+    # Both other classes are within the margin: ((2 - 1) + (3 - 1)) / 3
+    _, found = func.jvp(loss, (scores,), (tangent,))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0] if reduction == "none" else 1.0))
 
 
 def test_compiled_at_the_kink_the_gradient_is_zero():
