@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mml_arrayapi.conformance.context import Context, Fail, Missing, NotRun
 
 PASS = "pass"
-MISSING = "missing"  # the library lacks a function that is needed
+MISSING = "missing"  # the library lacks something that is needed
 UNSUPPORTED = "unsupported"  # the library or device lacks the dtype
 NOT_RUN = "not run"  # it can't be checked here
 EXPECTED = "expected failure"
@@ -135,7 +135,7 @@ class Check:
             return NOT_RUN, str(reason), ""
         except Fail as failure:
             return FAIL, str(failure), context.snippet()
-        except NotImplementedError as error:
+        except (NotImplementedError, BufferError) as error:  # the latter: no export by DLPack
             return MISSING, _described(error), ""
         except AttributeError as error:
             lacking = context.lacking(error)

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from mml_arrayapi import Kernel, LossAccumulator, registry
+from mml_arrayapi import Kernel, LossAccumulator, accumulator, registry
 from mml_arrayapi.conformance import Context, all_checks, checks_combinations
 from mml_arrayapi.conformance.covering import covering
 from mml_arrayapi.conformance.suite import FAIL, MISSING, NOT_RUN, PASS, UNSUPPORTED
@@ -258,6 +258,16 @@ def test_a_missing_function_is_named_and_not_passed():
     result = outcome("golden vectors agree", libraries.WITHOUT_ISNAN)
     assert result.state == MISSING
     assert result.reason == "without_isnan has no function isnan"
+
+
+def test_arrays_that_cannot_be_exported_are_missing_something(monkeypatch):
+    def no_export(*arrays):
+        raise BufferError("no export")
+
+    monkeypatch.setattr(accumulator, "to_numpy", no_export)
+    result = outcome("accumulators leave ignored samples out", "numpy")
+    assert result.state == MISSING
+    assert result.reason.startswith("raised BufferError: no export (at ")
 
 
 def test_a_missing_dtype_is_not_passed():
