@@ -9,8 +9,7 @@ import numpy as np
 Array = Any
 
 SHORT = 64  # elements of a row
-FEW = 4096  # elements
-SMALL_INTEGERS = ("int2", "int4", "uint2", "uint4")  # dtypes that ml_dtypes adds to NumPy
+SMALL_INTEGERS = ("int1", "int2", "int4", "uint1", "uint2", "uint4")  # ml_dtypes adds them to NumPy
 add: Any = np.add.reduce  # np.sum() takes two microseconds more
 UNSIGNED = {
     np.dtype(f"{kind}{size}"): (np.dtype(f"u{size}"), 2 ** (8 * size - (kind == "i")))
@@ -65,8 +64,11 @@ def scaled(slope: Array, scale: Array) -> Array:
 
 
 def total(x: Array, axis: int | None, dtype: Any) -> Array:
-    """Return the sum along an axis; of many short rows einsum() takes half as long as reduce()."""
-    if axis == x.ndim - 1 and x.shape[axis] < SHORT and x.size > FEW:
+    """Return the sum along an axis; of short rows einsum() takes half as long as reduce().
+
+    Of few rows too, where it doesn't: a row's sum must not depend on how many there are.
+    """
+    if axis == x.ndim - 1 and x.shape[axis] < SHORT:
         return np.einsum("...j->...", x.astype(dtype, copy=False))[..., None]
     return add(x, axis, dtype, None, axis is not None)
 
@@ -82,7 +84,7 @@ def in_range(target: Array, n_classes: int) -> bool:
 
 
 def widened(target: Array) -> Array:
-    """Return targets with integers of 8 bits for those of 2 and 4, which NumPy's functions lack."""
+    """Return targets with 8 bits for those of 1, 2 and 4, which NumPy's functions lack."""
     dtype = target.dtype
     # NumPy takes microseconds to make up a name; those of the dtypes that are added are of kind V.
     if dtype.kind != "V" or dtype.name not in SMALL_INTEGERS:

@@ -678,7 +678,7 @@ template <class E, class P, bool UNIT> struct Kernel {
         INLINE F put(int64_t j, F h) {
             F slope = k.power.slope(h);
             if constexpr (SAME) k.put(to, j, scale.where(h > 0));
-            else k.put(to, j, in_element_type(L::only(slope * scale, h > 0)));  // no 0 * infinity
+            else k.put(to, j, in_element_type(L::only(slope * scale, slope != 0)));  // no 0 * infinity
             return slope;
         }
         INLINE void whole(int64_t j, F h, int which) { slopes.add(put(j, h), which); }
@@ -793,26 +793,29 @@ template <class E, class P, bool UNIT> struct Kernel {
         return write_losses(start, g, sums);
     }
     // The losses of a group from the sums of its rows. False where one is not finite.
-    INLINE bool write_losses(int64_t start, const Group<T> &g, double *sums) const {
+    INLINE bool write_losses(int64_t start, const Group<T> &g, const double *sums) const {
+        double losses[GROUP];
         Vec<int64_t, WIDE> odd{};
         for (int64_t t = 0; t < g.count; t += WIDE) {
             const Wide loss = read<Wide>(sums + t) / double(n) * read<Wide>(g.weight + t);
             odd |= loss - loss != 0;
-            write(sums + t, loss);
+            write(losses + t, loss);
         }
         if (Lanes<double>::to_bits(odd)) return false;
         int64_t t = 0;
         if (c.losses.ndim == 1 && c.losses.stride[0] == SIZE)
             for (char *to = c.losses.at(start); t + WIDE <= g.count; t += WIDE)
-                write(to + t * SIZE, rounded<E>(read<Wide>(sums + t)));
+                write(to + t * SIZE, rounded<E>(read<Wide>(losses + t)));
         const int64_t done = t;
         if (t < g.count)
-            each(c.losses, start + t, g.count - t, [&](int64_t t, char *p) { store_rounded<E>(p, sums[done + t]); });
+            each(c.losses, start + t, g.count - t, [&](int64_t t, char *p) { store_rounded<E>(p, losses[done + t]); });
         return true;
     }
     // Rows of which nothing needs a closer look. Where their own losses are not asked for, a lane adds
-    // up several. False where one does need it: the usual way finds it, and what it comes to.
+    // up several. False where one does need it: the usual way finds it, and what it comes to. Beside
+    // scattered reads it would save nothing, and take a sixth of the time of a build.
     template <class Make> INLINE bool together(int64_t start, const Group<T> &g, Result &result, Make make) const {
+        if constexpr (!UNIT) return false;
         if (n == 1 || c.part) return false;
         if (c.losses.data) return write_rows(start, g, make);
         Sum<T> sum;
@@ -1141,8 +1144,9 @@ template <class E, class P> struct FewClasses {
         return L::sums(rows);
     }
     // As Kernel::together. ``begin`` and ``end`` see where W rows begin, ``each`` their vectors of hinges.
+    // Where losses are asked for, ``sums`` are those of the rows' terms.
     template <bool BY_ROW, class Begin, class Each, class End>
-    INLINE bool together(Result &result, Begin begin, Each each, End end) const {
+    INLINE bool together(Result &result, double *sums, Begin begin, Each each, End end) const {
         T terms[BY_ROW ? GROUP * LANE_TERMS + W : 1];
         Sum<T> sum;
         for (int64_t t = 0; t < g.count; t += W) {
@@ -1159,7 +1163,6 @@ template <class E, class P> struct FewClasses {
             sum.add(s);
         }
         if (BY_ROW) {
-            double sums[GROUP];
             for (int64_t t = 0; t < g.count; t += W) {
                 const auto halves = L::to_doubles(row_sums(terms + t * n));
                 write(sums + t, halves.low), write(sums + t + W / 2, halves.high);
@@ -1171,19 +1174,22 @@ template <class E, class P> struct FewClasses {
         return K::take(sum.total() * c.shrink, count, result);
     }
     template <class Begin, class Each, class End>
-    INLINE bool together(Result &result, Begin begin, Each each, End end) const {
-        if (c.losses.data) return together<true>(result, begin, each, end);
-        return together<false>(result, begin, each, end);
+    INLINE void work(Result &result, Begin begin, Each each, End end) const {
+        double sums[GROUP];
+        if (c.losses.data ? !together<true>(result, sums, begin, each, end)
+                          : !together<false>(result, sums, begin, each, end))
+            apart(result, sums);
     }
     INLINE T hinge(int64_t t, int64_t j) const {
         const T z = (widen<E>(row(t) + j * SIZE) - g.own[t]) + k.margin[0];
         return j == g.y[t] || z <= 0 ? 0 : z;
     }
-    // Row by row, in float64.
-    NOINLINE void apart(Result &result) const {
+    // Row by row, in float64. What stands beside a row does not change the bits of its loss.
+    NOINLINE void apart(Result &result, const double *sums) const {
         if (c.bits) std::memset(bits_at(0), 0, size_t(g.count * k.bytes));
         k.each_row(start, g, result, [&](int64_t t, int64_t i) {
-            const Sums s = k.careful(row(t), g.y[t], g.own[t]);
+            Sums s = k.careful(row(t), g.y[t], g.own[t]);
+            if (c.losses.data && s.unit == 1 && sums[t] - sums[t] == 0) s.terms = sums[t];
             const double loss = k.account(i, s, g.weight[t], result);
             for (int64_t j = 0, at = t % W * n; c.bits && j < n; j++, at++)
                 if (loss != loss || hinge(t, j) > 0) bits_at(t - t % W)[at / 8] |= uint8_t(1 << at % 8);
@@ -1199,13 +1205,12 @@ template <class E, class P> struct FewClasses {
 
     void losses(Result &result) const {
         const auto nothing = [](int64_t) {};
-        if (!together(result, nothing, [](int, I, F) {}, nothing)) apart(result);
+        work(result, nothing, [](int, I, F) {}, nothing);
     }
     void losses_and_bits(Result &result) const {
         Bits bits;
-        if (!together(result, [](int64_t) {}, [&](int v, I, F h) { bits.put(v, h > 0); },
-                      [&](int64_t t) { copy(bits_at(t), bits.bytes, bits_size(t)); }))
-            apart(result);
+        work(result, [](int64_t) {}, [&](int v, I, F h) { bits.put(v, h > 0); },
+              [&](int64_t t) { copy(bits_at(t), bits.bytes, bits_size(t)); });
     }
 
     // The gradients of W rows. Of p = 1: what their active classes get.
@@ -1255,13 +1260,13 @@ template <class E, class P> struct FewClasses {
         Bits bits;
         T slopes[LANE_TERMS * W + W];
         F sums;
-        const bool whole = together(
+        work(
             result, [&](int64_t t) { begin(t, d); },
             [&](int v, I which, F h) {
                 if constexpr (std::is_same<P, One>::value) {
                     bits.put(v, h > 0), k.put(d.to, v * W, d.factor.of(which).where(h > 0));
                 } else {
-                    const F slope = k.power.slope(h), value = L::only(slope * L::pick(d.factor, which), h > 0);
+                    const F slope = k.power.slope(h), value = L::only(slope * L::pick(d.factor, which), slope != 0);
                     write(slopes + v * W, slope), k.put(d.to, v * W, K::in_element_type(value));
                 }
             },
@@ -1271,7 +1276,6 @@ template <class E, class P> struct FewClasses {
                     return std::is_same<P, One>::value ? double(__builtin_popcount(bits.row(s, n))) : double(sums[s]);
                 });
             });
-        if (!whole) apart(result);
     }
     void gradients_of_bits(Result &result) const {
         Gradients d;

@@ -464,7 +464,7 @@ DEVICE void row_body(const Arguments& a, const Row& r, u32 begin, u32 end, uint4
                     if (POWER == 1 && OP != LOSS)
                         bits |= (u32)is_active(z[e]) << ((v % UNIT_VECTORS) * V + e);
                     if (OP == LOSS_GRAD)
-                        out[e] = to_scalar(is_active(z[e]) ? slope[e] * r.scale : (Real)0);
+                        out[e] = to_scalar(slope[e] != 0 ? slope[e] * r.scale : (Real)0);
                 }
                 if (OP == LOSS_GRAD) to[k] = pack(out);
 #pragma unroll
@@ -503,7 +503,7 @@ DEVICE u32 row_edges(const Arguments& a, const Row& r, Sums& sums) {
         hinge(z, a.exponent, term, slope);
         sums.loss += (double)term;
         sums.slope += (Slopes)slope;
-        if (OP == LOSS_GRAD) grad_of(a, r)[j] = to_scalar(is_active(z) ? slope * r.scale : (Real)0);
+        if (OP == LOSS_GRAD) grad_of(a, r)[j] = to_scalar(slope != 0 ? slope * r.scale : (Real)0);
         if (OP == LOSS_MASK) bits |= (u32)is_active(z) << edge;
     }
     return bits;
@@ -875,7 +875,7 @@ DEVICE double tile_row(const Arguments& a, i64 row, int y, Real factor, Real* ti
                 losses[q + e] += term;
                 slopes[q + e] += slope;
                 if (OP == LOSS_MASK) bits |= (u32)is_active(z) << j;
-                if (OP == LOSS_GRAD) here.x[e] = is_active(z) ? slope * scale : (Real)0;
+                if (OP == LOSS_GRAD) here.x[e] = slope != 0 ? slope * scale : (Real)0;
             }
             if (OP == LOSS_GRAD) group = here;
         }

@@ -394,6 +394,22 @@ def test_rows_of_few_classes_have_the_same_bits_wherever_they_lie(native, rng, d
                 assert np.array_equal(again, grad)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+@pytest.mark.parametrize("c", [2, 3, 5, 16, 40])
+def test_a_row_has_the_same_bits_beside_any_other(native, rng, dtype, p, c):
+    x, y = rng.normal(size=(70, c)).astype(dtype), rng.integers(0, c, 70)
+    how, rest = options(p, 1.0, "none", -1), np.delete(np.arange(70), [20, 33])
+    alone = native.loss(x, y, None, how)
+    for value in (np.nan, np.inf, -np.inf):
+        other, target = x.copy(), y.copy()
+        other[20], target[20] = value, -1
+        other[33, y[33]] = value
+        loss = native.loss_and_grad(other, target, None, how, np.empty_like(x))
+        np.testing.assert_array_equal(loss[rest], alone[rest])
+        np.testing.assert_array_equal(native.loss(other, target, None, how), loss)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_long_rows_whose_classes_lie_apart_have_the_same_bits(native, rng, p):
     x, y = rng.normal(size=(2, 40_000)).astype(np.float32), np.asarray([3, 39_999])
