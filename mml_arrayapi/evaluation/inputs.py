@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from mml_arrayapi.evaluation.errors import InputError, advice, one_line
-from mml_arrayapi.evaluation.files import File, correspond, find, numbered
+from mml_arrayapi.evaluation.files import File, correspond, find, natural, numbered
 from mml_arrayapi.evaluation.formats import (
     CLASS_WEIGHTS,
     SCORES,
@@ -587,8 +587,9 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
         elif any(_cross(places, other) for other in (theirs if first else ours)):
             fit = False
             first, second = (_names(shards[slice(*places)]) for shards in (scores, others))
-        else:  # a list on one side: its order was given
-            fit = _in_order(first or second or [])
+        else:  # a list on one side: that of a pattern must be its order
+            listed = [shard.name for shard in (others if first else scores)[slice(*places)]]
+            fit = _in_order(first or second or []) and listed == sorted(listed, key=natural)
             first, second = (_names(shards[slice(*places)]) for shards in (scores, others))
             fit = fit or (len(first) == len(second) and correspond(first, second))
         if not fit:

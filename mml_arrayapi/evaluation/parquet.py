@@ -94,6 +94,11 @@ class ParquetColumns:
             ]
             self.columns = _guess(role, likely, plain)
         self._refuse_doubles()
+        if role != "scores" and len(self.columns) > 1:
+            raise InputError(
+                f"{plain}: {role} must be in one column, but {len(self.columns)} are named: "
+                f"{', '.join(self.columns)}"
+            )
         self._kinds = [_Kind(self._schema.field(name)) for name in self.columns]
         kind, rows = self._kinds[0], self._starts[-1]
         if any(one.nested for one in self._kinds) and len(self.columns) > 1:
@@ -111,7 +116,8 @@ class ParquetColumns:
             width = (len(self.columns),)
         self.shape = (rows, *width)
         self.categories = tuple(kind.categories)
-        self.dtype = np.result_type(*(one.dtype for one in self._kinds))
+        # Of integers that no integer type holds it would be a float's.
+        self.dtype = np.result_type(*(k.dtype for k in self._kinds)) if kind.floats else kind.dtype
         self.chunks = (tuple(groups) or (0,), *((n,) for n in width))
 
     def _refuse_doubles(self) -> None:

@@ -107,7 +107,8 @@ def evaluate(
         An input is missing, damaged, has changed meanwhile, or doesn't fit the others; the message
         says what to do.
     InvalidTargetError
-        A target is out of range, with its position in the whole.
+        A target is out of range, with its position in the whole: the first of its batch, of which
+        several are worked on at a time.
     WorkerError
         Workers have not this version of the package, died again and again, or hang.
     TypeError, ValueError

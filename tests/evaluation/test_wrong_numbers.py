@@ -284,6 +284,30 @@ def test_a_list_is_an_order(arrays, files, wanted):
     assert mml.evaluate([f"part-{m}.npy" for m in ("jan", "feb", "mar")], "y.npy") == wanted
 
 
+@pytest.mark.parametrize("listed", ["logits", "targets", "sample_weight"])
+def test_a_list_in_another_order_than_a_pattern_beside_it(arrays, files, listed):
+    given = {"logits": "part-*.npy", "targets": "label-*.npy", "sample_weight": "w-*.npy"}
+    weights = np.ones(N)
+    for name, array in (("part", arrays[0]), ("label", arrays[1]), ("w", weights)):
+        parts(name, array, 12)
+    wanted = mml.evaluate(**given)
+    numbered = [given[listed].replace("*", str(i)) for i in range(12)]
+    assert mml.evaluate(**given | {listed: numbered}) == wanted
+    with pytest.raises(mml.InputError, match="it is in doubt which belong together"):
+        mml.evaluate(**given | {listed: sorted(numbered)})
+
+
+def test_a_list_of_folders_beside_a_pattern_of_folders(arrays, files, wanted):
+    for i, (x, y) in enumerate(zip(*(np.array_split(a, 3) for a in arrays), strict=True)):
+        os.makedirs(f"c/{i}")
+        np.save(f"c/{i}/x.npy", x)
+        np.save(f"c/{i}/y.npy", y)
+    folders = [f"c/{i}/x.npy" for i in range(3)]
+    assert mml.evaluate(folders, "c/*/y.npy") == wanted
+    with pytest.raises(mml.InputError, match="it is in doubt which belong together"):
+        mml.evaluate(folders[::-1], "c/*/y.npy")
+
+
 @pytest.mark.parametrize("numbers", [(0, 1, 3), ("b", "c", "d")], ids=str)
 def test_names_that_do_not_correspond_are_refused(arrays, files, fails, numbers):
     rows = N // 3 * 3
@@ -513,6 +537,24 @@ def test_all_chunks_are_there(arrays, files, wanted):
 
 def by_class(scores, names):
     return {name: scores[:, i] for i, name in enumerate(names)}
+
+
+def test_several_columns_for_one_number_a_sample(arrays, files, fails):
+    one_hot = np.eye(C, dtype=int)[arrays[1]]
+    parquet("y.parquet", **{f"y{i}": one_hot[:, i] for i in range(C)})
+    np.save("x.npy", arrays[0])
+    np.save("y.npy", arrays[1])
+    told = "y.parquet: {} must be in one column, but 6 are named: y0, y1, y2, y3, y4, y5"
+    assert told.format("targets") in fails("x.npy", "y.parquet#y*")
+    options = {"--sample-weight": "sample weights", "--weight": "class weights"}
+    for option, role in options.items():
+        assert told.format(role) in fails("x.npy", "y.npy", option, "y.parquet#y*")
+
+
+def test_integers_that_only_a_float_could_hold_are_no_scores(files, fails):
+    parquet("x.parquet", a=np.zeros(4, np.int64), b=np.zeros(4, np.uint64))
+    np.save("y.npy", np.zeros(4, np.int64))
+    assert "scores must be float16, float32 or float64" in fails("x.parquet#a,b", "y.npy")
 
 
 def test_parts_with_columns_in_another_order(arrays, files, wanted):
