@@ -130,7 +130,9 @@ class _Compiled(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> Any:  # type: ignore[override]
+        if grad_output is None:  # as _Loss wants it
+            return None, None, None, None
         problem = ctx.call.on(*ctx.saved_tensors)
         grad = weight_grad = None
         if ctx.needs_input_grad[0]:
@@ -142,6 +144,11 @@ class _Compiled(torch.autograd.Function):
 
 class _Loss(_Compiled):
     """The same with a forward-mode derivative, which torch.compile can't trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _Compiled.setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)  # tangents of 0 would make NaN of infinite losses
 
     @staticmethod
     def jvp(ctx: Any, input: Any, target: Any, weight: Any, call: Any) -> Tensor:  # type: ignore[override]  # noqa: ARG004

@@ -244,10 +244,15 @@ def current_stream(device: int) -> int:
 
 def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """Return the reduction that PyTorch's deprecated arguments ask for, with its own warning."""
+    warns = not torch.compiler.is_compiling()  # which can't follow the functions that warn
     if size_average is None and reduce is None:
-        if reduction == "elementwise_mean":
-            _Reduction.get_enum(reduction)  # warns
-            return "mean"
-        return reduction
-    name: str = _Reduction.legacy_get_string(size_average, reduce)
-    return name
+        if reduction != "elementwise_mean":
+            return reduction
+        if warns:
+            _Reduction.get_enum(reduction)
+        return "mean"
+    if warns:
+        _Reduction.legacy_get_string(size_average, reduce)
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"

@@ -135,6 +135,21 @@ def test_forward_mode_leaves_tangents_of_ignored_samples_out(reduction):
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0] if reduction == "none" else 1.0))
 
 
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_forward_mode_beside_weights_that_have_no_tangent(backend):
+    x, weight = torch.tensor([[0.0, -3e38, 3e38]]), torch.ones(3)
+
+    def loss(x, target=1):
+        target = torch.tensor([target])
+        return multi_margin_loss(x, target, weight=weight, ignore_index=9, backend=backend)
+
+    value, tangent = func.jvp(loss, (x,), (torch.tensor([[0.0, 1.0, 0.0]]),))
+    assert value == math.inf
+    torch.testing.assert_close(tangent, torch.tensor(-2 / 3))
+    ignored = func.jacfwd(lambda x: loss(x, 9))(x)  # the mean of nothing is NaN, and constant
+    assert ignored.tolist() == [[0, 0, 0]]
+
+
 def test_compiled_at_the_kink_the_gradient_is_zero():
     # Written with clamp, as PyTorch's own loss is when compiled, it would be 1 / C.
     x = torch.tensor([[1.0, 2.0, 0.0]], requires_grad=True)

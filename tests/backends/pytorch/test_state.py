@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -274,13 +275,13 @@ def test_a_single_level_function_and_operators_below_autograd():
 
 
 def test_the_deprecated_reductions():
-    for size_average, reduce, name in (
-        (False, None, "sum"),
-        (None, True, "mean"),
-        (True, False, "none"),
-    ):
-        with pytest.warns(UserWarning, match=f"reduction='{name}'"):
-            assert state.reduction_name(size_average, reduce, "mean") == name
+    for size_average, reduce in itertools.product((None, False, True), repeat=2):
+        if size_average is None and reduce is None:
+            continue
+        with pytest.warns(UserWarning, match="reduction="):
+            wanted = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        with pytest.warns(UserWarning, match=f"reduction='{wanted}'"):
+            assert state.reduction_name(size_average, reduce, "mean") == wanted
     with pytest.warns(UserWarning, match="elementwise_mean"):
         assert state.reduction_name(None, None, "elementwise_mean") == "mean"
     assert state.reduction_name(None, None, "sum") == "sum"
