@@ -99,7 +99,7 @@ def multi_margin_loss(
                 return loss
     problem = _check(input, target, weight, options, backend)
     loss = registry.run(problem, backend, "loss")
-    return _in_targets_shape(problem, target, loss)
+    return _as_given(problem, input, target, loss)
 
 
 def multi_margin_loss_and_grad(
@@ -158,7 +158,7 @@ def multi_margin_loss_and_grad(
         grad = validation.of_one_element(grad, 0)
     if problem.input.dtype != input.dtype:
         grad = problem.xp.astype(grad, input.dtype, copy=False)
-    return _in_targets_shape(problem, target, loss), grad
+    return _as_given(problem, input, target, loss), grad
 
 
 def explain(
@@ -207,8 +207,10 @@ def _check(
     return validation.check_arrays(input, target, weight, checked)
 
 
-def _in_targets_shape(problem: Problem, target: Array, loss: Any) -> Any:
-    """Give per-sample losses the target's shape, where one sample was spelled another way."""
+def _as_given(problem: Problem, input: Array, target: Array, loss: Any) -> Any:
+    """Give losses the input's byte order, and one sample's the target's shape."""
+    if not getattr(input.dtype, "isnative", True):
+        loss = loss.astype(input.dtype)
     if problem.reduction == "none" and loss.ndim != target.ndim:
         return validation.of_one_element(loss, target.ndim)
     return loss

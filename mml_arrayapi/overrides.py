@@ -8,7 +8,13 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
-from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
+from inspect import (
+    CO_ASYNC_GENERATOR,
+    CO_GENERATOR,
+    isasyncgenfunction,
+    iscoroutinefunction,
+    isgeneratorfunction,
+)
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
@@ -64,7 +70,19 @@ class Block:
         return bool(self.open) and (self.generator is None or self.generator.f_back is not None)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Return the function with a block of its own around each call."""
+        """Return the function with a block of its own around each call.
+
+        Raises
+        ------
+        TypeError
+            It is a generator or a coroutine, whose call ends before its work begins.
+        """
+        for test in (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction):
+            if test(function):
+                raise TypeError(
+                    "use_backend can decorate a function, but no generator and no coroutine "
+                    f"({function.__qualname__}); open a with block in it"
+                )
 
         @wraps(function)
         def within(*args: P.args, **kwargs: P.kwargs) -> R:

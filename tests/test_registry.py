@@ -486,6 +486,22 @@ class TestUseBackendBelongsToItsContext:
             assert explain(X, T).kernel == "generic"
         assert explain(X, T).kernel == "a"
 
+    def test_generators_and_coroutines_cannot_be_decorated(self):
+        def generator():
+            yield
+
+        async def coroutine():
+            pass
+
+        async def asynchronous():
+            yield
+
+        for function in (generator, coroutine, asynchronous):
+            with pytest.raises(
+                TypeError, match=r"no generator and no coroutine \(.*\); open a with"
+            ):
+                use_backend("generic")(function)
+
     def test_as_a_decorator(self):
         @use_backend("generic")
         def kernel():

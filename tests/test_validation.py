@@ -607,7 +607,7 @@ def test_bfloat16_of_numpy():
     assert accumulator.compute() == pytest.approx(multi_margin_loss(x.astype(float), t), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4"])
+@pytest.mark.parametrize("dtype", ["uint1", "int2", "uint2", "int4", "uint4"])
 @pytest.mark.parametrize("chunked", [False, True], ids=["NumPy", "Dask"])
 def test_small_integers_of_numpy_as_targets(dtype, chunked):
     dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), dtype))
