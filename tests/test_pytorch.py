@@ -78,6 +78,17 @@ def test_positional_arguments(batch):
         torch.testing.assert_close(mine.MultiMarginLoss(*arguments)(x, target), expected)
 
 
+@pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}], ids=str)
+def test_deprecated_arguments_within_a_graph(batch, options):
+    def loss(x, target):
+        return mine.multi_margin_loss(x, target, **options)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)(*batch)
+    with pytest.warns(UserWarning, match="reduction="):
+        torch.testing.assert_close(compiled, loss(*batch))
+
+
 @pytest.mark.parametrize("size_average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
 def test_deprecated_arguments(batch, size_average, reduce):
