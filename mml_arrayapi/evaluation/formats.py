@@ -558,9 +558,9 @@ def _hdf5_file(file: File) -> Iterator[Any]:
 def _open_hdf5(file: File, role: str, rules: Rules) -> Array:
     found: list[str] = []
     with _hdf5_file(file) as opened:
-        opened.visititems(lambda name, one: found.append(name) if hasattr(one, "dtype") else None)
+        opened.visititems(lambda name, one: found.append(name) if hasattr(one, "shape") else None)
         item = file.item.strip("/")
-        if not hasattr(item and opened.get(item), "dtype"):  # links are not visited
+        if not hasattr(item and opened.get(item), "shape"):  # links are not visited
             item = choose_item(replace(file, item=item), role, found)
         if opened[item].file.filename != opened.filename:
             raise _elsewhere(file)

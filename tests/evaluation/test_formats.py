@@ -199,6 +199,15 @@ def test_zarr_in_a_zip_and_in_groups(arrays, files, wanted):
     assert mml.evaluate(opened["logits"], opened["labels"]) == wanted
 
 
+def test_a_type_in_an_hdf5_file_is_no_array(arrays, files, fails, wanted):
+    h5py = pytest.importorskip("h5py")
+    for name, array in zip("xy", arrays, strict=True):
+        with h5py.File(f"{name}.h5", "w") as file:
+            file["values"], file["kind"] = array, array.dtype
+    assert mml.evaluate("x.h5", "y.h5") == wanted
+    assert "has no array 'kind'" in fails("x.h5#kind", "y.h5")
+
+
 def test_hdf5(arrays, files, wanted):
     h5py = pytest.importorskip("h5py")
     with h5py.File("s.h5", "w") as file:
