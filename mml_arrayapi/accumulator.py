@@ -64,6 +64,10 @@ class LossAccumulator:
     it is that loss times the weight, rounded to float64's precision; it may be larger than float64
     can hold.
 
+    On the CPU's kernels, and in NumPy, a sample's loss has the same bits whatever else is in its
+    batch. GPUs, JAX and compilers may add a row's terms in another order where the batch has
+    another size: the figure is exact for the losses that they give, and these differ in last bits.
+
     Examples
     --------
     >>> import numpy as np

@@ -41,8 +41,8 @@ class MultiMarginLoss(Metric):  # type: ignore[misc]  # its base is Any to the t
     Notes
     -----
     The state is a :class:`mml_arrayapi.LossAccumulator`'s. Processes are synchronised by merging
-    their exact sums, so the result has the same bits for any number of processes and any cut into
-    batches.
+    their exact sums, so the result has the same bits for any number of processes and, on the CPU's
+    kernels, any cut into batches.
 
     Examples
     --------
