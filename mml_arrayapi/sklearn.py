@@ -79,7 +79,8 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
         Raises
         ------
         ValueError
-            A label is none of ``classes_``, or there is not one score for each class.
+            A label is none of ``classes_``, or there is not one of them for each sample and one
+            score for each class.
         """
         shape = getattr(_innermost(estimator), "decision_function_shape", "ovr")
         if shape != "ovr" and len(estimator.classes_) > 2:  # of three there are three pairs
@@ -89,6 +90,11 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
             )
         scores = _plain("decision_function's result", estimator.decision_function(X))
         target = _encoded(_plain("y", y), estimator.classes_)
+        if target.shape != scores.shape[:1]:
+            raise ValueError(
+                f"y must have one label for each sample, shape ({len(scores)},), but has shape "
+                f"{target.shape}"
+            )
         if scores.ndim == 1:
             scores = np.stack([np.zeros_like(scores), scores], axis=1)
         if scores.shape[1] != len(estimator.classes_):

@@ -2,6 +2,8 @@
 
 # ruff: noqa: E402 - the libraries may be missing
 
+import re
+
 import numpy as np
 import pytest
 
@@ -160,6 +162,14 @@ def test_a_label_that_is_no_class():
         ValueError, match=r"label .*'virginica'.*none .* classes: 'setosa', 'versic"
     ):
         MultiMarginScorer()(estimator, X, NAMES[Y])
+
+
+@pytest.mark.parametrize("y", [Y[:5], Y[:, None]], ids=["short", "a column"])
+def test_labels_of_another_shape(y):
+    estimator = RidgeClassifier().fit(X, Y)
+    told = rf"y must have one label for each sample, shape \(150,\), but has shape {re.escape(str(y.shape))}"
+    with pytest.raises(ValueError, match=told):
+        MultiMarginScorer()(estimator, X, y)
 
 
 def test_scores_of_pairs_of_classes_are_refused():

@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from mml_arrayapi.evaluation.errors import InputError, advice, one_line
-from mml_arrayapi.evaluation.files import File, correspond, find, natural, numbered
+from mml_arrayapi.evaluation.files import File, cores, correspond, find, natural, numbered
 from mml_arrayapi.evaluation.formats import (
     CLASS_WEIGHTS,
     SCORES,
@@ -580,6 +580,8 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
                     "many files of both"
                 )
         return
+    if not ours and not theirs and len(scores) > 1:
+        _check_lists(scores, others)
     for places in dict.fromkeys((*ours, *theirs)):
         first, second = ours.get(places), theirs.get(places)
         if first and second:
@@ -598,6 +600,17 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
                 f"{told[0]}: the parts in which their names differ are not those of {told[1]}, so "
                 "that it is in doubt which belong together; name them alike, or give lists"
             )
+
+
+def _check_lists(scores: list[Shard], others: list[Shard]) -> None:
+    """Refuse lists whose names correspond, but in another order."""
+    first, second = (cores([shard.name for shard in shards]) for shards in (scores, others))
+    if first != second and sorted(first) == sorted(second):
+        raise InputError(
+            f"{others[0].name}: the {others[0].role} of the list are those of the scores by name, "
+            f"but in another order ({', '.join(second[:3])} beside {', '.join(first[:3])}); give "
+            "both in the same"
+        )
 
 
 def _cross(first: tuple[int, int], second: tuple[int, int]) -> bool:

@@ -297,6 +297,17 @@ def test_a_list_in_another_order_than_a_pattern_beside_it(arrays, files, listed)
         mml.evaluate(**given | {listed: sorted(numbered)})
 
 
+def test_lists_with_the_same_names_in_another_order(arrays, files, wanted):
+    parts("part", arrays[0], 12)
+    parts("label", arrays[1], 12)
+    scores = [f"part-{i}.npy" for i in range(12)]
+    labels = [f"label-{i}.npy" for i in range(12)]
+    assert mml.evaluate(scores, labels) == mml.evaluate(sorted(scores), sorted(labels)) == wanted
+    told = r"label-0.npy: the targets of the list .* in another order \(0, 1, 10 beside 0, 1, 2\)"
+    with pytest.raises(mml.InputError, match=told):
+        mml.evaluate(scores, sorted(labels))
+
+
 def test_a_list_of_folders_beside_a_pattern_of_folders(arrays, files, wanted):
     for i, (x, y) in enumerate(zip(*(np.array_split(a, 3) for a in arrays), strict=True)):
         os.makedirs(f"c/{i}")
