@@ -9,6 +9,7 @@ import numpy as np
 Array = Any
 
 SHORT = 64  # elements of a row
+FEW = 4096  # elements
 SMALL_INTEGERS = ("int1", "int2", "int4", "uint1", "uint2", "uint4")  # ml_dtypes adds them to NumPy
 add: Any = np.add.reduce  # np.sum() takes two microseconds more
 UNSIGNED = {
@@ -64,11 +65,13 @@ def scaled(slope: Array, scale: Array) -> Array:
 
 
 def total(x: Array, axis: int | None, dtype: Any) -> Array:
-    """Return the sum along an axis; of short rows einsum() takes half as long as reduce().
+    """Return the sum along an axis; of many short rows einsum() takes half as long as reduce().
 
-    Of few rows too, where it doesn't: a row's sum must not depend on how many there are.
+    Of few it takes longer, but float64 terms, whose sums are not rounded any more, must add up to
+    the same bits however many rows there are.
     """
-    if axis == x.ndim - 1 and x.shape[axis] < SHORT:
+    short = axis == x.ndim - 1 and x.shape[axis] < SHORT
+    if short and (x.size > FEW or x.dtype == dtype):
         return np.einsum("...j->...", x.astype(dtype, copy=False))[..., None]
     return add(x, axis, dtype, None, axis is not None)
 

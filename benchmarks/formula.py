@@ -264,6 +264,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "formula.json"
     result = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     result["machine"] = machine()
