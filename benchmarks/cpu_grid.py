@@ -70,11 +70,12 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
     arguments = parser.parse_args()
     about = machine()
+    rounds = ", of a tenth of the rounds" if arguments.quick else ""
     names = ("mml torch", "mml numpy", "eager", "compile")
     lines = [
         f"{about['cpu']}, {about['cpus']} CPUs, {about['date']}, load {about['load']:.1f}.",
         "",
-        "Medians in microseconds; `ratio` is our tensor call to PyTorch's faster one.",
+        f"Medians in microseconds{rounds}; `ratio` is our tensor call to PyTorch's faster one.",
         "",
         "| shape | dtype | reduction | weights | p | pass | " + " | ".join(names) + " | ratio |",
         "|" + "---|" * (7 + len(names)),
