@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mml_arrayapi import InvalidTargetError, multi_margin_loss, multi_margin_loss_and_grad
-from mml_arrayapi.backends import eager
+from mml_arrayapi.backends import eager, numpy_formula
 from mml_arrayapi.libraries import library_of
 from mml_arrayapi.wide_sum import LEVELS, RUN, divided_sum
 from tests.reference import loss_and_grad as reference
@@ -439,6 +439,15 @@ def test_a_row_has_the_same_bits_among_few_and_many(rng, dtype, classes):
     for n in (1, 7, 500):
         part = multi_margin_loss(scores[:n], targets[:n], **options)
         np.testing.assert_array_equal(part, whole[:n])
+
+
+def test_many_short_rows_are_added_as_a_few_are(rng):
+    few = numpy_formula.FEW
+    terms = rng.normal(size=(few, 3)).astype(np.float32)
+    many = numpy_formula.total(terms, 1, np.float64)
+    one = numpy_formula.total(terms[:10], 1, np.float64)
+    np.testing.assert_allclose(many[:10], one, rtol=1e-14)
+    assert many.shape == (few, 1)
 
 
 # Large powers
