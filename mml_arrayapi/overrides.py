@@ -77,12 +77,13 @@ class Block:
         TypeError
             It is a generator or a coroutine, whose call ends before its work begins.
         """
-        for test in (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction):
-            if test(function):
-                raise TypeError(
-                    "use_backend can decorate a function, but no generator and no coroutine "
-                    f"({function.__qualname__}); open a with block in it"
-                )
+        tests = (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
+        if any(test(function) for test in tests):
+            name = getattr(function, "__qualname__", repr(function))  # a partial has none
+            raise TypeError(
+                "use_backend can decorate a function, but no generator and no coroutine "
+                f"({name}); open a with block in it"
+            )
 
         @wraps(function)
         def within(*args: P.args, **kwargs: P.kwargs) -> R:

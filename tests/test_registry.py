@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -496,7 +497,7 @@ class TestUseBackendBelongsToItsContext:
         async def asynchronous():
             yield
 
-        for function in (generator, coroutine, asynchronous):
+        for function in (generator, coroutine, asynchronous, partial(generator)):
             with pytest.raises(
                 TypeError, match=r"no generator and no coroutine \(.*\); open a with"
             ):

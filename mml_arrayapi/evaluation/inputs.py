@@ -580,7 +580,7 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
                     "many files of both"
                 )
         return
-    if not ours and not theirs and len(scores) > 1:
+    if not ours and not theirs:
         _check_lists(scores, others)
     for places in dict.fromkeys((*ours, *theirs)):
         first, second = ours.get(places), theirs.get(places)

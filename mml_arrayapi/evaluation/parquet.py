@@ -57,26 +57,8 @@ class ParquetColumns:
     def __init__(self, file: File, role: str) -> None:
         import numpy as np
 
-        ds = require("pyarrow.dataset", file.name)
-        pa = require("pyarrow", file.name)
-        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-        given = {
-            "source": file.path,
-            "format": ds.ParquetFileFormat(default_fragment_scan_options=options),
-            "filesystem": file.filesystem,
-        }
-        self._keys = _partitions(file)
-        with _cause_told(file.name):
-            dataset = ds.dataset(**given)
-        stored = dataset.schema.names
-        keys = {key: value for key, value in self._keys.items() if key not in stored}
-        if keys:
-            schema = pa.schema({key: _partition_type(value) for key, value in keys.items()})
-            partitioning = ds.partitioning(schema, flavor="hive")
-            given |= {"partitioning": partitioning, "partition_base_dir": file.root}
-            dataset = ds.dataset(**given)
-        self._name, self._schema, self._ds = file.name, dataset.schema, ds
-        (self._fragment,) = dataset.get_fragments()
+        self._name, self._keys = file.name, _partitions(file)
+        keys = self._open(file)
         groups = [group.num_rows for group in self._fragment.row_groups]
         self._starts = tuple(accumulate(groups, initial=0))
         self.index = _index_of(self._fragment.physical_schema, self._starts[-1])
@@ -94,21 +76,9 @@ class ParquetColumns:
             ]
             self.columns = _guess(role, likely, plain)
         self._refuse_doubles()
-        if role != "scores" and len(self.columns) > 1:
-            raise InputError(
-                f"{plain}: {role} must be in one column, but {len(self.columns)} are named: "
-                f"{', '.join(self.columns)}"
-            )
         self._kinds = [_Kind(self._schema.field(name)) for name in self.columns]
+        self._refuse_mixtures(role, plain)
         kind, rows = self._kinds[0], self._starts[-1]
-        if any(one.nested for one in self._kinds) and len(self.columns) > 1:
-            raise InputError(
-                f"{plain}: column {self.columns[0]!r} and others cannot be read together: one "
-                "column of lists, or one column of numbers per class"
-            )
-        if len({one.floats for one in self._kinds}) > 1:
-            told = ", ".join(f"{name} ({self._schema.field(name).type})" for name in self.columns)
-            raise InputError(f"{plain}: some of its columns are floats, some are not: {told}")
         width: tuple[Any, ...] = ()
         if kind.nested:
             width = kind.width or self._first_width()
@@ -119,6 +89,45 @@ class ParquetColumns:
         # Of integers that no integer type holds it would be a float's.
         self.dtype = np.result_type(*(k.dtype for k in self._kinds)) if kind.floats else kind.dtype
         self.chunks = (tuple(groups) or (0,), *((n,) for n in width))
+
+    def _open(self, file: File) -> dict[str, str]:
+        """Open the file; return the partitions that are none of its own columns."""
+        ds = require("pyarrow.dataset", file.name)
+        pa = require("pyarrow", file.name)
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        given = {
+            "source": file.path,
+            "format": ds.ParquetFileFormat(default_fragment_scan_options=options),
+            "filesystem": file.filesystem,
+        }
+        with _cause_told(file.name):
+            dataset = ds.dataset(**given)
+        stored = dataset.schema.names
+        keys = {key: value for key, value in self._keys.items() if key not in stored}
+        if keys:
+            schema = pa.schema({key: _partition_type(value) for key, value in keys.items()})
+            partitioning = ds.partitioning(schema, flavor="hive")
+            given |= {"partitioning": partitioning, "partition_base_dir": file.root}
+            dataset = ds.dataset(**given)
+        self._schema, self._ds = dataset.schema, ds
+        (self._fragment,) = dataset.get_fragments()
+        return keys
+
+    def _refuse_mixtures(self, role: str, plain: str) -> None:
+        """Refuse columns that make no array together."""
+        if role != "scores" and len(self.columns) > 1:
+            raise InputError(
+                f"{plain}: {role} must be in one column, but {len(self.columns)} are named: "
+                f"{', '.join(self.columns)}"
+            )
+        if any(one.nested for one in self._kinds) and len(self.columns) > 1:
+            raise InputError(
+                f"{plain}: column {self.columns[0]!r} and others cannot be read together: one "
+                "column of lists, or one column of numbers per class"
+            )
+        if len({one.floats for one in self._kinds}) > 1:
+            told = ", ".join(f"{name} ({self._schema.field(name).type})" for name in self.columns)
+            raise InputError(f"{plain}: some of its columns are floats, some are not: {told}")
 
     def _refuse_doubles(self) -> None:
         """Refuse a column that is named twice, or is a partition's as well."""
