@@ -15,7 +15,7 @@
 #include <new>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX2__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -194,6 +194,18 @@ template <class T> struct Lanes {
     }
     static INLINE I bit() { return (I{} + 1) << iota(); }
     static INLINE F only(F x, I mask) { return bits_as<F>(bits_as<I>(x) & mask); }
+    // max(0, x); of NaN and a number these instructions return what stands second.
+    static INLINE F relu(F x) {
+#if defined(__AVX2__)
+        if constexpr (W == 8) return bits_as<F>(_mm256_max_ps(__m256{}, bits_as<__m256>(x)));
+        else return bits_as<F>(_mm256_max_pd(__m256d{}, bits_as<__m256d>(x)));
+#elif defined(__SSE2__)
+        if constexpr (W == 4) return bits_as<F>(_mm_max_ps(__m128{}, bits_as<__m128>(x)));
+        else return bits_as<F>(_mm_max_pd(__m128d{}, bits_as<__m128d>(x)));
+#else
+        return x <= 0 ? F{} : x;
+#endif
+    }
     static INLINE int to_bits(I mask) {
 #if defined(__AVX2__)
         if constexpr (W == 8) return __builtin_ia32_movmskps256(bits_as<Vec<float, 8>>(mask));
@@ -210,16 +222,16 @@ template <class T> struct Lanes {
     }
     static INLINE I from_bits(int byte) { return ((I{} + byte) & bit()) != 0; }
 
-    // Lanes of x: those that W bytes name.
-    static INLINE I lanes(const uint8_t *p) {
+    // Lanes of x: those that NAMES * W bytes name. With AVX2 they name 32 bits each.
 #ifdef __AVX2__
-        if constexpr (W == 8) return bits_as<I>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))));
-        // Pairs of 32 bits: there is no such instruction for 64.
-        else return bits_as<I>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(read<int32_t>(p)))) * 0x200000002 + 0x100000000;
-#else
-        return convert<I>(read<Vec<uint8_t, W>>(p));
-#endif
+    static constexpr int NAMES = 8 / W;
+    static INLINE I lanes(const uint8_t *p) {
+        return bits_as<I>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))));
     }
+#else
+    static constexpr int NAMES = 1;
+    static INLINE I lanes(const uint8_t *p) { return convert<I>(read<Vec<uint8_t, W>>(p)); }
+#endif
     // Between W float64 and a vector. GCC 12 converts two numbers at a time.
     static INLINE F from_doubles(const double *p) {
 #ifdef __AVX2__
@@ -578,8 +590,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     }
     // max(0, z), and 0 for the target's class; NaN stays. ``at``: the target's place minus j.
     INLINE F hinge(F x, I own_class, F own) const {
-        F z = difference(x, own) + margin;
-        return L::only(z, ~((z <= 0) | own_class));
+        return L::only(L::relu(difference(x, own) + margin), ~own_class);
     }
     INLINE F hinge(const char *row, int64_t j, int shift, I at, F own) const {
         return hinge(scores(row, j + shift, in_step), L::iota() + shift == at, own);
@@ -1045,15 +1056,15 @@ template <class E, class P, bool UNIT> struct Kernel {
 // read some scores again, and most instructions would serve a row alone: 1.3 times the time for 10
 // classes, three times for 4.
 
-// Whose row each of the scores belongs to, by the number of classes.
-struct RowsOfScores {
+// Whose row each of the scores belongs to, by the number of classes, in NAMES bytes.
+template <int NAMES> struct RowsOfScores {
     uint8_t row[LANE_TERMS + 1][LANE_TERMS * WIDTH / 4] = {};
     constexpr RowsOfScores() {
         for (int n = 1; n <= LANE_TERMS; n++)
-            for (int at = 0; at < n * (WIDTH / 4); at++) row[n][at] = uint8_t(at / n);
+            for (int at = 0; at < n * (WIDTH / 4); at++) row[n][at] = uint8_t(at / NAMES / n * NAMES + at % NAMES);
     }
 };
-constexpr RowsOfScores ROWS_OF_SCORES;
+template <int NAMES> constexpr RowsOfScores<NAMES> ROWS_OF_SCORES;
 
 template <class E, class P> struct FewClasses {
     using K = Kernel<E, P, true>;
@@ -1075,11 +1086,11 @@ template <class E, class P> struct FewClasses {
     INLINE const char *row(int64_t t) const { return g.row[0] + t * n * SIZE; }
     // Calls f(v, which) for each vector; ``which`` picks what belongs to its rows.
     template <class F_> INLINE void each_vector(F_ f) const {
-        const uint8_t *rows = ROWS_OF_SCORES.row[n];
+        const uint8_t *rows = ROWS_OF_SCORES<L::NAMES>.row[n];
 #pragma GCC unroll 16  // a tenth of the time of a loss; GCC ignores it where n stands in the condition
         for (int v = 0; v < LANE_TERMS; v++) {
             if (v == n) break;
-            f(v, L::lanes(rows + v * W));
+            f(v, L::lanes(rows + v * W * L::NAMES));
         }
     }
     // Calls f(v, which, hinges) for each vector of the rows from t on.
