@@ -166,9 +166,10 @@ class LossAccumulator:
             check_target="raise",
         )
         losses, classes, factors = _together(losses, target, sample_weight)
-        factors = None if factors is None else _checked_factors(factors, classes.shape)
-        if self.ignore_index is not None:
-            kept = classes != self.ignore_index
+        kept = None if self.ignore_index is None else classes != self.ignore_index
+        if factors is not None:
+            factors = _checked_factors(factors, classes.shape, kept)
+        if kept is not None:
             losses, factors = losses[kept], None if factors is None else factors[kept]
         batch = _Totals(ExactSum(), ExactSum())
         if factors is None:
@@ -334,7 +335,9 @@ def _readable(sample_weight: Array) -> np.ndarray:
         ) from error
 
 
-def _checked_factors(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _checked_factors(
+    weights: np.ndarray, shape: tuple[int, ...], kept: np.ndarray | None
+) -> np.ndarray:
     import numpy as np
 
     if weights.shape != shape:
@@ -343,6 +346,8 @@ def _checked_factors(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         )
     weights = weights.astype(np.float64)
     bad = ~np.isfinite(weights) | (weights < 0)
+    if kept is not None:  # padding may have any
+        bad &= kept
     if bad.any():
         first = np.argwhere(bad)[0].tolist()
         raise ValueError(

@@ -58,6 +58,8 @@ class Block:
 
     def __exit__(self, *_: object) -> None:
         global open_names
+        if not self.open:
+            raise RuntimeError("use_backend: this block is not open")
         self.open, self.generator, self.around = False, None, ()
         _blocks.set(tuple(other for other in _blocks.get() if other is not self))
         with _lock:

@@ -80,7 +80,7 @@ class _Registry:
     direct: tuple[tuple[type, tuple[Callable[..., Array | None], ...]], ...] = ()
 
 
-_BUILT_IN = frozenset(lazy.name for lazy in built_in.KERNELS)
+_BUILT_IN = frozenset((GENERIC.name, *(lazy.name for lazy in built_in.KERNELS)))
 _lock = threading.RLock()
 _threads = threading.local()
 _registry = _Registry(built_in.KERNELS, None)
@@ -327,7 +327,7 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
         result = getattr(kernel, operation)(problem, *arguments)
         reason = _refusal(kernel, problem) if kernel.name == name else None
     except Unusable as error:
-        reason = str(error)
+        reason = str(error) or "it gives no reason"
     if reason is not None and kernel.name == name:
         raise ValueError(_cannot_run(name, source, reason))
     if reason is not None:
@@ -400,10 +400,10 @@ def _refusal(kernel: Kernel, problem: Problem) -> str | None:
 
 def _told(error: BaseException) -> str:
     """Return an error's kind and message, if it has one that can be printed."""
-    kind = type(error).__name__
+    kind, message = type(error).__name__, ""
     with suppress(Exception):
-        return f"{kind}: {error}"
-    return kind
+        message = str(error)
+    return f"{kind}: {message}" if message else kind
 
 
 def _asked_kernel(problem: Problem, name: str, source: str) -> Kernel | None:
@@ -550,7 +550,7 @@ def _status(lazy: built_in.LazyKernel) -> Backend:
 def _missing(lazy: built_in.LazyKernel) -> str | None:
     try:
         return lazy.missing()
-    except (KeyboardInterrupt, GeneratorExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - it imports what may raise anything
         return f"cannot be imported: {_told(error)}"
@@ -721,7 +721,7 @@ def _loaded(key: str, entry: str, library: str, load: Callable[[], Any]) -> Kern
     _loading().add(key)
     try:
         kernel, why = load(), None
-    except (KeyboardInterrupt, GeneratorExit):  # the next call tries again
+    except KeyboardInterrupt:  # the next call tries again
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
         if _is_unfinished(key, error):

@@ -82,14 +82,15 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
             A label is none of ``classes_``, or there is not one of them for each sample and one
             score for each class.
         """
+        classes = np.asarray(estimator.classes_)
         shape = getattr(_innermost(estimator), "decision_function_shape", "ovr")
-        if shape != "ovr" and len(estimator.classes_) > 2:  # of three there are three pairs
+        if shape != "ovr" and len(classes) > 2:  # of three there are three pairs
             raise ValueError(
                 f"the estimator must have decision_function_shape='ovr', one score for each class, "
                 f"but has {shape!r}"
             )
         scores = _plain("decision_function's result", estimator.decision_function(X))
-        target = _encoded(_plain("y", y), estimator.classes_)
+        target = _encoded(_plain("y", y), classes)
         if target.shape != scores.shape[:1]:
             raise ValueError(
                 f"y must have one label for each sample, shape ({len(scores)},), but has shape "
@@ -97,9 +98,9 @@ class MultiMarginScorer(BaseEstimator):  # type: ignore[misc]  # scikit-learn ha
             )
         if scores.ndim == 1:
             scores = np.stack([np.zeros_like(scores), scores], axis=1)
-        if scores.shape[1] != len(estimator.classes_):
+        if scores.shape[1] != len(classes):
             raise ValueError(
-                f"decision_function must give one score for each of the {len(estimator.classes_)} "
+                f"decision_function must give one score for each of the {len(classes)} "
                 f"classes, but gives {scores.shape[1]} (an SVC must have "
                 f"decision_function_shape='ovr')"
             )
@@ -132,9 +133,10 @@ def _plain(name: str, values: Any) -> Array:
 
 
 def _encoded(y: Array, classes: Array) -> Array:
-    """Return the positions of labels in ``classes``, which are sorted."""
+    """Return the positions of labels in ``classes``."""
     try:
-        place = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
+        order = np.argsort(classes)
+        place = order[np.minimum(np.searchsorted(classes, y, sorter=order), len(classes) - 1)]
     except TypeError as error:  # None, or text beside numbers
         raise ValueError(
             f"y must hold labels such as the estimator's classes ({_shown(classes)}), but has some "

@@ -426,6 +426,17 @@ def test_sample_weights_that_sum_to_nothing():
     assert math.isnan(stream.compute())
 
 
+def test_the_weight_of_an_ignored_sample_may_be_anything():
+    scores, target = np.asarray([[0.0, 1], [2, 2], [3, 0]]), np.asarray([0, -100, 1])
+    accumulator = LossAccumulator(ignore_index=-100)
+    accumulator.update(scores, target, np.asarray([1.0, math.nan, 2.0]))
+    wanted = LossAccumulator()
+    wanted.update(scores[::2], target[::2], np.asarray([1.0, 2.0]))
+    assert accumulator.compute() == wanted.compute()
+    with pytest.raises(ValueError, match=r"finite and not negative, but is nan at position \(0"):
+        accumulator.update(scores, target, np.asarray([math.nan, 1.0, 2.0]))
+
+
 @pytest.mark.parametrize(
     ("factors", "error", "message"),
     [

@@ -433,6 +433,8 @@ class TestUseBackendBelongsToItsContext:
             block.__enter__()
         with pytest.raises(RuntimeError, match="entered only once; call it anew"), block:
             pass
+        with pytest.raises(RuntimeError, match="use_backend: this block is not open"):
+            block.__exit__(None, None, None)
         assert overrides.open_names == ()
 
     def test_decorated_functions_keep_nothing_of_where_they_were_made(self):
@@ -671,6 +673,8 @@ FAILURES = {
     "SyntaxError": "this is no Python",
     "PanicException": "class PanicException(BaseException): pass\nraise PanicException",
     "AttributeError": "KERNELS = 1",
+    "GeneratorExit": "raise GeneratorExit",
+    "MemoryError": "raise MemoryError",
 }
 
 
@@ -681,6 +685,7 @@ def test_a_plugin_that_raises_anything_ends_no_call(plugins, module, kind):
     (name, reason), _ = explain(X, T).considered
     assert name == "numpy.bad"
     assert reason.startswith(f"cannot be imported: {kind}")
+    assert not reason.endswith(": ")
     row = list_backends()[0]
     assert (row.name, row.available, row.reason) == ("numpy.bad", False, reason)
     with pytest.raises(ValueError, match="cannot run this call: cannot be imported"):
@@ -1106,6 +1111,16 @@ def test_an_entry_point_without_a_library(plugins):
     assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
     broken, _ = list_backends()
     assert (broken.name, broken.available) == (".a", False)
+
+
+def test_unusable_without_a_reason():
+    def run(*_):
+        raise Unusable
+
+    register_kernel(Kernel("mute", "numpy", lambda _: None, run, run))
+    told = "kernel 'mute' cannot run this call: it gives no reason; "
+    with pytest.raises(ValueError, match=told):
+        multi_margin_loss(X, T, backend="mute")
 
 
 def test_errors_whose_words_raise(plugins, module):

@@ -210,6 +210,22 @@ def test_labels_that_cannot_be_compared():
         MultiMarginScorer()(estimator, X, np.full(150, None))
 
 
+@pytest.mark.parametrize("kind", [list, np.asarray])
+@pytest.mark.parametrize("classes", ["abc", "bac", "cba"])
+def test_classes_in_any_order_and_as_a_list(classes, kind):
+    class Fitted:
+        classes_ = kind(list(classes))
+
+        def decision_function(self, X):
+            return X
+
+    scores = np.asarray([[3.0, 1, 0], [0, 0.5, 0]])
+    target = [classes.index(label) for label in "ab"]
+    wanted = -multi_margin_loss(scores, np.asarray(target))
+    made = MultiMarginScorer()(Fitted(), scores, np.asarray(["a", "b"]))
+    assert made == pytest.approx(wanted)
+
+
 def test_pairs_of_two_classes_are_one_score():
     few = Y < 2
     estimator = SVC(decision_function_shape="ovo").fit(X[few], Y[few])

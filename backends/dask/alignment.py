@@ -68,7 +68,13 @@ def unsupported_layout(array: da.Array) -> str | None:
     meta = array._meta
     if isinstance(meta, np.ma.MaskedArray):
         return "a Dask array of masked chunks"
-    library = library_of("input", meta)
+    if type(array).__module__.startswith("dask.dataframe"):
+        return f"a {type(array).__name__} of Dask; pass its to_dask_array(lengths=True)"
+    try:
+        library = library_of("input", meta)
+    except TypeError:
+        kind = f"{type(meta).__module__}.{type(meta).__qualname__}"
+        return f"a Dask array whose chunks are of type {kind}, not {' or '.join(CHUNKS_OF)}"
     if library.name not in CHUNKS_OF:
         return f"a Dask array whose chunks are of {library.name}, not {' or '.join(CHUNKS_OF)}"
     form = library.unsupported_layout(meta)
@@ -136,7 +142,8 @@ def in_one_chunk(array: Any) -> da.Array:
     return da.blockwise(
         _only if ndim else _only_number,
         tuple(range(1, 1 + ndim)),
-        array.rechunk(-1) if ndim else array[None],
+        # What has chunks of unknown sizes can't be rechunked.
+        (array if unknown(array) else array.rechunk(-1)) if ndim else array[None],
         (0,),
         token="multi_margin_loss-once",
         new_axes=dict(enumerate(array.shape, start=1)),
@@ -147,8 +154,10 @@ def in_one_chunk(array: Any) -> da.Array:
 
 
 def _only(blocks: list[Array]) -> Array:
-    check_kind("weight", blocks[0])
-    return blocks[0]
+    for block in blocks:
+        check_kind("weight", block)
+    xp = library_of("weight", blocks[0]).namespace
+    return blocks[0] if len(blocks) == 1 else xp.concat(blocks)
 
 
 def _only_number(blocks: list[Array]) -> Array:
@@ -247,7 +256,8 @@ def check_float(name: str, array: Array) -> None:
     TypeError
         It has another.
     """
-    if np.dtype(array.dtype).kind != "f" and array.dtype.name != "bfloat16":
+    is_float = np.dtype(array.dtype).kind == "f" and array.dtype.itemsize <= 8
+    if not is_float and array.dtype.name != "bfloat16":
         raise TypeError(
             f"{name} must have a real floating dtype, but a chunk of it has dtype {array.dtype}"
         )

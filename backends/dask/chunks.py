@@ -62,6 +62,11 @@ class Call(NamedTuple):
         return self.options.axis
 
     @property
+    def unit(self) -> float:
+        """What keeps a sum over the classes finite if their mean is: a power of 2, so exact."""
+        return 2.0 ** -math.frexp(self.n_classes)[1]
+
+    @property
     def parts(self) -> list[slice]:
         """Which classes each chunk has."""
         stops = itertools.accumulate(self.sizes)
@@ -86,7 +91,7 @@ class Part(NamedTuple):
     """What a part of the classes adds to its rows, in float64."""
 
     sums: Array  # of max(0, z) ** p, divided by the number of all classes
-    slopes: Array | None  # of p * max(0, z) ** (p - 1)
+    slopes: Array | None  # of p * max(0, z) ** (p - 1), times Call.unit
     ran: frozenset[Ran]
 
 
@@ -136,7 +141,7 @@ def loss_and_grad_of_rows(
     target = _checked(block, target, place, call)
     scale = _scale(block, target, upstream, share, call)
     rows, (grad,) = _run([block], target, weight, call, scale)
-    return close(rows, call=call), grad
+    return close(rows, call=call), _as_declared(grad, call)
 
 
 @QUIETLY
@@ -154,7 +159,7 @@ def loss_and_grad_of_joined_rows(
     target = _checked_together(blocks, target, rows, call)
     scale = _scale(blocks[0], target, upstream, share, call)
     losses, grads = _run(blocks, target, weight and weight[0], call, scale)
-    return close(losses, call=call), grads
+    return close(losses, call=call), [_as_declared(grad, call) for grad in grads]
 
 
 def of_part(pair: list[Any], place: Any, *, call: Call) -> Array:
@@ -351,21 +356,26 @@ def part_of_rows(
     if native is not None:
         sums, of_slopes = np.empty(target.shape), np.empty(target.shape) if slopes else None
         if native.part_sums(block, target, options, at, own, sums, of_slopes) is not None:
-            sums /= call.n_classes
-            _redo_infinite(sums, block, at, target, own, call)
-            return Part(sums, of_slopes, ran(NATIVE))
+            of_slopes = None if of_slopes is None else of_slopes * call.unit
+            part = Part(sums / call.n_classes, of_slopes, ran(NATIVE))
+            return _redone(part, block, at, target, own, call)
     return _part_of_rows(xp, block, at, target, own, call, slopes)
 
 
-def _redo_infinite(
-    sums: np.ndarray, block: np.ndarray, at: int, target: np.ndarray, own: np.ndarray, call: Call
-) -> None:
+def _redone(part: Part, block: Array, at: int, target: Array, own: Array, call: Call) -> Part:
     """Add up in another way what was too large to be divided afterwards."""
-    if not sums.max(initial=0) < math.inf:
-        rows = np.isinf(sums)
-        few = np.moveaxis(block, call.axis, -1)[rows]
+    large = np.isinf(part.sums)
+    if part.slopes is not None:
+        large = large | np.isinf(part.slopes)
+    if large.any():
+        rows = np.moveaxis(block, call.axis, -1)[large]
         call = call._replace(options=call.options._replace(axis=1))
-        sums[rows] = _part_of_rows(np, few, at, target[rows], own[rows], call, False).sums
+        slopes = part.slopes is not None
+        again = _part_of_rows(np, rows, at, target[large], own[large], call, slopes)
+        part.sums[large] = again.sums
+        if part.slopes is not None:
+            part.slopes[large] = again.slopes
+    return part
 
 
 def _part_of_rows(
@@ -391,7 +401,7 @@ def _part_of_rows(
         # What stands beside a target's score of minus infinity costs something, and isn't there.
         extra = grad[(*(slice(None),) * axis, n - 1)]
         by_own = by_own + xp.where(inside[rows] & xp.isfinite(extra), extra, 0)
-        of_slopes[rows] = xp.astype(-by_own, xp.float64) * n
+        of_slopes[rows] = xp.astype(-by_own, xp.float64) * (n * call.unit)
     sums = sums * (n / call.n_classes)
     if is_infinite:
         sums = xp.where(sums > 0, math.inf, sums)
@@ -436,16 +446,28 @@ def grad_of_part(
     own, at = _added(found), place[call.axis].start
     scale = _scale(block, target, upstream, share, call) * _weights(xp, target, weight, call)
     of_rows = own, rows.slopes, scale / call.n_classes
+    grad = _native_grad_of_part(block, at, target, of_rows, call)
+    if grad is None:
+        grad = _grad_of_part(xp, block, at, target, of_rows, call)
+    return _as_declared(grad, call)
+
+
+def _native_grad_of_part(
+    block: Array, at: int, target: Array, of_rows: tuple[Array, Any, Array], call: Call
+) -> Array | None:
+    """Do it with the CPU kernels, where these are chosen; they want slopes in units of 1."""
     native, options = _native(block, target, call)
-    if native is not None:
-        grad = native.part_grad(block, target, options, at, of_rows, np.empty_like(block))
-        if grad is not None:
-            return grad
-    return _grad_of_part(xp, block, at, target, of_rows, call)
+    own, slopes, scale = of_rows
+    if native is None or (np.isinf(slopes / call.unit) & np.isfinite(slopes)).any():
+        return None
+    of_rows = own, slopes / call.unit, scale
+    grad: Array | None
+    grad = native.part_grad(block, target, options, at, of_rows, np.empty_like(block))
+    return grad
 
 
 def _grad_of_part(
-    xp: Any, block: Array, at: int, target: Array, of_rows: tuple[Array, Array, Array], call: Call
+    xp: Any, block: Array, at: int, target: Array, of_rows: tuple[Array, Any, Array], call: Call
 ) -> Array:
     """Do it with any kernel, which sees one class more, by whose number it divides."""
     n, axis, (own, slopes, scale) = block.shape[call.axis], call.axis, of_rows
@@ -464,7 +486,10 @@ def _grad_of_part(
         if is_infinite and call.options.p > 1:
             made = xp.where(made == 0, made, xp.sign(made) * math.inf)
         is_own = classes == xp.expand_dims(column[rows], axis=axis)
-        by_own = xp.expand_dims(xp.astype(-slopes[rows] * scale[rows], made.dtype), axis=axis)
+        by_own = -slopes[rows] * (scale[rows] / call.unit)
+        # No class is active: 0, even where the factor is infinite.
+        by_own = xp.where((slopes[rows] == 0) & ~xp.isnan(scale[rows]), 0.0, by_own)
+        by_own = xp.expand_dims(xp.astype(by_own, made.dtype), axis=axis)
         # A row of NaN slopes is one of NaN.
         grad[where] = xp.where(is_own | xp.isnan(by_own), by_own, made)
     return grad
@@ -495,13 +520,15 @@ def _with_own_class(
     no distance: any finite score then gives the infinite loss that the sample has anyway. Beside an
     infinite margin it would be NaN: the largest number, which outweighs tiny scores, will do.
     """
-    options = call.options
+    options, tile = call.options, xp.astype(tile, own.dtype, copy=False)
+    if call.n_classes == 1:  # minus infinity is as good a score as any, and so is infinity
+        tile, own = (xp.where(xp.isnan(x), x, xp.zeros_like(x)) for x in (tile, own))
     if _margin_is_infinite(call):
         options = options._replace(margin=math.copysign(LARGEST, options.margin))
         tile, own = tile * TINY, own * TINY
     nothing = xp.where(own == -math.inf, 0.0, -math.inf)
     last = xp.expand_dims(xp.astype(xp.where(inside, nothing, own), own.dtype), axis=call.axis)
-    tile = xp.concat([xp.astype(tile, own.dtype, copy=False), last], axis=call.axis)
+    tile = xp.concat([tile, last], axis=call.axis)
     lost = ignored(target, call.options.ignore_index)
     if lost is not None:
         column = xp.where(lost, -1, column)
@@ -572,6 +599,11 @@ def _checked_together(blocks: list[Array], target: Array, rows: Any, call: Call)
         place = (*rows[:axis], part, *rows[axis:])
         target = _checked(block, target, place, call, raises=not part.start)
     return target
+
+
+def _as_declared(grad: Array, call: Call) -> Array:
+    """Return a gradient in the dtype that Dask was told, which chunks of scores need not have."""
+    return library_of("input", grad).namespace.astype(grad, call.dtype, copy=False)
 
 
 def _computing(xp: Any, block: Array) -> Any:

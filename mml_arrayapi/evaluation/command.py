@@ -160,7 +160,8 @@ def _refuse_overwriting(arguments: Any) -> None:
         taken.append(str(journal))
     report = os.path.realpath(arguments.report)
     for path in map(os.path.realpath, taken):
-        if report == path or report.startswith(f"{path}{os.sep}"):  # a store is a folder
+        # A store is a folder, and so is what the journal will lie in.
+        if report == path or report.startswith(f"{path}/") or path.startswith(f"{report}/"):
             raise InputError(
                 f"--report {arguments.report}: would overwrite {path}, which this run uses; give "
                 "another file"

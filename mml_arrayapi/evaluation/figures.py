@@ -206,19 +206,25 @@ class Evaluation:
         made: dict[float, list[float]] = {}
         width, unit, most = self._bar_width(), self.unit, sys.float_info.max
         for number, count in self.histogram:
-            start, stop = bin_start(number), bin_start(number + 1)
+            edges = bin_start(number), bin_start(number + 1)
+            start, stop = (min(max(edge, -most), most) for edge in edges)
             if max(abs(start), abs(stop)) / width <= BARS / 2:
                 place = math.floor(start / width)
                 start, stop = place * width, (place + 1) * width
             else:  # from one power of 2 to the next
-                near = 2.0 ** (math.frexp(min(abs(start), abs(stop), most))[1] - 1)
+                near = 2.0 ** (math.frexp(min(abs(start), abs(stop)))[1] - 1)
                 start, stop = (near, near * 2) if number >= 0 else (-near * 2, -near)
             bar = made.setdefault(start, [stop, 0])
             bar[1] += count
-        return [  # a bar of infinite leads is not empty
-            (min(start * unit, most), max(stop * unit, -most), int(n))
-            for start, (stop, n) in sorted(made.items())
-        ]
+        bars = []
+        for start, (stop, n) in sorted(made.items()):
+            first, last = (min(max(end * unit, -most), most) for end in (start, stop))
+            bars.append((first, last, int(n)))
+        if bars and bin_start(self.histogram[0][0]) == -math.inf:
+            bars[0] = -math.inf, *bars[0][1:]
+        if bars and not bin_start(self.histogram[-1][0] + 1) < math.inf:
+            bars[-1] = bars[-1][0], math.inf, bars[-1][2]
+        return bars
 
     def _bar_width(self) -> float:
         """Return the width of the bars, in units."""

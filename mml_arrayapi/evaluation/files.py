@@ -29,6 +29,7 @@ TABLES = {
 }
 URL = re.compile(r"[A-Za-z0-9+.-]+(://|::)")
 PART_OF = re.compile(r"(?:[0-9][-_. ]?|-)of[-_. ]?([0-9]+)", re.IGNORECASE)
+SIGNED = re.compile(r"(?:^|[^A-Za-z0-9)\]])-[0-9]|[0-9]e[-+]?[0-9]")
 DATE = re.compile(  # year, month, day; perhaps hour, minute, second
     r"(?<![0-9])(?:19|20)[0-9]{2}([-_.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
     r"(?:[-_.T:][0-9]{2}){0,3}(?![0-9])"
@@ -103,10 +104,9 @@ class File:
 
     def _original(self) -> File:
         """Return the file of which this is a copy in a cache of fsspec, or else this one."""
-        kinds = getattr(self.filesystem, "protocol", ())
-        if not {*CACHES} & {*([kinds] if isinstance(kinds, str) else kinds)}:
+        if not _is_cache(self.filesystem):
             return self
-        fs, rest = self.filesystem.fs, _archive(self.archive.partition("::")[2])
+        fs, rest = self.filesystem.inner.fs, _archive(self.archive.partition("::")[2])
         return replace(self, filesystem=None if _is_local(fs) else fs, archive=rest)._original()
 
     @property
@@ -182,7 +182,7 @@ def _remote_version(fs: Any, path: str, store: bool) -> str:
     if not told:
         markers = [f"{path}/{marker}" for marker in ZARR_MARKERS] if store else []
         told = [fs.info(one) for one in markers if fs.exists(one)] or [fs.info(path)]
-    copied = fs.storage_options.get("evaluation")
+    copied = getattr(fs, "inner", fs).storage_options.get("evaluation")
     if copied and not any(VALIDATORS & one.keys() for one in told):
         return f"{copied} {os.getpid()}"  # no other evaluation or process has this copy
     kept = [sorted((k, str(v)) for k, v in one.items() if k not in VOLATILE) for one in told]
@@ -251,7 +251,20 @@ def _file(path: str, item: str, name: str) -> File:
     if _is_local(fs):
         return File(None, inner, item, name)
     fs.invalidate_cache()  # files may have come since this process listed them
-    return File(fs, inner, item, name, archive=_archive(path.partition("::")[2]))
+    archive = _archive(path.partition("::")[2])
+    return File(_safe_for_threads(fs), inner, item, name, archive=archive)
+
+
+def _safe_for_threads(fs: Any) -> Any:
+    from mml_arrayapi.evaluation.turns import OneAtATime
+
+    # A cache says of itself what is true of the file system behind it.
+    return fs if fs.async_impl and not _is_cache(fs) else OneAtATime(fs)
+
+
+def _is_cache(fs: Any) -> bool:
+    kinds = getattr(fs, "protocol", ())
+    return bool({*CACHES} & {*([kinds] if isinstance(kinds, str) else kinds)})
 
 
 def _is_local(fs: Any) -> bool:
@@ -281,9 +294,10 @@ def _seekable(file: File) -> Any:
     if VALIDATORS & fs.info(file.path).keys() and file.gives_parts():
         return fs
     # Copies on this machine. No other evaluation, in workers neither, may take them for its own.
-    return require("fsspec", file.name).filesystem(
+    copies = require("fsspec", file.name).filesystem(
         "simplecache", fs=fs, evaluation=uuid4().hex, skip_instance_cache=True
     )
+    return _safe_for_threads(copies)
 
 
 def _expand(file: File) -> tuple[list[File], str]:
@@ -467,11 +481,15 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def cores(names: Sequence[str]) -> list[str]:
     """Return where names differ: without the beginning and the end that all share."""
-    head = re.sub(r"[0-9]+$", "", common_start(names))
-    rests = [name[len(head) :] for name in names]
+    rests = [name[_head(names) :] for name in names]
     tail = common_start([rest[::-1] for rest in rests])[::-1]
     tail = re.sub(r"^[0-9]+", "", tail)
     return [rest[: len(rest) - len(tail)] for rest in rests]
+
+
+def _head(names: Sequence[str]) -> int:
+    """Return how many characters of all names are the same, up to the last number in these."""
+    return len(re.sub(r"[0-9]+$", "", common_start(names)))
 
 
 def common_start(names: Sequence[str]) -> str:
@@ -485,8 +503,12 @@ def numbered(names: Sequence[str]) -> bool:
     """Whether names differ in numbers only, so that their order is beyond doubt.
 
     Of several numbers none may ever fall, since nobody knows which goes round first; a date is one.
-    Fractions of other lengths sort otherwise.
+    Fractions of other lengths sort otherwise, and so do negative numbers and powers of ten.
     """
+    head = _head(names)
+    upto = [name[: head + len(core)] for name, core in zip(names, cores(names), strict=True)]
+    if any(sign.end() > head for name in upto for sign in SIGNED.finditer(name)):
+        return False
     names = [DATE.sub(lambda date: re.sub("[^0-9]", "", date[0]), name) for name in names]
     keys = [natural(core) for core in cores(names)]
     texts = {tuple(text for _, _, text in key) for key in keys}

@@ -604,8 +604,10 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
 
 def _check_lists(scores: list[Shard], others: list[Shard]) -> None:
     """Refuse lists whose names correspond, but in another order."""
-    first, second = (cores([shard.name for shard in shards]) for shards in (scores, others))
-    if first != second and sorted(first) == sorted(second):
+    names = [[shard.name for shard in shards] for shards in (scores, others)]
+    in_order = (sorted(one, key=lambda name: (natural(name), name)) for one in names)
+    if not correspond(*names) and correspond(*in_order):
+        first, second = map(cores, names)
         raise InputError(
             f"{others[0].name}: the {others[0].role} of the list are those of the scores by name, "
             f"but in another order ({', '.join(second[:3])} beside {', '.join(first[:3])}); give "

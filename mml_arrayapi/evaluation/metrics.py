@@ -516,6 +516,9 @@ def count_batch(
         parts, at = [], batch.start
         for part in batch.weights:
             rows = read(part, "sample weights", 0)
+            if loss.ignore_index is not None:  # of such samples any will do
+                labels = target[at - batch.start :][: len(rows)]
+                rows = np.where(labels == loss.ignore_index, 0, rows)
             parts.append(_checked(rows, *_place(part, at)))
             at += len(rows)
         weights = np.concatenate(parts).reshape(-1)

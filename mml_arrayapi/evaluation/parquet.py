@@ -20,12 +20,16 @@ Array = Any
 # What is no class though it is a float, no label though it is an integer, no scores though it is
 # a list: such columns are taken only where they are named.
 NOT_GUESSED = re.compile(
-    r"(.*_)?(idx|index|row|key|fold|split|time|timestamp|year|month|day)|__index_level_\d+__"
-    r"|(.*_)?id|(user|image|img|sample|item|row|doc|record|file|query|video|patient|uu|gu)id|unnamed.*|.*(embed|feature|hidden|vector|token|weight|prob).*",
+    r"(.*_)?(idx|index|row|key|fold|split|time|timestamp|date|year|month|day|hour)"
+    r"|(.*_)?(epoch|step|iteration|seed|rank|age)|__index_level_\d+__|unnamed.*"
+    r"|(.*_)?id|(user|image|img|sample|item|row|doc|record|file|query|video|patient|uu|gu)id"
+    r"|.*(embed|feature|hidden|vector|token|weight|prob|softmax|sigmoid|attention|bbox|activation"
+    r"|coord|pixel|audio|spectr|keypoint).*",
     re.IGNORECASE,
 )
 NO_LABEL = re.compile(  # though an integer
-    r".*(pred|argmax|output|length|size|count).*|(.*_|y)?hat|top_?\d+.*", re.IGNORECASE
+    r".*(pred|argmax|output|length|size|count|guess).*|(.*_|y)?hat|top_?\d+.*|best|(.*_)?len",
+    re.IGNORECASE,
 )
 # Columns that say what they are: where there is one, no other is taken unasked.
 TELLING = {

@@ -54,6 +54,9 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
         for name in ("samples", "n_classes"):
             if type(told[name]) is not int or told[name] < 0:
                 raise ValueError(f"{name} is {told[name]!r}")  # noqa: TRY301
+        names = told["class_names"]
+        if names is not None and [*map(type, names)] != [str] * told["n_classes"]:
+            raise ValueError("class_names is no list of one name per class")  # noqa: TRY301
         made = {name: told[name] for name in options}
     except (
         OSError,
@@ -103,9 +106,23 @@ def comparison(figures: Evaluation, before: dict[str, Any], name: str) -> str:
     lines = [f"{'':<15}{'now':>15}{'before':>15}{'change':>15}   before: {name}"]
     for key, new, old, change, _ in _changes(figures, before):
         lines.append(f"{key.replace('_', ' '):<15}{new:>15}{old:>15}{change:>15}")
-    if before["n_classes"] != len(figures.classes):
-        lines.append(f"{'classes':<15}{len(figures.classes):>15,}{before['n_classes']:>15,}")
+    for key, count in (("samples", figures.samples), ("n_classes", len(figures.classes))):
+        if before[key] != count:
+            lines.append(f"{key.removeprefix('n_'):<15}{count:>15,}{before[key]:>15,}")
     return "\n".join(lines)
+
+
+def _losses_before(figures: Evaluation, before: dict[str, Any]) -> dict[int, Any] | None:
+    """Return the losses before of the classes that there are now; None where that is in doubt."""
+    losses = {int(c): as_json(told["loss"]) for c, told in before["classes"].items()}
+    now, names = figures.class_names, before["class_names"]
+    if now is None or names is None or [*now] == names:
+        return losses if len(figures.classes) == before["n_classes"] else None
+    if len({*now}) != len(now) or len({*names}) != len(names):
+        return None
+    numbers = {name: c for c, name in enumerate(names)}
+    found = {c: losses.get(numbers.get(name, -1)) for c, name in enumerate(now)}
+    return {c: loss for c, loss in found.items() if loss is not None}
 
 
 def _changes(figures: Evaluation, before: dict[str, Any] | None) -> Iterator[list[str]]:
@@ -119,6 +136,8 @@ def _changes(figures: Evaluation, before: dict[str, Any] | None) -> Iterator[lis
         old = before[key]
         better = (new > old) == (key == "accuracy")
         style = ("better" if better else "worse") if new > old or new < old else ""
+        if key == "loss" and figures.reduction == "sum" and figures.samples != before["samples"]:
+            style = ""  # of more samples the sum is larger
         change = f"{100 * (new - old):+.3f} %" if key in SHARES else f"{new - old:+.6g}"
         change = "-" if math.isnan(new - old) else change
         yield [key, shown(new), shown(old), change, style]
@@ -142,13 +161,12 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
         HTML with inline SVG; it opens without a network.
     """
     classes = [(c, f) for c, f in enumerate(figures.classes) if f.count]
-    old = (before or {}).get("classes", {})
+    old = None if before is None else _losses_before(figures, before)
+    columns = 5 if old is None else 6
     data = []
     for c, f in classes:
         row = [figures.name(c), f.count, *map(as_json, (f.loss, f.accuracy, f.inside_margin))]
-        data.append(
-            [*row, as_json(old[str(c)]["loss"]) if str(c) in old else None][: 6 if old else 5]
-        )
+        data.append([*row, (old or {}).get(c)][:columns])
     if len(data) > ROWS:  # those without a number first, then those of highest loss
         data.sort(key=lambda row: (row[2] == "NaN", float(row[2])), reverse=True)
     histogram, beyond = _histogram(figures)
@@ -166,9 +184,10 @@ def to_html(figures: Evaluation, command: str, before: dict[str, Any] | None = N
         beyond=beyond,
         by_class=by_class,
         by_class_note=note,
-        headings=headings[: 6 if old else 5],
+        headings=headings[:columns],
         rows=[[_cell(v, i) for i, v in enumerate(row)] for row in data[:ROWS]],
         table_note=f"{min(ROWS, len(data)):,} of {_classes(len(data))}",
+        other_classes=before is not None and old is None,
         pairs=figures.pairs(1000),
         short=_short_names(figures),
         command=command,

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
@@ -135,6 +136,8 @@ def evaluate(
     rules = _rules(loss, unwritten_chunks)
     chunk_size = None if chunk_size is None else int(chunk_size)
     data = inputs.open_dataset(logits, targets, sample_weight, int(axis), chunk_size, rules)
+    if folder is not None:
+        _refuse_inside_stores(folder, data)
     if isinstance(scheduler, str) and scheduler == "threads":
         data.refuse_persisted()
     kernel = _kernel(data, loss)
@@ -225,6 +228,21 @@ def check_path(name: str, given: Any) -> str:
     if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
         raise InputError(f"{name} must be a path that is not empty, but is {given!r}")
     return str(os.fspath(given))
+
+
+def _refuse_inside_stores(folder: str, data: Dataset) -> None:
+    """Raise if the journal would lie in a store that is read, and so change it."""
+    place = folder.removeprefix("file://").rstrip("/")
+    place = place if "://" in place else os.path.realpath(place)
+    for shard in (shard for shards in data.shards.values() for shard in shards):
+        if getattr(shard.source, "store", False):
+            store = replace(shard.source, item="").where.rstrip("/")
+            store = store if "://" in store else os.path.realpath(store)
+            if f"{place}/".startswith(f"{store}/"):
+                raise InputError(
+                    f"checkpoint {folder}: lies in {shard.source.plain_name}, which this run reads "
+                    "and would change; give another folder"
+                )
 
 
 def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]:

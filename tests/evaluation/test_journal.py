@@ -20,6 +20,7 @@ import pytest
 import mml_arrayapi as mml
 from mml_arrayapi.evaluation import journal, run
 from mml_arrayapi.evaluation.journal import NAME
+from tests.evaluation.writers import zarr_file
 
 
 def damage(path, start, data):
@@ -273,6 +274,19 @@ def test_a_journal_that_cannot_be_read(files, fails, monkeypatch):
     monkeypatch.setattr(Path, "open", broken)
     line = fails("x.npy", "y.npy", "--checkpoint", "ck")
     assert "journal.jsonl: cannot be read (Input/output error); give another folder" in line
+
+
+@pytest.mark.parametrize(
+    "folder", ["x.zarr", "x.zarr/ck", "x.zarr/c/..", "link", "file://{}/x.zarr"]
+)
+def test_a_checkpoint_in_a_store_that_is_read(files, arrays, fails, folder):
+    zarr_file("x.zarr", arrays[0])
+    os.symlink("x.zarr", "link")
+    before = sorted(os.listdir("x.zarr"))
+    line = fails("x.zarr", "y.npy", "--checkpoint", folder.format(files))
+    assert "lies in x.zarr, which this run reads and would change; give another folder" in line
+    assert sorted(os.listdir("x.zarr")) == before
+    assert mml.evaluate("x.zarr", "y.npy", checkpoint="x.zarr-ck").samples == 700
 
 
 def test_a_journal_of_an_older_version_is_refused(files, fails):

@@ -130,6 +130,19 @@ def test_ignored_samples_leave_no_trace(arrays, label, dtype):
     assert [s.row for s in figures.worst] == first.tolist()
 
 
+def test_the_weight_of_an_ignored_sample_may_be_anything(arrays):
+    scores, target = arrays[0], arrays[1].copy()
+    target[::3] = -100
+    weights = np.linspace(1.0, 2.0, N)
+    wanted = mml.evaluate(scores, target, ignore_index=-100, sample_weight=weights)
+    weights[::3], weights[3] = np.nan, -1.0
+    options = {"ignore_index": -100, "sample_weight": weights}
+    assert mml.evaluate(scores, target, chunk_size=50, **options) == wanted
+    weights[1] = np.nan
+    with pytest.raises(mml.InputError, match=r"sample weights: \[1\] is nan"):
+        mml.evaluate(scores, target, **options)
+
+
 def test_the_position_of_a_bad_label_counts_ignored_ones(arrays):
     target = arrays[1].copy()
     target[:100] = -100

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -162,10 +163,14 @@ def test_comparison(arrays, files, command, fails, capsys):
     assert command("x.npy", "y.npy", "--compare", "other.json", "--report", "r.html") == 0
     assert re.search(r"\nclasses +6 +7\n", capsys.readouterr().out)
     with open("r.html") as file:
-        assert "7 in 7 classes before" in Page(file.read()).text
+        page = Page(file.read())
+    assert "7 in 7 classes before" in page.text
+    assert "The figures before are of other classes" in page.text
+    assert {len(row) for row in page.data} == {5}
     told = before.to_json()
     odd = [{k: told[k] for k in told if k != "samples"}]
     wrong = {"samples": ("700", True, -1), "n_classes": (-1, 6.0), "loss": (True, "0.5", None)}
+    wrong |= {"class_names": (["a"], "abcde", [1] * 6)}
     for name, values in (
         wrong | {"accuracy": (1.5, "-Infinity"), "inside_margin": (-0.1,)}
     ).items():
@@ -195,6 +200,47 @@ def test_comparison(arrays, files, command, fails, capsys):
     with open("bom.json", "w", encoding="utf-8-sig") as file:
         json.dump(told, file)
     assert command("x.npy", "y.npy", "--compare", "bom.json") == 0
+
+
+def test_comparison_of_classes_by_name(files, command, capsys):
+    scores, target = np.asarray([[2.0, 0, 0], [0, 2.0, 0], [0, 2.0, 0]]), np.asarray([0, 1, 0])
+    swapped = [1, 0, 2]
+
+    def compare(before_names, names):
+        """Return the losses before that the page shows, by name; None where it shows none."""
+        before = mml.evaluate(scores, target, class_names=before_names)
+        now = mml.evaluate(scores[:, swapped], np.asarray(swapped)[target], class_names=names)
+        page = Page(to_html(now, "x", before.to_json()))
+        assert ("The figures before are of other classes" in page.text) == (len(page.data[0]) < 6)
+        return {row[0]: row[5:] for row in page.data}
+
+    first = mml.evaluate(scores, target).classes
+    assert compare(["cat", "dog", "fox"], ["dog", "cat", "fox"]) == {
+        "dog": [first[1].loss],
+        "cat": [first[0].loss],
+    }
+    # Names without an order in common, or none: by number, as far as the numbers can be the same.
+    assert compare(["cat", "dog", "fox"], ["ape", "cat", "fox"])["ape"] == [None]
+    assert compare(["cat", "cat", "fox"], ["cat", "fox", "cat"])["cat"] == []
+    assert compare(["cat", "cat", "fox"], ["cat", "cat", "fox"])["cat"] != []
+    assert compare(None, ["dog", "cat", "fox"])["dog"] == [first[0].loss]
+
+
+def test_comparison_of_sums_over_other_samples(files, command, capsys):
+    assert command("x.npy", "y.npy", "--reduction", "sum", "--json") == 0
+    with open("old.json", "w") as file:
+        file.write(capsys.readouterr().out)
+    for name in ("x", "y"):
+        np.save(f"few-{name}.npy", np.load(f"{name}.npy")[:300])
+    options = ("--reduction", "sum", "--compare", "old.json", "--report", "r.html")
+    assert command("few-x.npy", "few-y.npy", *options) == 0
+    assert re.search(r"\nsamples +300 +700\n", capsys.readouterr().out)
+    with open("r.html") as file:
+        source = file.read()
+    card = source[source.index("loss (sum)") : source.index("accuracy: target has")]
+    assert " before" in card
+    assert "better" not in card
+    assert "worse" not in card
 
 
 def test_class_names(arrays, files, fails, command, capsys):
@@ -269,6 +315,8 @@ def test_a_report_within_a_store_that_is_read(arrays, files, fails):
     zarr.save("x.zarr", arrays[0])
     line = fails("x.zarr", "y.npy", "--report", "x.zarr/zarr.json")
     assert "--report x.zarr/zarr.json: would overwrite " in line
+    line = fails("x.npy", "y.npy", "--checkpoint", "out/ck", "--report", "out")
+    assert "--report out: would overwrite " in line
 
 
 def test_a_missing_library_of_the_report_is_found_before_the_work(files, fails, monkeypatch):
@@ -320,6 +368,21 @@ def test_the_histogram_of_leads_of_any_size(largest):
     assert sum(count for _, _, count in bars) == 1000
     assert 'aria-label="Histogram' in (text := to_html(figures, ""))
     assert "Beyond the plot" not in text
+
+
+@pytest.mark.parametrize("margin", [1.0, 0.0, -2.5, 1e300, 1e-310, 3e-5])
+@pytest.mark.parametrize("scale", [1, 1e-310, 1e150, 1e307])
+def test_bars_never_overlap(margin, scale):
+    scores = np.random.default_rng(0).standard_normal((50, 3)) * scale
+    scores[:4] = [
+        [np.inf, 0, 0], [-np.inf, 0, 0], [1.79e308, -1e307, 0], [-1.7976e308, 0, 0]
+    ]  # fmt: skip
+    for rows in (1, 2, 3, 4, 50):
+        figures = mml.evaluate(scores[:rows], np.zeros(rows, int), margin=margin)
+        bars = figures.bars()
+        assert all(start < stop for start, stop, _ in bars)
+        assert all(one[1] <= other[0] for one, other in pairwise(bars))
+        assert sum(count for *_, count in bars) + figures.undefined == rows
 
 
 def test_leads_near_the_largest_number():

@@ -308,6 +308,34 @@ def test_lists_with_the_same_names_in_another_order(arrays, files, wanted):
         mml.evaluate(scores, sorted(labels))
 
 
+@pytest.mark.parametrize("labels", [["t01", "t00"], ["t2", "t1"], ["b", "a"]], ids="-".join)
+def test_lists_with_the_same_numbers_in_another_order(arrays, files, labels):
+    scores = ["sa", "sb"] if labels[0] == "b" else ["s0", "s1"]
+    for names, array in ((scores, arrays[0]), (sorted(labels), arrays[1])):
+        for name, part in zip(names, np.array_split(array, 2), strict=True):
+            np.save(f"{name}.npy", part)
+    scores, labels = ([f"{name}.npy" for name in names] for names in (scores, labels))
+    mml.evaluate(scores, sorted(labels))
+    with pytest.raises(mml.InputError, match="by name, but in another order"):
+        mml.evaluate(scores, labels)
+
+
+@pytest.mark.parametrize("names", ["s_-5 s_-10", "s_1e-3 s_1e-4", "s=-1 s=-2", "-1 -2"])
+def test_numbers_with_a_sign_are_no_order(arrays, files, fails, names):
+    for name, part in zip(names.split(), np.array_split(arrays[0], 2), strict=True):
+        os.makedirs("d", exist_ok=True)
+        np.save(f"d/{name}.npy", part)
+    assert "the order of its 2 files is in doubt" in fails("d/*.npy", "y.npy")
+
+
+@pytest.mark.parametrize("names", ["part-1 part-2", "a1b2e4-1 a1b2e4-2", "x(1)-1 x(1)-2"])
+def test_numbers_behind_a_hyphen_are_an_order(arrays, files, wanted, names):
+    for name, part in zip(names.split(), np.array_split(arrays[0], 2), strict=True):
+        os.makedirs("d", exist_ok=True)
+        np.save(f"d/{name}.npy", part)
+    assert mml.evaluate("d/*.npy", "y.npy") == wanted
+
+
 def test_a_list_of_folders_beside_a_pattern_of_folders(arrays, files, wanted):
     for i, (x, y) in enumerate(zip(*(np.array_split(a, 3) for a in arrays), strict=True)):
         os.makedirs(f"c/{i}")
@@ -616,6 +644,8 @@ def test_an_extra_float_is_no_class(arrays, files, fails, wanted, extra):
     [
         {"embedding": "scores"},
         {"features": "scores"},
+        {"softmax": "scores"},
+        {"bbox": "scores"},
         {"first": "scores", "second": "scores"},
         {"x": "scores", "p": "float"},
         {"cat": "float", "dog": "float"},
@@ -647,7 +677,20 @@ def test_the_only_ones_are_guessed_and_told(arrays, files, wanted):
     assert "p.parquet [logits] rows 0 to 699 with p.parquet [label]" in str(figures)
 
 
-@pytest.mark.parametrize("column", ["id", "index", "__index_level_0__", "row"])
+NO_LABELS = [
+    "id",
+    "index",
+    "__index_level_0__",
+    "row",
+    "epoch",
+    "step",
+    "date",
+    "best",
+    "answer_len",
+]
+
+
+@pytest.mark.parametrize("column", NO_LABELS)
 def test_an_index_is_no_label(arrays, files, fails, column):
     parquet("p.parquet", logits=list(arrays[0]), **{column: arrays[1]})
     assert "cannot tell which columns hold the targets" in fails("p.parquet", "p.parquet")
@@ -1434,7 +1477,7 @@ def test_enums_of_other_categories(files, fails):
 @pytest.mark.parametrize("kind", ["scores", "targets", "weights"])
 def test_parts_of_which_other_columns_would_be_read(files, fails, kind):
     os.mkdir("c")
-    names = {"scores": ["logits", "attention"], "targets": ["label", "kind"]}
+    names = {"scores": ["logits", "confidence"], "targets": ["label", "kind"]}
     names["weights"] = ["share", "temperature"]
     for i in range(2):
         parquet(

@@ -12,6 +12,8 @@ import mml_arrayapi as mml
 from mml_arrayapi.backends.dask import chunks
 from mml_arrayapi.backends.dask.alignment import TaskOptions
 
+EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()  # arrays of the query planner
+
 RNG = np.random.default_rng(0)
 N, C = 60, 33
 IN_CHUNKS = pytest.mark.usefixtures("chunks_of_classes")
@@ -279,6 +281,90 @@ def test_margins_beyond_the_dtype(margin, p, dtype, backend):
     assert (whole[0] == (math.inf if margin > 0 else 0)).all()
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other.compute(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize(
+    ("scores", "options"),
+    [
+        ([[0.0] + [1.0] * 39999], {"p": 1000}),  # the slopes' sum overflows, their mean doesn't
+        ([[0.0, -1, 2, 1, 1]], {"p": 2, "margin": 1e308}),
+        ([[0.0, -1, 2, 1, 1]], {"p": 2, "margin": 1e308, "grad_output": 0.0}),
+        ([[3.0, 0.5, 0]], {"grad_output": math.inf}),  # no class is active
+        ([[-math.inf], [1.0], [math.nan]], {}),
+        ([[-math.inf], [1.0], [math.nan]], {"p": 2}),
+    ],
+    ids=["slopes", "large", "large times 0", "infinite", "one class", "one class, squared"],
+)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_parts_give_what_whole_rows_give(scores, options, backend, dtype):
+    if dtype == "f4" and {"p", "margin"} & options.keys() and len(scores) == 1:
+        pytest.skip("beyond float32")
+    x, n = np.asarray(scores, dtype), len(scores[0])
+    target = np.zeros(len(x), int)
+    if (upstream := options.get("grad_output")) is not None:
+        options = options | {"grad_output": np.full(len(x), upstream, dtype)}
+    with np.errstate(all="ignore"):
+        whole = mml.multi_margin_loss_and_grad(x, target, reduction="none", **options)
+    cut = (0, 1) if n == 1 else ((n + 1) // 2, n // 2)
+    lazy = da.from_array(x, chunks=(2, cut))
+    with dask.config.set({"array.chunk-size": "1B"}):
+        parts = mml.multi_margin_loss_and_grad(
+            lazy, target, reduction="none", backend=backend, **options
+        )
+    for one, other in zip(whole, dask.compute(*parts), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scores", "target"), [([0, 1, math.inf, 2], 0), ([5, -math.inf, 1, 9], 2)]
+)
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+def test_infinite_scores_beside_a_margin_beyond_the_dtype(dtype, scores, target):
+    x, y = np.asarray([scores], dtype), np.asarray([target])
+    margin = 1e39 if target == 0 else -1e39
+    whole = mml.multi_margin_loss_and_grad(x, y, margin=margin)
+    with dask.config.set({"array.chunk-size": "1B"}):
+        parts = mml.multi_margin_loss_and_grad(da.from_array(x, chunks=(1, 2)), y, margin=margin)
+    for one, other in zip(whole, dask.compute(*parts), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@IN_CHUNKS
+@BOTH_CUTS
+@pytest.mark.parametrize("made", ["f2", "f8"])
+def test_gradients_have_the_dtype_that_was_declared(cut, made):
+    x = da.from_array(RNG.standard_normal((N, C)).astype(made), chunks=cut)
+    x = x.map_blocks(lambda block: block, dtype="f4", meta=np.ones((0, 0), "f4"))
+    results = mml.multi_margin_loss_and_grad(x, da.zeros(N, dtype=int, chunks=7))
+    assert [one.dtype for one in dask.compute(*results)] == ["f4", "f4"]
+
+
+@IN_CHUNKS
+@BOTH_CUTS
+def test_chunks_of_long_doubles_are_refused(cut):
+    x = da.from_array(RNG.standard_normal((N, C)), chunks=cut)
+    x = x.map_blocks(lambda block: block.astype(np.longdouble), dtype="f8", meta=x._meta)
+    with pytest.raises(TypeError, match="real floating dtype, but a chunk of it has dtype float"):
+        mml.multi_margin_loss(x, da.zeros(N, dtype=int, chunks=7)).compute()
+
+
+@pytest.mark.xfail(
+    EXPRESSIONS, raises=NotImplementedError, reason="Dask's query planner takes no masks yet"
+)
+@IN_CHUNKS
+@BOTH_CUTS
+def test_weights_of_an_unknown_number(cut):
+    x, target = RNG.standard_normal((N, C)), RNG.integers(0, C, N)
+    weight = da.from_array(np.arange(-2.0, C + 1), chunks=3)
+    weight = weight[weight > 0]
+    wanted = mml.multi_margin_loss_and_grad(x, target, weight=np.arange(1.0, C + 1))
+    lazy = da.from_array(x, chunks=cut)
+    made = dask.compute(*mml.multi_margin_loss_and_grad(lazy, target, weight=weight))
+    for one, other in zip(wanted, made, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"weight .* shape .*32"):
+        mml.multi_margin_loss(lazy, target, weight=weight[weight > 1]).compute()
 
 
 @IN_CHUNKS

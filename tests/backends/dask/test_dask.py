@@ -416,6 +416,27 @@ def test_chunks_of_other_libraries_are_refused(backend, which):
         mml.multi_margin_loss(**arrays, backend=backend)
 
 
+@pytest.mark.parametrize("which", ["input", "target", "weight"])
+def test_tables_of_dask_are_named(which):
+    frames, pd = pytest.importorskip("dask.dataframe"), pytest.importorskip("pandas")
+    scores, target = data()
+    arrays = {"input": scores, "target": target, "weight": np.ones(C, np.float32)}
+    kind = pd.DataFrame if which == "input" else pd.Series
+    arrays[which] = frames.from_pandas(kind(arrays[which]), npartitions=2)
+    told = f"{which} must .*, but is a {kind.__name__} of Dask; pass its to_dask_array"
+    with pytest.raises(TypeError, match=told):
+        mml.multi_margin_loss(**arrays)
+
+
+def test_chunks_that_are_no_arrays_are_named():
+    sparse = pytest.importorskip("scipy.sparse")
+    scores, target = data()
+    lazy = rows(scores, 10).map_blocks(sparse.csr_matrix)
+    told = "input must .* a Dask array whose chunks are of type scipy.sparse.*csr_matrix, not numpy"
+    with pytest.raises(TypeError, match=told):
+        mml.multi_margin_loss(lazy, target)
+
+
 def test_each_chunk_is_visited_once_for_loss_and_gradient():
     scores, target = data()
     visits = []
