@@ -420,6 +420,21 @@ def test_long_rows_whose_classes_lie_apart_have_the_same_bits(native, rng, p):
     assert np.array_equal(grad, again)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_repeated_rows_have_one_loss_with_the_gradient_and_without(native, rng, dtype, library):  # noqa: ARG001
+    given = np.asarray if library == "numpy" else pytest.importorskip("torch").from_numpy
+    for _ in range(30):
+        weight = given(rng.normal(size=33).astype(dtype))
+        for shape, rows in (((130, 33), 1), ((5, 2, 33), (5, 1, 1))):
+            x = given(rng.normal(size=np.broadcast_shapes(rows, (33,))).astype(dtype))
+            x = np.broadcast_to(x, shape) if library == "numpy" else x.expand(shape)
+            y = given(rng.integers(0, 33, shape[:-1]))
+            how = {"p": 2, "weight": weight, "reduction": "sum"}
+            loss, _ = mml.multi_margin_loss_and_grad(x, y, **how)
+            assert loss == mml.multi_margin_loss(x, y, **how)
+
+
 def test_read_only_and_memory_mapped_arrays(native, rng, tmp_path):
     x, y = rng.normal(size=(30, 9)), rng.integers(0, 9, 30)
     expected = native.loss(x, y, None, options())
