@@ -107,9 +107,32 @@ def scaled(slope: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(slope != 0, slope * scale, inactive)
 
 
+@jax.custom_jvp
 def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
     """Return ``x``, NaN where a condition does not hold: no NaN is made where it does."""
     return jnp.where(condition, x, 0) / condition.astype(x.dtype)
+
+
+@nan_unless.defjvp
+def _tangent_of_nan_unless(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Return the tangent of ``x``, 0 where it does not count: forward and backward."""
+    return nan_unless(*primals), jnp.where(primals[0], tangents[1], 0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def nan_rows(x: jax.Array, scale: jax.Array, losses: jax.Array, axis: int) -> jax.Array:  # noqa: ARG001
+    """Return the scale of each row, NaN where its loss is."""
+    return jnp.where(jnp.isnan(losses), losses, scale)
+
+
+@nan_rows.defjvp
+def _tangent_of_nan_rows(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Make every derivative of such a row NaN; of others no NaN is made."""
+    (x, scale, losses), (of_x, of_scale, _) = primals, tangents
+    is_nan = jnp.isnan(losses)
+    every = jnp.where(is_nan, of_x, 0).sum(axis, keepdims=True).astype(of_scale.dtype) + of_scale
+    tangent = jnp.where(is_nan, every, of_scale) * jnp.where(is_nan, losses, 1)
+    return nan_rows(x, scale, losses, axis), tangent
 
 
 def shrunk(terms: jax.Array, factor: float) -> jax.Array:
@@ -186,13 +209,17 @@ def _tangent(call: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
     rows = problem.reduction == "none"
     tangent = jnp.zeros(problem.target.shape if rows else (), problem.input.dtype)
     if type(of_input) is not SymbolicZero:
-        products = formula.loss_and_grad(problem, None)[1] * of_input
+        grad = formula.loss_and_grad(problem, None)[1]
+        products = jnp.where(grad != 0, grad * of_input, 0)  # as scaled() has it
         ignored = formula.ignored_samples(problem, library_of("input", problem.input))
         if ignored is not None:  # even where the tangent is infinite or NaN
             products = jnp.where(jnp.expand_dims(ignored, problem.axis), 0, products)
         tangent += jnp.sum(products, axis=problem.axis if rows else None)
     if problem.weight is not None and type(of_weight) is not SymbolicZero:
-        tangent += formula.loss(problem._replace(weight=of_weight))  # the loss is linear in it
+        by_weight = jax.jvp(
+            lambda w: formula.loss(problem._replace(weight=w)), primals[2:], tangents[2:]
+        )
+        tangent += by_weight[1]
     return _loss(call, *primals), tangent
 
 
@@ -293,6 +320,7 @@ ROW: dict[str, Any] = {
     "relu": relu,
     "scaled": scaled,
     "nan_unless": nan_unless,
+    "nan_rows": nan_rows,
     "divisor": lambda count: count,  # of 0: 0 / 0 is NaN
     "shrunk": shrunk,
     "sum": total,

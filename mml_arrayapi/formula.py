@@ -74,12 +74,11 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     xp, axis, p, n_classes = problem.xp, problem.axis, problem.p, problem.input.shape[problem.axis]
     library = library_of("input", problem.input)
     places, hinge, weight, losses = _hinge(problem, library)
-    scale, is_nan = upstream * (p / n_classes), xp.isnan(losses)
-    scale = xp.astype(is_nan, losses.dtype) + scale if weight is None else weight * scale
+    scale = upstream * (p / n_classes) * (xp.ones_like(losses) if weight is None else weight)
     if (ignored := ignored_samples(problem, library)) is not None:
         scale = xp.where(ignored[_along(axis, None)], xp.zeros_like(losses), scale)
-    # A row whose loss is NaN has a gradient of NaN; in others ``is_nan`` adds 0 to the scale.
-    scale = xp.where(is_nan, losses, scale)
+    # A row whose loss is NaN has a gradient of NaN.
+    scale = library.nan_rows(problem.input, scale, losses, axis)
     grad = library.scaled(_slope(xp, hinge, p), library.cast(scale, hinge.dtype))
     # All terms of a row have one sign: no part of their sum is larger than the whole.
     own = library.cast(divided_sum(library, grad, axis, -1, small=True), hinge.dtype)
@@ -132,9 +131,8 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
         # All scores and the margin are 0: nothing of an ignored sample is computed with.
         ignored = ignored[_along(axis, None)]
         zero = xp.zeros_like(index, dtype=x.dtype)
-        x = xp.where(ignored, zero, x)
+        x, index = xp.where(ignored, zero, x), xp.where(ignored, xp.zeros_like(index), index)
         margin = xp.where(ignored, zero, xp.full_like(zero, margin))
-        index = xp.where(ignored, xp.zeros_like(index), index)
     if problem.check_target == "nan":
         known = (index >= 0) & (index < n_classes)
         index = xp.where(known, index, xp.zeros_like(index))
@@ -152,6 +150,8 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     losses = divided_sum(library, terms, axis, n_classes)
     if (weight := problem.weight) is not None:
         weight = library.cast(library.look_up(library.cast(weight, x.dtype), index, axis), wide)
+        if problem.check_target == "nan":  # what has no class has no class's weight
+            weight = library.nan_unless(known, weight)
         losses = losses * weight
     if problem.check_target == "nan":
         losses = library.nan_unless(known, losses)
@@ -190,6 +190,6 @@ def _count(problem: Problem, library: Library) -> Any:
     xp, shape, ignored = problem.xp, problem.target.shape, ignored_samples(problem, library)
     if ignored is None and None not in shape and (n := math.prod(shape)) == n:  # Dask says NaN
         return n
-    wide = library.widest(problem.input)[1]
-    ones = xp.ones_like(problem.target, dtype=wide)
-    return divided_sum(library, ones if ignored is None else xp.astype(~ignored, wide), None, 1)
+    ones = xp.ones_like(problem.target, dtype=library.widest(problem.input)[1])
+    kept = ones if ignored is None else xp.astype(~ignored, ones.dtype)
+    return divided_sum(library, kept, None, 1)

@@ -89,6 +89,10 @@ class Library:
         ``shrunk(terms, factor)``: the product with a number.
     nan_unless : callable
         ``nan_unless(condition, x)``: ``x``, but NaN where a condition does not hold.
+    nan_rows : callable
+        ``nan_rows(x, scale, losses, axis)``: ``scale``, but NaN where ``losses`` are; these have
+        length 1 along ``axis``, ``x`` has all classes. Where it is differentiated, every derivative
+        of such a row is NaN.
     divisor : callable
         ``divisor(count)``: what a sum, of nothing if that is 0, is divided by for the mean; NaN
         or 0 for 0. An array, an integer or a symbolic size.
@@ -124,6 +128,7 @@ class Library:
     relu: Callable[[Array], Array]
     scaled: Callable[[Array, Array], Array]
     nan_unless: Callable[[Array, Array], Array]
+    nan_rows: Callable[[Array, Array, Array, int], Array]
     divisor: Callable[[Any], Any]
     sum: Callable[[Array, int | None, Any], Array]
     in_range: Callable[[Array, int], bool]
@@ -164,6 +169,9 @@ def plain(
             return xp.where(slope, scale, inactive)
         return xp.where(slope != 0, slope * scale, inactive)
 
+    def nan_rows(x: Array, scale: Array, losses: Array, axis: int) -> Array:  # noqa: ARG001
+        return xp.where(xp.isnan(losses), losses, scale)
+
     def total(x: Array, axis: int | None, dtype: Any) -> Array:
         return xp.sum(x, axis=axis, keepdims=axis is not None, dtype=dtype)
 
@@ -186,6 +194,7 @@ def plain(
         relu=relu,
         scaled=scaled,
         nan_unless=partial(nan_unless, xp),
+        nan_rows=nan_rows,
         divisor=partial(_divisor, xp),
         sum=total,
         in_range=in_range,

@@ -311,6 +311,10 @@ def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Ten
     return _formula().loss(_problem(input, target, weight, options))
 
 
+def _formula_losses(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
+    return formula.losses(_problem(input, target, weight, options))
+
+
 def _formula_loss_and_grad(
     input: Any, target: Any, weight: Any, grad_output: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
@@ -554,11 +558,10 @@ def _for_input(
     """Return the gradient of ``sum(tangent * gradient)`` for ``input``: the Hessian times tangent.
 
     It is ``c_j * (tangent_j - tangent_y)``, and for the target minus the sum of the others, with
-    ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0``.
+    ``c_j = grad_output * weight[y] / C * p * (p - 1) * z_j ** (p - 2)`` where ``z_j > 0``. A row
+    whose loss is NaN has NaN.
     """
     p, margin, reduction, ignore_index, axis, _ = options
-    if p == 1:  # zeros that autograd knows to come from the tangent
-        return torch.where(torch.zeros_like(tangent, dtype=torch.bool), tangent, 0)
     wide = torch.promote_types(input.dtype, torch.float32)
     x, v = (t.movedim(axis, -1).to(wide) for t in (input, tangent))
     n_classes = x.shape[-1]
@@ -570,7 +573,7 @@ def _for_input(
         x, margin = x + margin, 0
     z = (x - x.gather(-1, y)) + margin
     own = torch.arange(n_classes, device=x.device) == y
-    active = (z > 0) & ~own
+    active = (z > 0) & ~own & (p != 1)
     curvature = p * (p - 1) * torch.where(active, z, 1) ** (p - 2)
     scale = grad_output.to(wide) / n_classes
     if reduction == "none":
@@ -581,11 +584,9 @@ def _for_input(
         scale = scale * weight.to(wide)[y]
     others = torch.where(active, curvature * (v - v.gather(-1, y)) * scale, 0)
     result = torch.where(own, -others.sum(-1, keepdim=True), others)
-    # Infinity minus itself at the target's class is no class's NaN.
-    no_value = (z.isnan() & ~own).any(-1, keepdim=True) | x.gather(-1, y).isnan()
-    has_value = in_range & ~no_value
-    result = torch.where(kept, torch.where(has_value, result, torch.nan), 0)
-    return result.to(input.dtype).movedim(-1, axis)
+    result = torch.where(kept, result, 0).movedim(-1, axis)
+    losses = _formula_losses(input.detach(), target, weight, options)
+    return torch.where(losses.isnan(), torch.nan, result).to(input.dtype)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -84,6 +84,20 @@ def scaled(slope: Tensor, scale: Tensor) -> Tensor:
     return torch.where(slope != 0, slope * scale, torch.where(scale.isnan(), scale, 0))
 
 
+def nan_rows(x: Tensor, scale: Tensor, losses: Tensor, axis: int) -> Tensor:
+    """Return the scale of each row, NaN where its loss is."""
+    is_nan = losses.isnan()
+    compiling = torch.compiler.is_compiling()  # no backward pass through that of compiled code
+    followed = (
+        not compiling and torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
+    )
+    if not followed and not state.is_transformed():
+        return torch.where(is_nan, losses, scale)
+    # A product with all that the row depends on, whose derivatives are NaN.
+    every = torch.where(is_nan, x, 0).sum(axis, keepdim=True) * torch.where(is_nan, scale, 0)
+    return torch.where(is_nan, every * torch.where(is_nan, losses, 0), scale)
+
+
 def total(x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     """Return the sum along an axis."""
     return torch.sum(x, axis, axis is not None, dtype=dtype)
@@ -157,8 +171,16 @@ class _Loss(_Compiled):
         if input is not None:
             result = result + _tangent(problem, input)
         if weight is not None:  # the loss is linear in the weights
-            result = result + formula.loss(problem._replace(weight=weight))
+            losses = formula.losses(problem._replace(weight=weight))
+            known = _known(problem).unsqueeze(problem.axis)
+            result = result + formula.reduce(problem, torch.where(known, losses, 0))
         return result
+
+
+def _known(problem: Problem) -> Tensor:
+    """Tell which targets are classes; what is too large for int64 turns negative."""
+    index = problem.target.to(torch.int64)
+    return (index >= 0) & (index < problem.input.shape[problem.axis])
 
 
 def _tangent(problem: Problem, tangent: Tensor) -> Tensor:
@@ -178,9 +200,9 @@ def _weight_grad(problem: Problem, grad_output: Tensor) -> Tensor:
     axis, n_classes = problem.axis, problem.input.shape[problem.axis]
     losses = formula.losses(problem._replace(weight=None))
     losses = losses * formula.upstream(problem, grad_output)
-    index = problem.target.to(torch.int64).unsqueeze(axis)
-    known = (index >= 0) & (index < n_classes)
-    index, losses = torch.where(known, index, 0), torch.where(known, losses, 0)
+    known = _known(problem).unsqueeze(axis)
+    index = torch.where(known, problem.target.to(torch.int64).unsqueeze(axis), 0)
+    losses = torch.where(known, losses, 0)
     shares = torch.where(_mask(n_classes, index, axis), losses, 0)
     batch = [i for i in range(shares.ndim) if i != axis]
     return (shares.sum(batch) if batch else shares).to(problem.weight.dtype)  # type: ignore[union-attr]
@@ -203,11 +225,16 @@ def loss(problem: Problem) -> Tensor:
     # Function, and torch.export(strict=True) saves one without its backward pass.
     compiling = torch.compiler.is_compiling()
     simply = state.is_exporting() or (not compiling and state.is_tracing())
-    if state.forward_levels() < 2 and not simply:
+    if simply:
+        return formula.loss(problem)
+    if state.forward_levels() < 2:
         function = _Compiled if compiling else _Loss
         tensors = problem.input, problem.target, problem.weight
         return function.apply(*tensors, _Call(problem))
-    return formula.loss(problem)
+    losses = formula.losses(problem)
+    for _ in range(2):  # so that second derivatives of a NaN are NaN
+        losses = nan_rows(problem.input, losses, losses, problem.axis)
+    return formula.reduce(problem, losses)
 
 
 def loss_and_grad(problem: Problem, grad_output: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -227,6 +254,7 @@ ROW: dict[str, Any] = {
     "look_up": look_up,
     "relu": relu,
     "scaled": scaled,
+    "nan_rows": nan_rows,
     "divisor": lambda count: count,  # of 0: 0 / 0 is NaN, and a symbolic size can't be compared
     "sum": total,
     "runs": runs,
