@@ -107,16 +107,18 @@ def scaled(slope: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(slope != 0, slope * scale, inactive)
 
 
-@jax.custom_jvp
+@partial(jax.custom_jvp, nondiff_argnums=())
 def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
     """Return ``x``, NaN where a condition does not hold: no NaN is made where it does."""
     return jnp.where(condition, x, 0) / condition.astype(x.dtype)
 
 
-@nan_unless.defjvp
 def _tangent_of_nan_unless(primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Return the tangent of ``x``, 0 where it does not count: forward and backward."""
     return nan_unless(*primals), jnp.where(primals[0], tangents[1], 0)
+
+
+nan_unless.defjvp(_tangent_of_nan_unless)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -125,7 +127,6 @@ def nan_rows(x: jax.Array, scale: jax.Array, losses: jax.Array, axis: int) -> ja
     return jnp.where(jnp.isnan(losses), losses, scale)
 
 
-@nan_rows.defjvp
 def _tangent_of_nan_rows(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Make every derivative of such a row NaN; of others no NaN is made."""
     (x, scale, losses), (of_x, of_scale, _) = primals, tangents
@@ -133,6 +134,9 @@ def _tangent_of_nan_rows(axis: int, primals: Any, tangents: Any) -> tuple[Any, A
     every = jnp.where(is_nan, of_x, 0).sum(axis, keepdims=True).astype(of_scale.dtype) + of_scale
     tangent = jnp.where(is_nan, every, of_scale) * jnp.where(is_nan, losses, 1)
     return nan_rows(x, scale, losses, axis), tangent
+
+
+nan_rows.defjvp(_tangent_of_nan_rows)
 
 
 def shrunk(terms: jax.Array, factor: float) -> jax.Array:
@@ -209,8 +213,7 @@ def _tangent(call: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
     rows = problem.reduction == "none"
     tangent = jnp.zeros(problem.target.shape if rows else (), problem.input.dtype)
     if type(of_input) is not SymbolicZero:
-        grad = formula.loss_and_grad(problem, None)[1]
-        products = jnp.where(grad != 0, grad * of_input, 0)  # as scaled() has it
+        products = formula.loss_and_grad(problem, None)[1] * of_input
         ignored = formula.ignored_samples(problem, library_of("input", problem.input))
         if ignored is not None:  # even where the tangent is infinite or NaN
             products = jnp.where(jnp.expand_dims(ignored, problem.axis), 0, products)

@@ -40,10 +40,10 @@ def loss(problem: Problem) -> Any:
 def loss_and_grad(problem: Problem, grad_output: Any) -> tuple[Any, np.ndarray]:
     """Compute the loss and the gradient in one pass over the input."""
     arrays = problem.input, problem.target, problem.weight
-    # Beside repeated rows "K" would put neighbours in a column side by side, and the loss, summed on
-    # the way, would have other bits than loss() gives.
-    order = "C" if 0 in problem.input.strides else "K"
-    grad = np.empty_like(problem.input, order=order, subok=False)
+    # Beside repeated rows "K" would put neighbours in a column side by side, and the loss, summed
+    # on the way, would have other bits than loss() gives.
+    repeated = 0 in problem.input.strides
+    grad = np.empty_like(problem.input, order="C" if repeated else "K", subok=False)
     if grad_output is not None and type(grad_output) not in PLAIN:
         grad_output = np.asarray(grad_output)  # a scalar of NumPy's
     loss = cpu.native.loss_and_grad(*arrays, problem.options(), grad, grad_output)

@@ -302,6 +302,58 @@ def test_second_derivatives_of_a_row_of_nan_are_nan(p, place, transform):
     assert not np.isnan(second[1, :, 1]).any()
 
 
+UNDEFINED = {  # of the first row: its scores, target, and class 1's weight
+    "a score": ([0.5, -1.4, 2.0, math.nan], 1, 1.0),
+    "own score": ([0.5, math.nan, 2.0, 0.0], 1, 1.0),
+    "infinities": ([0.0, math.inf, math.inf, 0.0], 1, 1.0),
+    "target": ([0.5, -1.4, 2.0, 0.1], 7, 1.0),
+    "weight": ([0.5, -1.4, 2.0, 0.1], 1, math.nan),
+}
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("cause", UNDEFINED)
+@pytest.mark.parametrize("inner", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize("outer", [jax.jacrev, jax.jacfwd])
+def test_every_second_derivative_of_a_nan_is_nan(p, cause, inner, outer):
+    scores, target, factor = UNDEFINED[cause]
+    x, target = jnp.asarray([scores, [0.0, 1, -math.inf, 3]]), jnp.asarray([target, 3])
+    weight = jnp.asarray([1.0, factor, 1, 1])
+
+    @jax.jit
+    def loss(x):
+        return multi_margin_loss(x, target, p=p, weight=weight, check_target="nan")
+
+    second = outer(inner(loss))(x)
+    assert np.isnan(second[0, :, 0]).all()
+    if jax.jacrev in (inner, outer):  # the other mode multiplies all that is NaN with tangents of 0
+        assert not np.isnan(second[1, :, 1]).any()
+
+
+@pytest.mark.parametrize("transform", [jax.jacrev, jax.jacfwd])
+def test_the_derivative_of_a_gradient_of_nan_by_the_upstream_gradient(transform):
+    x, target = jnp.asarray([[0.0, 1, math.nan], [0, 1, 2]]), jnp.asarray([0, 0])
+
+    def grad(upstream):
+        how = {"p": 2, "reduction": "none", "grad_output": upstream}
+        return multi_margin_loss_and_grad(x, target, **how)[1]
+
+    made = transform(grad)(jnp.ones(2))
+    assert np.isnan(made[0, :, 0]).all()
+    assert not np.isnan(made[1, :, 1]).any()
+
+
+@pytest.mark.parametrize("transform", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize("scores", [[0.5, math.nan, 0.2], [0.5, 0.1, 0.2]], ids=["NaN", "finite"])
+def test_no_weight_is_charged_with_a_target_out_of_range(transform, scores):
+    x, target = jnp.asarray([scores, [0.0, 1, 2]]), jnp.asarray([7, 1])
+
+    def loss(weight):
+        return multi_margin_loss(x, target, weight=weight, check_target="nan")
+
+    assert transform(loss)(jnp.ones(3)).tolist() == pytest.approx([0, 1 / 3, 0])
+
+
 @pytest.mark.parametrize("p", P)
 def test_gradient_of_the_weights_and_forward_mode(batch, p):
     scores, target, weight = batch

@@ -422,7 +422,7 @@ def test_long_rows_whose_classes_lie_apart_have_the_same_bits(native, rng, p):
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_repeated_rows_have_one_loss_with_the_gradient_and_without(native, rng, dtype, library):  # noqa: ARG001
+def test_repeated_rows_have_one_loss_with_the_gradient_and_without(native, rng, dtype, library):
     given = np.asarray if library == "numpy" else pytest.importorskip("torch").from_numpy
     for _ in range(30):
         weight = given(rng.normal(size=33).astype(dtype))

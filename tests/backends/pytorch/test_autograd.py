@@ -51,6 +51,77 @@ def test_first_and_second_derivatives_of_scores_and_weight(batch, p):
     assert torch.autograd.gradgradcheck(loss, arguments)
 
 
+UNDEFINED = {  # of the first row: its scores, target, and class 1's weight
+    "a score": ([0.5, -1.4, 2.0, math.nan], 1, 1.0),
+    "own score": ([0.5, math.nan, 2.0, 0.0], 1, 1.0),
+    "infinities": ([0.0, math.inf, math.inf, 0.0], 1, 1.0),
+    "target": ([0.5, -1.4, 2.0, 0.1], 7, 1.0),
+    "weight": ([0.5, -1.4, 2.0, 0.1], 1, math.nan),
+}
+
+
+def _double_backward(loss, x):
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    columns = [torch.autograd.grad(one, x, retain_graph=True)[0] for one in grad.flatten()]
+    return torch.stack(columns).reshape(*x.shape, *x.shape)
+
+
+SECOND = {
+    "double backward": _double_backward,
+    "hessian": lambda loss, x: func.hessian(loss)(x),
+    "reverse over reverse": lambda loss, x: func.jacrev(func.jacrev(loss))(x),
+    "forward over forward": lambda loss, x: func.jacfwd(func.jacfwd(loss))(x),
+}
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("cause", UNDEFINED)
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("how", ["kernel", "generic", "weight"])
+def test_every_second_derivative_of_a_nan_is_nan(p, cause, second, how):
+    scores, target, factor = UNDEFINED[cause]
+    x = torch.tensor([scores, [0.0, 1, -torch.inf, 3]], dtype=torch.double)
+    weight = torch.tensor([1.0, factor, 1, 1], dtype=torch.double, requires_grad=how == "weight")
+    target = torch.tensor([target, 3])
+
+    def loss(x):
+        options = {"p": p, "weight": weight, "check_target": "nan"}
+        return multi_margin_loss(
+            x, target, backend="generic" if how == "generic" else None, **options
+        )
+
+    made = SECOND[second](loss, x).detach()
+    assert made[0, :, 0].isnan().all()
+    if second != "forward over forward":  # which multiplies all that is NaN with tangents of 0
+        assert not made[1, :, 1].isnan().any()
+
+
+@pytest.mark.parametrize("how", ["kernel", "generic", "weight"])
+def test_the_derivative_of_a_gradient_of_nan_by_the_upstream_gradient(how):
+    x = torch.tensor([[0.5, -1.4, 2, torch.nan], [0, 1, 2, 0.5]], dtype=torch.double)
+    weight = torch.ones(4, dtype=torch.double, requires_grad=how == "weight")
+    upstream = torch.ones(2, dtype=torch.double, requires_grad=True)
+    x, target = x.requires_grad_(), torch.tensor([1, 1])
+    backend = "generic" if how == "generic" else None
+    options = {"p": 2, "reduction": "none", "weight": weight, "backend": backend}
+    loss = multi_margin_loss(x, target, **options)
+    (grad,) = torch.autograd.grad((loss * upstream).sum(), x, create_graph=True)
+    (made,) = torch.autograd.grad(grad[:, 2].sum(), upstream)
+    assert made.tolist() == pytest.approx([math.nan, 1.0], nan_ok=True)
+
+
+@pytest.mark.parametrize("transform", [func.jacrev, func.jacfwd])
+@pytest.mark.parametrize("scores", [[0.5, math.nan, 0.2], [0.5, 0.1, 0.2]], ids=["NaN", "finite"])
+def test_no_weight_is_charged_with_a_target_out_of_range(transform, scores):
+    x, target = torch.tensor([scores, [0.0, 1, 2]]), torch.tensor([7, 1])
+
+    def loss(weight):
+        return multi_margin_loss(x, target, weight=weight, check_target="nan")
+
+    assert transform(loss)(torch.ones(3)).tolist() == pytest.approx([0, 1 / 3, 0])
+
+
 @pytest.mark.parametrize("p", [1.5, 2, 3])
 @pytest.mark.parametrize("place", [0, 2], ids=["own score", "score"])
 @pytest.mark.parametrize("backend", [None, "generic"])
