@@ -506,6 +506,80 @@ inline char *stage() {
     return room.get();
 }
 
+// ---- The classes of each row's highest scores: NaN first, then by score, then by class.
+
+template <class E> struct Highest {
+    using T = One::Computing<E>;
+    using L = Lanes<T>;
+    static constexpr int64_t W = L::W, STEP = 4 * W;
+
+    const char *row;
+    int64_t *found;  // the classes, in order
+    const int wanted;
+    int count = 0;
+    int64_t seen = 0;
+    T scores[MAX_HIGHEST];  // of these classes
+
+    static bool beats(T x, T y) { return x > y || (x != x && y == y); }
+
+    INLINE void take(int64_t j) {
+        const T x = widen<E>(row + j * int64_t(sizeof(E)));
+        if (count == wanted && !beats(x, scores[count - 1])) return;
+        int at = count < wanted ? count++ : count - 1;
+        for (; at && beats(x, scores[at - 1]); at--) scores[at] = scores[at - 1], found[at] = found[at - 1];
+        scores[at] = x;
+        found[at] = j;
+    }
+    // Take what may be among the highest of four vectors of scores from j on.
+    INLINE void take_higher(int64_t j) {
+        const auto least = L::all(scores[count - 1]);
+        typename L::I higher[4], any{};
+        for (int v = 0; v < 4; v++)
+            any |= higher[v] = ~(load<W>(row + (j + v * W) * int64_t(sizeof(E)), E{}) <= least);
+        if (!L::to_bits(any)) return;
+        for (int v = 0; v < 4; v++)
+            for (unsigned bits = unsigned(L::to_bits(higher[v])); bits; bits &= bits - 1)
+                take(j + v * W + __builtin_ctz(bits));
+    }
+    // Look at the classes before ``stop``; at a few of them later on, if that isn't the row's end.
+    INLINE void look(int64_t stop) {
+        for (; seen < wanted; seen++) take(seen);
+        for (; seen + STEP <= stop; seen += STEP) take_higher(seen);
+    }
+    INLINE void finish(int64_t n) {
+        look(n);
+        for (; seen < n; seen++) take(seen);
+    }
+    // As many short rows as a vector has lanes, class by class: no branch to be predicted.
+    static INLINE void look_across(const Call &c, int64_t i) {
+        const char *rows[W];
+        typename L::F scores[MAX_HIGHEST] = {};
+        typename L::I found[MAX_HIGHEST];
+        for (int k = 0; k < W; k++) rows[k] = c.x.at(i + k);
+        for (int s = 0; s < c.wanted; s++) found[s] = typename L::I{} - 1;  // nothing yet
+        for (int64_t j = 0; j < c.classes; j++) {
+            typename L::F x;
+            for (int k = 0; k < W; k++) x[k] = widen<E>(rows[k] + j * int64_t(sizeof(E)));
+            typename L::I at = typename L::I{} + typename L::Index(j), higher{};
+            for (int s = 0; s < c.wanted; s++) {
+                const auto best = scores[s];
+                const auto whose = found[s];
+                higher |= (x > best) | ((x != x) & (best == best)) | (whose < 0);
+                scores[s] = higher ? x : best, x = higher ? best : x;
+                found[s] = higher ? at : whose, at = higher ? whose : at;
+            }
+        }
+        for (int k = 0; k < W; k++)
+            for (int s = 0; s < c.wanted; s++) c.highest[(i + k) * c.wanted + s] = found[s][k];
+    }
+    static void find(const Call &c, int64_t start, int64_t stop) {
+        if (c.classes < 2 * STEP)
+            for (; start + W <= stop; start += W) look_across(c, start);
+        for (; start < stop; start++)
+            Highest{c.x.at(start), c.highest + start * c.wanted, c.wanted}.finish(c.classes);
+    }
+};
+
 // ---- The kernels for scores of type E, the exponent P, classes side by side (UNIT) or not.
 
 template <class E, class P> struct FewClasses;
@@ -550,6 +624,11 @@ template <class E, class P, bool UNIT> struct Kernel {
     static bool in_place(const Call &c) {
         if (is_few(c)) return is_dense(c.x, c) && (!c.grad.data || is_dense(c.grad, c));
         return c.x.step == SIZE && (!c.grad.data || c.grad.step == SIZE) && c.classes >= W;
+    }
+    // Rows whose highest scores are found beside their losses; 16 bits are converted by who asks.
+    static constexpr bool LOOKS = UNIT && sizeof(E) > 2;
+    static bool looks(const Call &c) {
+        return LOOKS && c.highest && c.losses.data && c.classes >= RUN && (c.p == 1 || c.p == 2) && in_place(c);
     }
     static bool can_stage(const Call &c) { return pitch_of(c) <= STAGE; }
     // Rows that FewClasses takes.
@@ -638,6 +717,16 @@ template <class E, class P, bool UNIT> struct Kernel {
         INLINE void last(F) {}
         INLINE void flush() {}
         INLINE void end() {}
+    };
+    struct Look : Nothing {  // for the highest scores, while a run of them is in the nearest cache
+        Highest<E> highest;
+        const int64_t n;
+        int64_t stop = 0;
+        Look(const Kernel &k, int64_t i, const char *row)
+            : highest{row, k.c.highest + i * k.c.wanted, k.c.wanted}, n(k.n) {}
+        INLINE void whole(int64_t j, F, int) { stop = j + W; }
+        INLINE void flush() { highest.look(stop); }
+        INLINE void end() { highest.finish(n); }
     };
     struct Keep : Nothing {  // a bit for each class, of p = 1
         uint8_t *bits;
@@ -858,7 +947,17 @@ template <class E, class P, bool UNIT> struct Kernel {
     void losses(int64_t start, const Group<T> &g, Result &result) const {
         if constexpr (UNIT)
             if (few) return FewClasses<E, P>(*this, start, g).losses(result);
+        if constexpr (LOOKS)
+            if (looks(c)) {
+                auto look = [&](int64_t i, int64_t t) { return Look(*this, i, g.row[t]); };
+                if (together(start, g, result, look)) return;
+                Highest<E>::find(c, start, start + g.count);
+                return each_loss(start, g, result);
+            }
         if (together(start, g, result, [&](int64_t, int64_t) { return Nothing(); })) return;
+        each_loss(start, g, result);
+    }
+    NOINLINE void each_loss(int64_t start, const Group<T> &g, Result &result) const {
         each_row(start, g, result, [&](int t, int64_t i) {
             Nothing nothing;
             account(i, checked(g, t, row_terms(g, t, nothing), 0), g.weight[t], result);
@@ -1306,76 +1405,6 @@ template <class E, class P> struct FewClasses {
     }
 };
 
-// ---- The classes of each row's highest scores: NaN first, then by score, then by class.
-
-template <class E> struct Highest {
-    using T = One::Computing<E>;
-    using L = Lanes<T>;
-    static constexpr int64_t W = L::W, STEP = 4 * W;
-
-    const char *row;
-    int64_t *found;  // the classes, in order
-    const int wanted;
-    int count = 0;
-    T scores[MAX_HIGHEST];  // of these classes
-
-    static bool beats(T x, T y) { return x > y || (x != x && y == y); }
-
-    INLINE void take(int64_t j) {
-        const T x = widen<E>(row + j * int64_t(sizeof(E)));
-        if (count == wanted && !beats(x, scores[count - 1])) return;
-        int at = count < wanted ? count++ : count - 1;
-        for (; at && beats(x, scores[at - 1]); at--) scores[at] = scores[at - 1], found[at] = found[at - 1];
-        scores[at] = x;
-        found[at] = j;
-    }
-    // Take what may be among the highest of four vectors of scores from j on.
-    INLINE void take_higher(int64_t j) {
-        const auto least = L::all(scores[count - 1]);
-        typename L::I higher[4], any{};
-        for (int v = 0; v < 4; v++)
-            any |= higher[v] = ~(load<W>(row + (j + v * W) * int64_t(sizeof(E)), E{}) <= least);
-        if (!L::to_bits(any)) return;
-        for (int v = 0; v < 4; v++)
-            for (unsigned bits = unsigned(L::to_bits(higher[v])); bits; bits &= bits - 1)
-                take(j + v * W + __builtin_ctz(bits));
-    }
-    INLINE void look(int64_t n) {
-        int64_t j = 0;
-        for (; j < wanted; j++) take(j);
-        for (; j + STEP <= n; j += STEP) take_higher(j);
-        for (; j < n; j++) take(j);
-    }
-    // As many short rows as a vector has lanes, class by class: no branch to be predicted.
-    static INLINE void look_across(const Call &c, int64_t i) {
-        const char *rows[W];
-        typename L::F scores[MAX_HIGHEST] = {};
-        typename L::I found[MAX_HIGHEST];
-        for (int k = 0; k < W; k++) rows[k] = c.x.at(i + k);
-        for (int s = 0; s < c.wanted; s++) found[s] = typename L::I{} - 1;  // nothing yet
-        for (int64_t j = 0; j < c.classes; j++) {
-            typename L::F x;
-            for (int k = 0; k < W; k++) x[k] = widen<E>(rows[k] + j * int64_t(sizeof(E)));
-            typename L::I at = typename L::I{} + typename L::Index(j), higher{};
-            for (int s = 0; s < c.wanted; s++) {
-                const auto best = scores[s];
-                const auto whose = found[s];
-                higher |= (x > best) | ((x != x) & (best == best)) | (whose < 0);
-                scores[s] = higher ? x : best, x = higher ? best : x;
-                found[s] = higher ? at : whose, at = higher ? whose : at;
-            }
-        }
-        for (int k = 0; k < W; k++)
-            for (int s = 0; s < c.wanted; s++) c.highest[(i + k) * c.wanted + s] = found[s][k];
-    }
-    static void find(const Call &c, int64_t start, int64_t stop) {
-        if (c.classes < 2 * STEP)
-            for (; start + W <= stop; start += W) look_across(c, start);
-        for (; start < stop; start++)
-            Highest{c.x.at(start), c.highest + start * c.wanted, c.wanted}.look(c.classes);
-    }
-};
-
 // ---- Where each row's target stands: by how much it leads the highest other score.
 
 constexpr int64_t CACHED = 1 << 18;  // bytes
@@ -1414,7 +1443,7 @@ template <class E> struct Standings {
         for (; start < stop; start += step) {
             const int64_t count = stop - start < step ? stop - start : step;
             if (c.losses.data) loss_block(c)(c, start, start + count, result);
-            Highest<E>::find(c, start, start + count);
+            if (!Kernel<E, One, true>::looks(c)) Highest<E>::find(c, start, start + count);
             look_up_targets(c, start, count, y);
             for (int64_t t = 0; t < count; t++) {
                 if (y[t] >= 0) standings.place(start + t, y[t]);

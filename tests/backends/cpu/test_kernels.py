@@ -573,7 +573,7 @@ def told(x, y, margin, unit, best):
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 8])
-@pytest.mark.parametrize("c", [1, 2, 8, 9, 33, 63, 64, 100, 1031])
+@pytest.mark.parametrize("c", [1, 2, 8, 9, 33, 63, 64, 100, 257, 1031])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_standings(native, rng, dtype, c, wanted):
     n, wanted = 37, min(max(wanted, 2), c)
