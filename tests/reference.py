@@ -1,8 +1,19 @@
 """The conformance suite's float64 reference, on NumPy arrays. (The exact one is ``make_golden.exact``.)"""
 
+import math
+
 import numpy as np
 
 from mml_arrayapi.conformance.reference import reference
+
+# Why the loss of a sample of four classes is NaN: its scores, its target, and class 1's weight.
+UNDEFINED = {
+    "a score": ([0.5, -1.4, 2.0, math.nan], 1, 1.0),
+    "own score": ([0.5, math.nan, 2.0, 0.0], 1, 1.0),
+    "infinities": ([0.0, math.inf, math.inf, 0.0], 1, 1.0),
+    "target": ([0.5, -1.4, 2.0, 0.1], 7, 1.0),
+    "weight": ([0.5, -1.4, 2.0, 0.1], 1, math.nan),
+}
 
 
 def losses_and_grad(scores, targets, *, p=1, margin=1.0, weight=None, ignore_index=None):

@@ -72,11 +72,11 @@ def unsupported_layout(array: da.Array) -> str | None:
         return f"a {type(array).__name__} of Dask; pass its to_dask_array(lengths=True)"
     try:
         library = library_of("input", meta)
+        kind = library.name
     except TypeError:
-        kind = f"{type(meta).__module__}.{type(meta).__qualname__}"
-        return f"a Dask array whose chunks are of type {kind}, not {' or '.join(CHUNKS_OF)}"
-    if library.name not in CHUNKS_OF:
-        return f"a Dask array whose chunks are of {library.name}, not {' or '.join(CHUNKS_OF)}"
+        kind = f"type {type(meta).__module__}.{type(meta).__qualname__}"
+    if kind not in CHUNKS_OF:
+        return f"a Dask array whose chunks are of {kind}, not {' or '.join(CHUNKS_OF)}"
     form = library.unsupported_layout(meta)
     return None if form is None else f"a Dask array whose chunks are {form}"
 

@@ -457,10 +457,13 @@ def _native_grad_of_part(
 ) -> Array | None:
     """Do it with the CPU kernels, where these are chosen; they want slopes in units of 1."""
     native, options = _native(block, target, call)
-    own, slopes, scale = of_rows
-    if native is None or (np.isinf(slopes / call.unit) & np.isfinite(slopes)).any():
+    if native is None:
         return None
-    of_rows = own, slopes / call.unit, scale
+    own, scaled, scale = of_rows
+    slopes = scaled / call.unit
+    if (np.isinf(slopes) & np.isfinite(scaled)).any():
+        return None
+    of_rows = own, slopes, scale
     grad: Array | None
     grad = native.part_grad(block, target, options, at, of_rows, np.empty_like(block))
     return grad

@@ -311,10 +311,6 @@ def _formula_loss(input: Any, target: Any, weight: Any, options: Options) -> Ten
     return _formula().loss(_problem(input, target, weight, options))
 
 
-def _formula_losses(input: Any, target: Any, weight: Any, options: Options) -> Tensor:
-    return formula.losses(_problem(input, target, weight, options))
-
-
 def _formula_loss_and_grad(
     input: Any, target: Any, weight: Any, grad_output: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
@@ -585,7 +581,7 @@ def _for_input(
     others = torch.where(active, curvature * (v - v.gather(-1, y)) * scale, 0)
     result = torch.where(own, -others.sum(-1, keepdim=True), others)
     result = torch.where(kept, result, 0).movedim(-1, axis)
-    losses = _formula_losses(input.detach(), target, weight, options)
+    losses = formula.losses(_problem(input.detach(), target, weight, options))
     return torch.where(losses.isnan(), torch.nan, result).to(input.dtype)
 
 

@@ -148,7 +148,7 @@ def _evaluate(arguments: Any) -> None:
 
 def _refuse_overwriting(arguments: Any) -> None:
     """Raise if the report is to be written over what is read, or over the journal."""
-    from mml_arrayapi.evaluation.files import find
+    from mml_arrayapi.evaluation.files import find, lies_in
     from mml_arrayapi.evaluation.journal import local_path
 
     given = (arguments.logits, arguments.targets, arguments.sample_weight)
@@ -161,7 +161,7 @@ def _refuse_overwriting(arguments: Any) -> None:
     report = os.path.realpath(arguments.report)
     for path in map(os.path.realpath, taken):
         # A store is a folder, and so is what the journal will lie in.
-        if report == path or report.startswith(f"{path}/") or path.startswith(f"{report}/"):
+        if lies_in(report, path) or lies_in(path, report):
             raise InputError(
                 f"--report {arguments.report}: would overwrite {path}, which this run uses; give "
                 "another file"

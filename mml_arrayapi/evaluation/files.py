@@ -267,6 +267,11 @@ def _is_cache(fs: Any) -> bool:
     return bool({*CACHES} & {*([kinds] if isinstance(kinds, str) else kinds)})
 
 
+def lies_in(path: str, folder: str) -> bool:
+    """Whether a path is that of a folder, or below it; both are real paths, or URLs."""
+    return path == folder or path.startswith((f"{folder}{os.sep}", f"{folder}/"))
+
+
 def _is_local(fs: Any) -> bool:
     return getattr(fs, "protocol", "") in ("file", ("file", "local"))
 
@@ -481,7 +486,8 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def cores(names: Sequence[str]) -> list[str]:
     """Return where names differ: without the beginning and the end that all share."""
-    rests = [name[_head(names) :] for name in names]
+    head = _head(names)
+    rests = [name[head:] for name in names]
     tail = common_start([rest[::-1] for rest in rests])[::-1]
     tail = re.sub(r"^[0-9]+", "", tail)
     return [rest[: len(rest) - len(tail)] for rest in rests]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mml_arrayapi.evaluation.figures import Evaluation
     from mml_arrayapi.evaluation.formats import Rules
     from mml_arrayapi.evaluation.inputs import Dataset
+    from mml_arrayapi.evaluation.journal import Journal
     from mml_arrayapi.evaluation.metrics import Loss, MetricState
 
 Array = Any
@@ -127,7 +128,6 @@ def evaluate(
     from mml_arrayapi.evaluation import inputs
     from mml_arrayapi.evaluation.cluster import Work, run
     from mml_arrayapi.evaluation.figures import figures_of
-    from mml_arrayapi.evaluation.journal import Journal
     from mml_arrayapi.evaluation.metrics import MetricState, count_batch
 
     loss = _check(p, margin, weight, reduction, backend, ignore_index)
@@ -136,8 +136,6 @@ def evaluate(
     rules = _rules(loss, unwritten_chunks)
     chunk_size = None if chunk_size is None else int(chunk_size)
     data = inputs.open_dataset(logits, targets, sample_weight, int(axis), chunk_size, rules)
-    if folder is not None:
-        _refuse_inside_stores(folder, data)
     if isinstance(scheduler, str) and scheduler == "threads":
         data.refuse_persisted()
     kernel = _kernel(data, loss)
@@ -163,7 +161,7 @@ def evaluate(
         stack.callback(inputs.forget)
         finished: dict[int, MetricState] = {}
         if folder is not None:
-            journal = Journal(folder, _about(data, loss, kernel, rules), len(data.batches))
+            journal = _open_journal(folder, data, _about(data, loss, kernel, rules))
             stack.callback(journal.close)
             finished = journal.finished
         for number, state in finished.items():
@@ -230,19 +228,23 @@ def check_path(name: str, given: Any) -> str:
     return str(os.fspath(given))
 
 
-def _refuse_inside_stores(folder: str, data: Dataset) -> None:
-    """Raise if the journal would lie in a store that is read, and so change it."""
-    place = folder.removeprefix("file://").rstrip("/")
-    place = place if "://" in place else os.path.realpath(place)
+def _open_journal(folder: str, data: Dataset, about: dict[str, Any]) -> Journal:
+    """Open the journal; raise if it would lie in a store that is read, and so change it."""
+    from mml_arrayapi.evaluation.files import lies_in
+    from mml_arrayapi.evaluation.journal import Journal, local_path
+
+    path = local_path(folder)
+    place = folder.rstrip("/") if path is None else os.path.realpath(path.parent)
     for shard in (shard for shards in data.shards.values() for shard in shards):
-        if getattr(shard.source, "store", False):
-            store = replace(shard.source, item="").where.rstrip("/")
-            store = store if "://" in store else os.path.realpath(store)
-            if f"{place}/".startswith(f"{store}/"):
-                raise InputError(
-                    f"checkpoint {folder}: lies in {shard.source.plain_name}, which this run reads "
-                    "and would change; give another folder"
-                )
+        if not getattr(shard.source, "store", False):
+            continue
+        store, _ = replace(shard.source, item="").identity(())
+        if lies_in(place, store):
+            raise InputError(
+                f"checkpoint {folder}: lies in {shard.source.plain_name}, which this run reads and "
+                "would change; give another folder"
+            )
+    return Journal(folder, about, len(data.batches))
 
 
 def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
+from tests.reference import UNDEFINED
 from tests.tree import run_python
 
 jax = pytest.importorskip("jax")
@@ -300,15 +301,6 @@ def test_second_derivatives_of_a_row_of_nan_are_nan(p, place, transform):
     second = transform(grad)(x)
     assert np.isnan(second[0, :, 0]).all()
     assert not np.isnan(second[1, :, 1]).any()
-
-
-UNDEFINED = {  # of the first row: its scores, target, and class 1's weight
-    "a score": ([0.5, -1.4, 2.0, math.nan], 1, 1.0),
-    "own score": ([0.5, math.nan, 2.0, 0.0], 1, 1.0),
-    "infinities": ([0.0, math.inf, math.inf, 0.0], 1, 1.0),
-    "target": ([0.5, -1.4, 2.0, 0.1], 7, 1.0),
-    "weight": ([0.5, -1.4, 2.0, 0.1], 1, math.nan),
-}
 
 
 @pytest.mark.parametrize("p", P)

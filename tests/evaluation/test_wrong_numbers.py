@@ -24,6 +24,13 @@ def parts(name, array, n, numbers=None):
         np.save(f"{name}-{i if numbers is None else numbers[i]}.npy", part)
 
 
+def halves(array, names):
+    """Save the halves of an array under two names."""
+    for name, half in zip(names, np.array_split(array, 2), strict=True):
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        np.save(f"{name}.npy", half)
+
+
 # The order of files.
 
 
@@ -311,9 +318,8 @@ def test_lists_with_the_same_names_in_another_order(arrays, files, wanted):
 @pytest.mark.parametrize("labels", [["t01", "t00"], ["t2", "t1"], ["b", "a"]], ids="-".join)
 def test_lists_with_the_same_numbers_in_another_order(arrays, files, labels):
     scores = ["sa", "sb"] if labels[0] == "b" else ["s0", "s1"]
-    for names, array in ((scores, arrays[0]), (sorted(labels), arrays[1])):
-        for name, part in zip(names, np.array_split(array, 2), strict=True):
-            np.save(f"{name}.npy", part)
+    halves(arrays[0], scores)
+    halves(arrays[1], sorted(labels))
     scores, labels = ([f"{name}.npy" for name in names] for names in (scores, labels))
     mml.evaluate(scores, sorted(labels))
     with pytest.raises(mml.InputError, match="by name, but in another order"):
@@ -322,17 +328,13 @@ def test_lists_with_the_same_numbers_in_another_order(arrays, files, labels):
 
 @pytest.mark.parametrize("names", ["s_-5 s_-10", "s_1e-3 s_1e-4", "s=-1 s=-2", "-1 -2"])
 def test_numbers_with_a_sign_are_no_order(arrays, files, fails, names):
-    for name, part in zip(names.split(), np.array_split(arrays[0], 2), strict=True):
-        os.makedirs("d", exist_ok=True)
-        np.save(f"d/{name}.npy", part)
+    halves(arrays[0], [f"d/{name}" for name in names.split()])
     assert "the order of its 2 files is in doubt" in fails("d/*.npy", "y.npy")
 
 
 @pytest.mark.parametrize("names", ["part-1 part-2", "a1b2e4-1 a1b2e4-2", "x(1)-1 x(1)-2"])
 def test_numbers_behind_a_hyphen_are_an_order(arrays, files, wanted, names):
-    for name, part in zip(names.split(), np.array_split(arrays[0], 2), strict=True):
-        os.makedirs("d", exist_ok=True)
-        np.save(f"d/{name}.npy", part)
+    halves(arrays[0], [f"d/{name}" for name in names.split()])
     assert mml.evaluate("d/*.npy", "y.npy") == wanted
 
 

@@ -409,12 +409,6 @@ def run(
 
 
 if __name__ == "__main__":
-    library, scalar, part, parts, *powers = sys.argv[1:]
-    number = run(
-        Machine(Path(library)),
-        int(scalar),
-        tuple(map(float, powers)),
-        int(part),
-        int(parts),
-    )
+    library, scalar, *powers = sys.argv[1:]
+    number = run(Machine(Path(library)), int(scalar), tuple(map(float, powers)))
     print(f"{number} cases")

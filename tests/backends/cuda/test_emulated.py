@@ -349,7 +349,7 @@ def _sanitized(library: Path, variant: tuple[int, int]) -> subprocess.CompletedP
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
     return subprocess.run(
-        [sys.executable, "-m", emulator.__name__, str(library), str(scalar), "0", "1",
+        [sys.executable, "-m", emulator.__name__, str(library), str(scalar),
          *map(str, POWERS[power][:1])],
         cwd=ROOT,
         env={**os.environ, "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"},

@@ -1,7 +1,10 @@
 """What the tests of Dask share."""
 
 import dask
+import dask.array as da
 import pytest
+
+EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()  # arrays of the query planner
 
 
 @pytest.fixture(params=["128MiB", "1B"], ids=["together", "apart"])

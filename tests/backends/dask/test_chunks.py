@@ -11,8 +11,7 @@ import pytest
 import mml_arrayapi as mml
 from mml_arrayapi.backends.dask import chunks
 from mml_arrayapi.backends.dask.alignment import TaskOptions
-
-EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()  # arrays of the query planner
+from tests.backends.dask.conftest import EXPRESSIONS
 
 RNG = np.random.default_rng(0)
 N, C = 60, 33

@@ -13,10 +13,10 @@ from dask.callbacks import Callback
 import mml_arrayapi as mml
 from mml_arrayapi.backends.dask import chunks as tasks
 from mml_arrayapi.backends.dask import graph
+from tests.backends.dask.conftest import EXPRESSIONS
 
 RNG = np.random.default_rng(0)
 C = 12
-EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()  # arrays of the query planner
 
 
 pytestmark = pytest.mark.usefixtures("chunks_of_classes")

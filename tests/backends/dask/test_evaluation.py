@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from tests.backends.dask.conftest import EXPRESSIONS
 
 N, C = 300, 7
-EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()
 HOW = {"p": 2, "ignore_index": -100}
 CUTS = {
     "one": (N, C),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from tests.backends.dask.conftest import EXPRESSIONS
 
 RNG = np.random.default_rng(0)
 C = 6
-EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'array.query-planning':RuntimeWarning")
 

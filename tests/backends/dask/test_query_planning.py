@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends.dask.conftest import EXPRESSIONS
+
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
-
-EXPRESSIONS = getattr(da, "array_expr_enabled", bool)()
 
 
 @pytest.mark.skipif(dask.__version__ < "2026", reason="the query planner of older Dask lacks more")

@@ -7,6 +7,7 @@ import pytest
 
 from mml_arrayapi import InvalidTargetError, explain, multi_margin_loss, multi_margin_loss_and_grad
 from tests.backends.pytorch.conftest import compile_whole
+from tests.reference import UNDEFINED
 from tests.reference import loss_and_grad as reference
 
 torch = pytest.importorskip("torch")
@@ -49,15 +50,6 @@ def test_first_and_second_derivatives_of_scores_and_weight(batch, p):
 
     assert torch.autograd.gradcheck(loss, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, arguments)
-
-
-UNDEFINED = {  # of the first row: its scores, target, and class 1's weight
-    "a score": ([0.5, -1.4, 2.0, math.nan], 1, 1.0),
-    "own score": ([0.5, math.nan, 2.0, 0.0], 1, 1.0),
-    "infinities": ([0.0, math.inf, math.inf, 0.0], 1, 1.0),
-    "target": ([0.5, -1.4, 2.0, 0.1], 7, 1.0),
-    "weight": ([0.5, -1.4, 2.0, 0.1], 1, math.nan),
-}
 
 
 def _double_backward(loss, x):
