@@ -54,10 +54,9 @@ def calls_of(shape, dtype, options, backward):
         raise SystemExit(str(explain(x, y, **keywords)))
     upstream = torch.ones(shape[0] if reduction == "none" else (), dtype=dtype)
     torch.compiler.reset()  # else it gives up compiling after eight rows
+    leaf = x.requires_grad_(backward)  # one for all: a copy's pages may take half as long again
 
     def call(function):
-        leaf = x.clone().requires_grad_(backward)
-
         def run():
             leaf.grad = None
             loss = function(leaf, y, **keywords)
