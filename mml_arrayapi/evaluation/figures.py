@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from mml_arrayapi.evaluation.errors import on_a_line
 from mml_arrayapi.evaluation.files import common_start
@@ -23,8 +23,7 @@ BARS = 64  # bars of one width in the histogram
 OUTSIDE = 1000  # at most one in so many samples lies outside these
 
 
-@dataclass(frozen=True, slots=True)
-class ClassFigures:
+class ClassFigures(NamedTuple):
     """The figures of the samples whose target is one class.
 
     Attributes
@@ -186,7 +185,7 @@ class Evaluation:
         """
         made = {"schema": SCHEMA, **{name: getattr(self, name) for name in self.__slots__}}
         made["n_classes"] = len(self.classes)
-        made["classes"] = {str(c): asdict(f) for c, f in enumerate(self.classes) if f.count}
+        made["classes"] = {str(c): f._asdict() for c, f in enumerate(self.classes) if f.count}
         made["histogram"] = self.bars()
         made["worst"] = [asdict(sample) for sample in self.worst]
         plain: dict[str, Any] = as_json(made)
@@ -304,10 +303,10 @@ def _unpickled(*values: Any) -> Evaluation:
 
 
 def _with_one_nan(value: Any) -> Any:
+    if isinstance(value, ClassFigures):
+        return ClassFigures(*map(_with_one_nan, value))
     if isinstance(value, tuple):
         return tuple(map(_with_one_nan, value))
-    if isinstance(value, ClassFigures):
-        return ClassFigures(*(_with_one_nan(getattr(value, name)) for name in value.__slots__))
     return math.nan if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -337,9 +336,10 @@ def figures_of(
     -------
     Evaluation
     """
-    total = ExactSum(sum(state.sums), *(int(state.counts[i].sum()) for i in (0, 3, 4, 5)))
+    units = int(state.sums[0].sum())
+    total = ExactSum(units, *(int(state.counts[i].sum()) for i in (0, 3, 4, 5)))
     (samples, weight), (_, correct), (_, inside) = (state.total(kind) for kind in range(3))
-    mean = _over(total, weight, weighted=bool(state.weights))
+    mean = _over(total, weight, weighted=state.weighted)
     return Evaluation(
         loss=total.over(1) if reduction == "sum" else mean,
         reduction=reduction,
@@ -350,7 +350,7 @@ def figures_of(
         margin=loss.margin,
         weight=None if loss.weight is None else tuple(loss.weight.tolist()),
         ignore_index=loss.ignore_index,
-        weighted=bool(state.weights),
+        weighted=state.weighted,
         kernel=kernel,
         classes=_class_figures(state),
         unit=loss.unit,
@@ -383,17 +383,18 @@ def _worst(sample: Any, data: Dataset) -> WorstSample:
 
 
 def _class_figures(state: MetricState) -> tuple[ClassFigures, ...]:
-    counts = state.counts.T.tolist()
-    weights = zip(*state.weights, strict=True) if state.weights else (row[:3] for row in counts)
+    count, right, inside, *odd = state.counts.tolist()
+    sums, *of_weights = state.sums.tolist()
+    shares = of_weights or (count, right, inside)
     found = [
         ClassFigures(
-            count,
-            _over(ExactSum(units, count, *odd), weight, weighted=bool(state.weights)),
+            n,
+            _over(ExactSum(units, n, *strange), weight, weighted=state.weighted),
             _share(right, weight),
             _share(inside, weight),
         )
-        for (count, _, _, *odd), units, (weight, right, inside) in zip(
-            counts, state.sums, weights, strict=True
+        for n, units, strange, weight, right, inside in zip(
+            count, sums, zip(*odd, strict=True), *shares, strict=True
         )
     ]
     made = [ClassFigures(0, math.nan, math.nan, math.nan)] * state.n_classes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mml_arrayapi.exact_sum import ExactSum, exact_sums, shifted, weighted
@@ -113,11 +112,9 @@ class MetricState:
     counts : numpy array of int64, shape (6, K)
         Per class: samples; those whose target has the highest score; those with another class
         within the margin; losses that are NaN, infinite, minus infinite.
-    sums : list of int
-        Per class, the sum of the finite losses (times the samples' weights) in units of
-        ``2 ** -UNIT``.
-    weights : list of lists of int
-        With sample weights, their sums in the same units, for the first three of the counts.
+    sums : numpy array of int, shape (1, K) or (4, K)
+        Per class, the sum of the finite losses in units of ``2 ** -UNIT``. With sample weights, of
+        the losses times these, and then the sums of the weights for the first three of the counts.
     histogram : Counter
         How far the target's score lies above the highest other score: how many by bin.
     confusions : Counter or None
@@ -140,7 +137,6 @@ class MetricState:
         "n_classes",
         "nan",
         "sums",
-        "weights",
         "worst",
     )
 
@@ -150,79 +146,23 @@ class MetricState:
         self.n_classes = n_classes
         self.classes = np.arange(0)
         self.counts = np.zeros((KINDS, 0), dtype=np.int64)
-        self.sums: list[int] = []
-        self.weights: list[list[int]] = [[] for _ in range(3 if weighted else 0)]
+        self.sums = np.zeros((4 if weighted else 1, 0), dtype=object)
         self.histogram: Counter[int] = Counter()
         self.confusions: Counter[int] | None = Counter()
         self.worst: list[Sample] = []
         self.nan: list[int] = []
         self.ignored = 0
 
-    def add(
-        self,
-        scores: np.ndarray,
-        target: np.ndarray,
-        weights: np.ndarray | None,
-        loss: Loss,
-        first: int = 0,
-    ) -> None:
-        """Add samples.
-
-        Parameters
-        ----------
-        scores : numpy array, shape (N, C), real floating
-            The scores.
-        target : numpy array, shape (N,), any integer dtype
-            Each sample's class.
-        weights : numpy array, shape (N,), or None
-            Each sample's weight.
-        loss : Loss
-            The loss's parameters.
-        first : int
-            The place of the first one among all samples.
-
-        Raises
-        ------
-        InvalidTargetError
-            A target is out of range; its position is counted within ``target``.
-        """
-        import numpy as np
-
-        keep = None
-        if loss.ignore_index is not None:
-            ignored = target == loss.ignore_index
-            if ignored.any():
-                keep = np.flatnonzero(~ignored)
-                self.ignored += len(target) - len(keep)
-                target = np.where(ignored, 0, target)
-        if len(target) and not (target.min() >= 0 and target.max() < scores.shape[1]):
-            raise_invalid_target(target, scores.shape[1])
-        step = max(64, min(ROWS, BLOCK // scores.shape[1]))
-        for start in range(0, len(target) if keep is None else len(keep), step):
-            rows: Any = slice(start, min(start + step, len(target)))
-            places = np.arange(rows.start, rows.stop) if keep is None else keep[rows]
-            rows = rows if keep is None else places
-            weight = None if weights is None else weights[rows]
-            self.merge(
-                _count(
-                    scores[rows],
-                    target[rows].astype(np.int64, copy=False),
-                    weight,
-                    loss,
-                    places + first,
-                )
-            )
+    @property
+    def weighted(self) -> bool:
+        """Whether the samples have weights."""
+        return len(self.sums) > 1
 
     def merge(self, other: MetricState) -> None:
         """Add what another state holds."""
         where = self._places(other.classes)
         self.counts[:, where] += other.counts
-        for mine, theirs in (
-            (self.sums, other.sums),
-            *zip(self.weights, other.weights, strict=True),
-        ):
-            for i, value in zip(where.tolist(), theirs, strict=True):
-                mine[i] += value
+        self.sums[:, where] += other.sums
         self.histogram.update(other.histogram)
         if self.confusions is not None and other.confusions is not None:
             self.confusions.update(other.confusions)
@@ -234,23 +174,23 @@ class MetricState:
         self.nan = sorted(self.nan + other.nan)[:WORST]
         self.ignored += other.ignored
 
-    def _places(self, classes: np.ndarray) -> np.ndarray:
+    def _places(self, classes: np.ndarray) -> Any:
         """Return where classes stand here; make room for those that don't yet."""
         import numpy as np
 
         if len(classes) == len(self.classes) and (classes == self.classes).all():
-            return np.arange(len(classes))
+            return slice(None)
         # Both are sorted: np.union1d(), which doesn't know, takes four times as long.
         union = np.sort(np.concatenate([self.classes, classes]), kind="stable")
         union = union[np.diff(union, prepend=-1) > 0]
         if len(union) > len(self.classes):
             old = np.searchsorted(union, self.classes)
-            counts = np.zeros((KINDS, len(union)), dtype=np.int64)
-            counts[:, old] = self.counts
-            self.classes, self.counts = union, counts
-            self.sums, *self.weights = (
-                _spread(sums, old, len(union)) for sums in (self.sums, *self.weights)
-            )
+            for name in ("counts", "sums"):
+                rows = getattr(self, name)
+                wider = np.zeros((len(rows), len(union)), rows.dtype)
+                wider[:, old] = rows
+                setattr(self, name, wider)
+            self.classes = union
         return np.searchsorted(self.classes, classes)
 
     def state(self) -> dict[str, Any]:
@@ -259,7 +199,7 @@ class MetricState:
             "n_classes": self.n_classes,
             "classes": self.classes.tolist(),
             "counts": self.counts.tolist(),
-            "sums": [[_hex(value) for value in sums] for sums in (self.sums, *self.weights)],
+            "sums": [[_hex(value) for value in sums] for sums in self.sums.tolist()],
             "histogram": _pairs(self.histogram),
             "confusions": None if self.confusions is None else _pairs(self.confusions),
             "worst": [
@@ -278,7 +218,7 @@ class MetricState:
         made.classes = np.asarray(state["classes"], dtype=np.int64)
         made.counts = np.asarray(state["counts"], dtype=np.int64).reshape(KINDS, -1)
         sums = [[_unhex(text) for text in row] for row in state["sums"]]
-        made.sums, made.weights = sums[0], sums[1:]
+        made.sums = np.asarray(sums, dtype=object).reshape(len(sums), -1)
         made.histogram = Counter(dict(zip(*state["histogram"], strict=True)))
         pairs = state["confusions"]
         made.confusions = None if pairs is None else Counter(dict(zip(*pairs, strict=True)))
@@ -292,13 +232,65 @@ class MetricState:
     def total(self, kind: int = 0) -> tuple[int, int]:
         """Return how many samples there are of a kind of count, and their weight in units."""
         count = int(self.counts[kind].sum())
-        return count, sum(self.weights[kind]) if self.weights else count
+        return count, int(self.sums[1 + kind].sum()) if self.weighted else count
 
 
-def _spread(values: Sequence[int], places: np.ndarray, n: int) -> list[int]:
-    made = [0] * n
-    for i, value in zip(places.tolist(), values, strict=True):
-        made[i] = value
+def counted(
+    scores: np.ndarray,
+    target: np.ndarray,
+    weights: np.ndarray | None,
+    loss: Loss,
+    first: int = 0,
+) -> MetricState:
+    """Count samples.
+
+    Parameters
+    ----------
+    scores : numpy array, shape (N, C), real floating
+        The scores.
+    target : numpy array, shape (N,), any integer dtype
+        Each sample's class.
+    weights : numpy array, shape (N,), or None
+        Each sample's weight.
+    loss : Loss
+        The loss's parameters.
+    first : int
+        The place of the first one among all samples.
+
+    Returns
+    -------
+    MetricState
+
+    Raises
+    ------
+    InvalidTargetError
+        A target is out of range; its position is counted within ``target``.
+    """
+    import numpy as np
+
+    keep, n = None, len(target)
+    if loss.ignore_index is not None:
+        ignored = target == loss.ignore_index
+        if ignored.any():
+            keep = np.flatnonzero(~ignored)
+            target = np.where(ignored, 0, target)
+    if n and not (target.min() >= 0 and target.max() < scores.shape[1]):
+        raise_invalid_target(target, scores.shape[1])
+    step = max(64, min(ROWS, BLOCK // scores.shape[1]))
+    made = None
+    for start in range(0, n if keep is None else len(keep), step):
+        rows: Any = slice(start, min(start + step, n))
+        places = np.arange(rows.start, rows.stop) if keep is None else keep[rows]
+        rows = rows if keep is None else places
+        weight = None if weights is None else weights[rows]
+        classes = target[rows].astype(np.int64, copy=False)
+        block = _count(scores[rows], classes, weight, loss, places + first)
+        if made is None:
+            made = block
+        else:
+            made.merge(block)
+    made = made or MetricState(scores.shape[1], weighted=weights is not None)
+    made.ignored = 0 if keep is None else n - len(keep)
     return made
 
 
@@ -343,13 +335,14 @@ def _count(
         for row, odd in enumerate((nan, values == math.inf, values == -math.inf), 3):
             made.counts[row] = np.bincount(groups[odd], minlength=n)
     kept = slice(None) if finite.all() else finite
-    made.sums = exact_sums(values[kept], groups[kept], n)
+    sums = [exact_sums(values[kept], groups[kept], n)]
     for where, more, shift in others:
         for i, total in enumerate(exact_sums(more, groups[where], n) if len(where) else ()):
-            made.sums[i] += shifted(total, shift)
+            sums[0][i] += shifted(total, shift)
     if weights is not None:
         chosen = [kinds & kind == kind for kind in (0, RIGHT, INSIDE)]
-        made.weights = [exact_sums(weights[which], groups[which], n) for which in chosen]
+        sums += [exact_sums(weights[which], groups[which], n) for which in chosen]
+    made.sums = np.asarray(sums, dtype=object)
     found = _frequencies(bins)
     made.histogram = Counter({b: k for b, k in found.items() if abs(b) <= 0x7FF << STEPS})
     if nan.any():
@@ -397,13 +390,11 @@ def _worst(losses: np.ndarray) -> np.ndarray:
     """Return the rows of the highest losses, NaN left out."""
     import numpy as np
 
-    # The least of the 20 highest maxima of groups is a bound that costs one look at each loss.
-    group = max(1, len(losses) // (8 * WORST))
-    groups = losses[: len(losses) // group * group].reshape(-1, group)
-    highest = np.sort(
-        np.nan_to_num(groups.max(axis=1), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    )
-    bound = highest[-WORST] if len(highest) >= WORST else -math.inf
+    bound = -math.inf
+    if (group := len(losses) // (8 * WORST)) > 1:
+        # The least of the 20 highest maxima of groups: a bound that costs one look at each loss.
+        highest = losses[: len(losses) // group * group].reshape(-1, group).max(axis=1)
+        bound = np.sort(np.where(np.isnan(highest), -math.inf, highest))[-WORST]
     rows = np.flatnonzero(losses >= bound)
     return rows[np.argsort(-losses[rows], kind="stable")[:WORST]]
 
@@ -522,15 +513,13 @@ def count_batch(
             parts.append(_checked(rows, *_place(part, at)))
             at += len(rows)
         weights = np.concatenate(parts).reshape(-1)
-    state = MetricState(n_classes, weighted=weights is not None)
     rows = np.moveaxis(scores, axis, -1).reshape(-1, n_classes)
     try:
-        state.add(rows, target.reshape(-1), weights, loss, batch.start * samples_per_row)
+        return counted(rows, target.reshape(-1), weights, loss, batch.start * samples_per_row)
     except InvalidTargetError as error:
         first, *others = (int(i) for i in np.unravel_index(error.position[0], target.shape))
         position = (first + batch.start, *others)
         raise InvalidTargetError(position, error.value, error.n_classes) from None
-    return state
 
 
 def _place(part: Any, at: int) -> tuple[str, int]:

@@ -10,7 +10,7 @@ import pytest
 
 import mml_arrayapi as mml
 from mml_arrayapi.backends import cpu
-from mml_arrayapi.evaluation.metrics import Loss, MetricState, bin_start
+from mml_arrayapi.evaluation.metrics import Loss, MetricState, bin_start, counted
 from mml_arrayapi.loss import sample_losses
 
 N, C = 700, 6
@@ -277,8 +277,7 @@ def test_the_state_survives_json():
     from mml_arrayapi.evaluation.metrics import Loss
 
     for weights in (None, rng.random(500)):
-        state = MetricState(40, weighted=weights is not None)
-        state.add(scores, target, weights, Loss())
+        state = counted(scores, target, weights, Loss())
         told = json.loads(json.dumps(state.state(), allow_nan=False))
         assert len(told["classes"]) == 25
         assert MetricState.from_state(told).state() == state.state()
@@ -290,8 +289,7 @@ def test_many_classes_cost_what_is_there():
     from mml_arrayapi.evaluation.metrics import Loss
 
     scores = np.zeros((42, 100_000), np.float32)
-    state = MetricState(100_000)
-    state.add(scores, np.arange(42), None, Loss())
+    state = counted(scores, np.arange(42), None, Loss())
     assert len(pickle.dumps(state)) < 20_000
     assert len(json.dumps(state.state())) < 20_000
 
@@ -342,6 +340,5 @@ def test_counts_are_the_same_without_compiled_kernels(dtype, n_classes, monkeypa
     states = []
     for native in (cpu.native, None):
         monkeypatch.setattr(cpu, "native", native)
-        states.append(MetricState(n_classes, weighted=True))
-        states[-1].add(scores, target, weights, loss)
+        states.append(counted(scores, target, weights, loss))
     assert json.dumps(states[0].state()) == json.dumps(states[1].state())
