@@ -320,9 +320,22 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
     ValueError
         The kernel asked for is unknown, refuses, or turned out to be unusable.
     """
-    kernel = choose(problem, backend)
+    return run_on(choose(problem, backend), problem, backend, operation, *arguments)[0]
+
+
+def run_on(
+    kernel: Kernel, problem: Problem, backend: str | None, operation: str, *arguments: Any
+) -> tuple[Any, str]:
+    """Do what :func:`run` does, on a kernel that has been chosen.
+
+    Returns
+    -------
+    result : array or tuple of arrays
+    name : str
+        That of the kernel that ran.
+    """
     if kernel is GENERIC:
-        return getattr(GENERIC, operation)(problem, *arguments)
+        return getattr(GENERIC, operation)(problem, *arguments), GENERIC.name
     name, source = overrides.asked_for(backend)
     result = None
     try:
@@ -333,40 +346,43 @@ def run(problem: Problem, backend: str | None, operation: str, *arguments: Any) 
     if reason is not None and kernel.name == name:
         raise ValueError(_cannot_run(name, source, reason))
     if reason is not None:
-        return getattr(GENERIC, operation)(problem, *arguments)
+        return getattr(GENERIC, operation)(problem, *arguments), GENERIC.name
     if kernel.name not in _BUILT_IN:
-        _check_result(kernel, problem, operation, result)
-    return result
+        result = _checked_result(kernel, problem, operation, result)
+    return result, kernel.name
 
 
-def _check_result(kernel: Kernel, problem: Problem, operation: str, result: Any) -> None:
-    """Refuse what a caller could not be given."""
+def _checked_result(kernel: Kernel, problem: Problem, operation: str, result: Any) -> Any:
+    """Return a kernel's result; refuse what a caller could not be given."""
     dtype, target, reduction = problem.input.dtype, problem.target, problem.reduction
     if operation == "loss":
-        return _check_loss(kernel, result, dtype, target, reduction)
+        return _checked_loss(kernel, result, dtype, target, reduction)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             f"kernel {kernel.name!r}: loss_and_grad must return a loss and a gradient, a tuple of "
             f"two arrays, but returned {in_words(result)}"
         )
     loss, grad = result
-    _check_loss(kernel, loss, dtype, target, reduction)
-    return _check_array(kernel, "gradient", grad, dtype, tuple(problem.input.shape))
+    loss = _checked_loss(kernel, loss, dtype, target, reduction)
+    _check_array(kernel, "gradient", grad, dtype, tuple(problem.input.shape))
+    return loss, grad
 
 
-def _check_loss(kernel: Kernel, loss: Any, dtype: Any, target: Array, reduction: str) -> None:
-    """Refuse what is no loss; a mean may be a plain number."""
-    if reduction == "none":
-        _check_array(kernel, "loss", loss, dtype, tuple(target.shape))
-    elif not isinstance(loss, (int, float)) or isinstance(loss, bool):
-        _check_array(kernel, "loss", loss, dtype, ())
+def _checked_loss(kernel: Kernel, loss: Any, dtype: Any, target: Array, reduction: str) -> Any:
+    """Return a loss; refuse what is none. A mean may be a plain number."""
+    shape = tuple(target.shape) if reduction == "none" else ()
+    if type(loss) in (int, float):
+        loss = library_of("target", target).namespace.asarray(loss, dtype=dtype)
+    _check_array(kernel, "loss", loss, dtype, shape)
+    return loss
 
 
 def _check_array(kernel: Kernel, what: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
     """Refuse what is no array of the kernel's library, a dtype and a shape."""
     try:
         fits = same_shape(tuple(array.shape), shape) and bool(array.dtype == dtype)
-        if fits and library_of("input", array).name == kernel.library:
+        library = library_of("input", array)
+        if fits and library.name == kernel.library and library.unsupported_layout(array) is None:
             return
     except (AttributeError, TypeError, ValueError):
         pass
@@ -639,7 +655,7 @@ def _guarded(kernel: Kernel, direct: Callable[..., Array | None]) -> Callable[..
         if loss is not None:
             scores = library_of("input", input).under_autocast
             dtype = input.dtype if scores is None else scores(input).dtype
-            _check_loss(kernel, loss, dtype, target, options[2])
+            loss = _checked_loss(kernel, loss, dtype, target, options[2])
         return loss
 
     return guarded

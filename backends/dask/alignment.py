@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
-from dask.layers import ArraySliceDep
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import library_of
@@ -120,7 +119,9 @@ def match_rows(problem: Problem, array: Any, name: str = "target") -> da.Array:
     if array.chunks == rows:
         return array
     if known and not unknown(array):
-        return array.rechunk(rows)
+        made = array.rechunk(rows)
+        # What has no elements Dask leaves in the chunks it has.
+        return made if made.chunks == rows else da.zeros_like(array, chunks=rows)
     if array.numblocks != tuple(map(len, rows)):
         raise ValueError(
             f"{name} must have as many chunks as input where sizes of chunks are unknown, but "
@@ -165,9 +166,21 @@ def _only_number(blocks: list[Array]) -> Array:
     return blocks[0][0]
 
 
-def slices(array: da.Array) -> ArraySliceDep:
-    """Return what tells each block of a blockwise operation its place in the whole array."""
-    return ArraySliceDep(array.chunks)
+def chunks_of(problem: Problem, target: da.Array) -> tuple[tuple[Any, ...], ...]:
+    """Return the chunks of the scores; what is unknown of the rows' sizes, the targets' may tell.
+
+    Parameters
+    ----------
+    problem : Problem
+        The checked call.
+    target : dask array
+        The targets, in matching chunks.
+    """
+    chunks = list(problem.input.chunks)
+    for i, sizes in zip(batch_axes(problem), target.chunks, strict=True):
+        if any(map(math.isnan, chunks[i])):
+            chunks[i] = sizes
+    return tuple(chunks)
 
 
 def check_length(batch: tuple[int, ...], target: Any) -> None:
@@ -198,9 +211,9 @@ def check_sizes(block: Array, place: tuple[slice, ...]) -> None:
     Parameters
     ----------
     block : array
-        The chunk of scores.
+        The chunk of scores, which fits that of the targets.
     place : tuple of slice
-        Where it lies in the whole array; NaN where that is unknown.
+        Where it lies in the whole array, as the chunks of both say; NaN where that is unknown.
 
     Raises
     ------
@@ -210,8 +223,8 @@ def check_sizes(block: Array, place: tuple[slice, ...]) -> None:
     declared = tuple(part.stop - part.start for part in place)
     if any(m != n and n == n for m, n in zip(block.shape, declared, strict=True)):
         raise ValueError(
-            f"input must have chunks of the sizes that it declares, but a chunk has shape "
-            f"{tuple(block.shape)} instead of {declared}; give map_blocks() its chunks"
+            "input must have chunks of the sizes that it, or target, declares, but a chunk has "
+            f"shape {tuple(block.shape)} instead of {declared}; give map_blocks() its chunks"
         )
 
 
@@ -306,14 +319,14 @@ def check_targets(
 
 
 def check_kind(name: str, block: Array) -> None:
-    """Refuse a chunk of another library, and a masked one, whose mask a kernel would not see.
+    """Refuse a chunk of another library, and one whose mask or unit a kernel would not see.
 
     Raises
     ------
     TypeError
         With the argument's name.
     """
-    if isinstance(block, np.ma.MaskedArray):
+    if isinstance(block, np.ma.MaskedArray):  # with a word on ignore_index
         raise TypeError(
             f"{name} must have plain chunks, but a chunk is a masked array; fill it first, or mark "
             "the samples to leave out with ignore_index"
@@ -324,3 +337,5 @@ def check_kind(name: str, block: Array) -> None:
             f"{name} must have chunks of NumPy or CuPy, but a chunk is of type "
             f"{kind.__module__}.{kind.__qualname__}"
         )
+    if (form := library_of(name, block).unsupported_layout(block)) is not None:
+        raise TypeError(f"{name} must have plain chunks, but a chunk is {form}")

@@ -33,7 +33,7 @@ from mml_arrayapi.backends.dask.report import Ran, ran, warn_of_mixture
 from mml_arrayapi.exact_sum import ExactSum
 from mml_arrayapi.kernel import Kernel, Problem
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.registry import GENERIC, choose
+from mml_arrayapi.registry import GENERIC, choose, run_on
 from mml_arrayapi.validation import check_arrays
 
 Array = Any
@@ -203,10 +203,9 @@ def _run(
     if len(blocks) == 1 and blocks[0].dtype == dtype:
         problem, kernel = _chosen(blocks[0], target, weight, call)
         if kernel is not GENERIC:
-            if scale is None:
-                return Rows(kernel.loss(problem), n_ignored, ran(kernel.name)), []
-            losses, whole = kernel.loss_and_grad(problem, scale)
-            return Rows(losses, n_ignored, ran(kernel.name)), [whole]
+            made, name = _by(kernel, problem, call, scale)
+            losses, grads = (made, []) if scale is None else (made[0], [made[1]])
+            return Rows(losses, n_ignored, ran(name)), grads
     if scale is None and (found := _losses_of_pieces(blocks, target, weight, call)) is not None:
         return Rows(found, n_ignored, ran(NATIVE)), []
     losses, parts = xp.empty(target.shape, dtype=dtype), call.indices
@@ -214,11 +213,10 @@ def _run(
     name = GENERIC.name
     for where, rows, tile in _joined_tiles(xp, blocks, dtype, call):
         problem, kernel = _chosen(tile, target[rows], weight, call)
-        name = kernel.name
         if scale is None:
-            losses[rows] = kernel.loss(problem)
+            losses[rows], name = _by(kernel, problem, call)
             continue
-        losses[rows], made = kernel.loss_and_grad(problem, scale[rows])
+        (losses[rows], made), name = _by(kernel, problem, call, scale[rows])
         for grad, part in zip(grads, parts, strict=True):
             grad[where] = made[part]
     return Rows(losses, n_ignored, ran(name)), grads
@@ -287,6 +285,17 @@ def _chosen(
     if kernel is GENERIC or kernel.refuses(problem) is not None:
         problem = problem._replace(input=block.copy(order="K"))
     return problem, kernel
+
+
+def _by(
+    kernel: Kernel, problem: Problem, call: Call, scale: Array | None = None
+) -> tuple[Any, str]:
+    """Run a problem on a kernel; return the result, and the name of the kernel that ran.
+
+    With a scale, the result is the losses and the gradient.
+    """
+    operation = "loss" if scale is None else "loss_and_grad"
+    return run_on(kernel, problem, call.backend, operation, *(() if scale is None else (scale,)))
 
 
 def _in_order(block: Array) -> Array:
@@ -382,32 +391,55 @@ def _part_of_rows(
     xp: Any, block: Array, at: int, target: Array, own: Array, call: Call, slopes: bool
 ) -> Part:
     """Do it with any kernel. It divides by the number of its classes, so nothing overflows."""
+    if _margin_is_infinite(call):
+        return _part_beside_infinity(xp, block, at, target, own, call)
     n, axis = block.shape[call.axis] + 1, call.axis
     inside, column = _column(xp, block.shape[call.axis], at, target)
     sums = xp.empty(target.shape, dtype=xp.float64)
     of_slopes = xp.empty(target.shape, dtype=xp.float64) if slopes else None
     name = GENERIC.name
-    is_infinite = _margin_is_infinite(call) and call.options.margin > 0
     for where, rows in _tiles(block.shape, axis):
         few = block[where], target[rows], column[rows], own[rows], inside[rows]
         problem, kernel = _with_own_class(xp, *few, call)
-        name = kernel.name
         if of_slopes is None:
-            sums[rows] = kernel.loss(problem)
+            sums[rows], name = _by(kernel, problem, call)
             continue
-        sums[rows], grad = kernel.loss_and_grad(problem, xp.ones_like(sums[rows]))
+        (sums[rows], grad), name = _by(kernel, problem, call, xp.ones_like(sums[rows]))
         place = xp.expand_dims(column[rows], axis=axis)
         by_own = xp.squeeze(xp.take_along_axis(grad, place, axis=axis), axis=axis)
         # What stands beside a target's score of minus infinity costs something, and isn't there.
         extra = grad[(*(slice(None),) * axis, n - 1)]
         by_own = by_own + xp.where(inside[rows] & xp.isfinite(extra), extra, 0)
         of_slopes[rows] = xp.astype(-by_own, xp.float64) * (n * call.unit)
-    sums = sums * (n / call.n_classes)
-    if is_infinite:
-        sums = xp.where(sums > 0, math.inf, sums)
-        if of_slopes is not None and call.options.p > 1:
-            of_slopes = xp.where(of_slopes > 0, math.inf, of_slopes)
-    return Part(sums, of_slopes, ran(name))
+    return Part(sums * (n / call.n_classes), of_slopes, ran(name))
+
+
+def _part_beside_infinity(
+    xp: Any, block: Array, at: int, target: Array, own: Array, call: Call
+) -> Part:
+    costs = _costs_beside_infinity(xp, block, at, target, own, call)
+    count = xp.sum(xp.astype(costs > 0, xp.float64), axis=call.axis)
+    slopes = count * (call.unit if call.options.p == 1 else math.inf)
+    slopes = xp.where(count == 0, 0.0, slopes)
+    return Part(xp.sum(xp.astype(costs, xp.float64), axis=call.axis), slopes, ran(GENERIC.name))
+
+
+def _costs_beside_infinity(
+    xp: Any, block: Array, at: int, target: Array, own: Array, call: Call
+) -> Array:
+    """Return what each class costs where the margin is infinite in the scores' dtype.
+
+    That is infinity or 0, and NaN beside a distance of the other infinity. It needs no kernel: what
+    :func:`_with_own_class` appends would cost something. Finite scores are at no infinite distance,
+    even if it is more than the dtype can hold.
+    """
+    axis, n, margin = call.axis, block.shape[call.axis], call.options.margin
+    _, column = _column(xp, n, at, target)
+    classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
+    tile = xp.astype(block, own.dtype, copy=False) * TINY
+    z = (tile - xp.expand_dims(own, axis=axis) * TINY) + math.copysign(math.inf, margin)
+    z = xp.where((classes == xp.expand_dims(column, axis=axis)) & ~xp.isnan(tile), 0.0, z)
+    return xp.where(z <= 0, 0.0, z)
 
 
 @QUIETLY
@@ -480,14 +512,17 @@ def _grad_of_part(
     inside, column = _column(xp, block.shape[call.axis], at, target)
     classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
     grad = xp.empty_like(block)
-    is_infinite = _margin_is_infinite(call) and call.options.margin > 0
     for where, rows in _tiles(block.shape, axis):
         few = block[where], target[rows], column[rows], own[rows], inside[rows]
-        problem, kernel = _with_own_class(xp, *few, call)
-        _, made = kernel.loss_and_grad(problem, scale[rows] * (n + 1))
-        made = made[(*(slice(None),) * axis, slice(n))]
-        if is_infinite and call.options.p > 1:
-            made = xp.where(made == 0, made, xp.sign(made) * math.inf)
+        if _margin_is_infinite(call):
+            costs = _costs_beside_infinity(xp, few[0], at, few[1], few[3], call)
+            factor = xp.expand_dims(scale[rows], axis=axis)
+            factor = xp.astype(factor * (1 if call.options.p == 1 else math.inf), own.dtype)
+            made = xp.where(costs > 0, factor, 0.0)
+        else:
+            problem, kernel = _with_own_class(xp, *few, call)
+            (_, made), _ = _by(kernel, problem, call, scale[rows] * (n + 1))
+            made = made[(*(slice(None),) * axis, slice(n))]
         is_own = classes == xp.expand_dims(column[rows], axis=axis)
         by_own = -slopes[rows] * (scale[rows] / call.unit)
         # No class is active: 0, even where the factor is infinite.
@@ -520,15 +555,11 @@ def _with_own_class(
     """Append the target's score; where the tile has it already, what costs nothing.
 
     That is minus infinity, but for a target's score of minus infinity, from which it would be
-    no distance: any finite score then gives the infinite loss that the sample has anyway. Beside an
-    infinite margin it would be NaN: the largest number, which outweighs tiny scores, will do.
+    no distance: any finite score then gives the infinite loss that the sample has anyway.
     """
     options, tile = call.options, xp.astype(tile, own.dtype, copy=False)
     if call.n_classes == 1:  # minus infinity is as good a score as any, and so is infinity
         tile, own = (xp.where(xp.isnan(x), x, xp.zeros_like(x)) for x in (tile, own))
-    if _margin_is_infinite(call):
-        options = options._replace(margin=math.copysign(LARGEST, options.margin))
-        tile, own = tile * TINY, own * TINY
     nothing = xp.where(own == -math.inf, 0.0, -math.inf)
     last = xp.expand_dims(xp.astype(xp.where(inside, nothing, own), own.dtype), axis=call.axis)
     tile = xp.concat([tile, last], axis=call.axis)

@@ -24,15 +24,16 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.array.reductions import _tree_reduce
+from dask.layers import ArraySliceDep
 from dask.utils import parse_bytes
 
 from mml_arrayapi.backends.dask import chunks
 from mml_arrayapi.backends.dask.alignment import (
     batch_axes,
+    chunks_of,
     in_one_chunk,
     match_rows,
     options_of,
-    slices,
     unknown,
 )
 from mml_arrayapi.backends.numpy_formula import widened
@@ -92,7 +93,9 @@ class _Graph:
         x, axis = problem.input, problem.axis
         self.x, self.rows, self.all = x, batch_axes(problem), tuple(range(x.ndim))
         self.target = match_rows(problem, problem.target)
-        self.scores = (x, self.all, slices(x), self.all, self.target, self.rows)
+        self.sizes = chunks_of(problem, self.target)
+        self.place = ArraySliceDep(self.sizes), self.all
+        self.scores = (x, self.all, *self.place, self.target, self.rows)
         # One block of weights beside every block of scores.
         weight = None if problem.weight is None else in_one_chunk(problem.weight)
         self.weight = (None, None) if weight is None else (weight, (axis,))
@@ -130,9 +133,8 @@ class _Graph:
         if self._fit_together():
             pair = self._together(chunks.loss_and_grad_of_joined_rows, *upstream, name="_and_grad")
             losses = self._blockwise(chunks.first, self.all, pair, self.all, classes=(1,))
-            place = slices(self.x), self.all
             grad = self._blockwise(
-                chunks.of_part, self.all, pair, self._along_classes, *place, name="_grad"
+                chunks.of_part, self.all, pair, self._along_classes, *self.place, name="_grad"
             )
             return self._reduced(losses), grad
         own = self._own()
@@ -159,10 +161,11 @@ class _Graph:
 
     def _together(self, function: Any, *upstream: Any, name: str = "") -> da.Array:
         """Run a function over the blocks of the same rows; the classes' axis becomes one block."""
+        rows = tuple(self.sizes[i] for i in self.rows)
         return self._blockwise(
             function,
             self.all,
-            *(self.x, self._along_classes, slices(self.target), self.rows),
+            *(self.x, self._along_classes, ArraySliceDep(rows), self.rows),
             *(self.target, self.rows, *upstream),
             *self._weight_in_list,
             name=name,
@@ -188,13 +191,14 @@ class _Graph:
             )
         share: tuple[Any, Any] = 1.0, None
         if reduction == "mean":
-            if unknown(self.target) or self.call.options.ignore_index is not None:
+            n = math.prod(sum(self.sizes[i]) for i in self.rows)
+            if math.isnan(n) or self.call.options.ignore_index is not None:
                 counts = self._blockwise(
                     chunks.number_of_rows, self.rows, self.target, self.rows, name="-count"
                 )
                 share = self._tree(counts, chunks.added, chunks.share, "-count", np.float64), ()
             else:
-                share = 1 / (self.target.size or 1), None
+                share = 1 / (n or 1), None
         return (*upstream, *share)
 
     def _over_parts(self, own: tuple[Any, ...], slopes: bool) -> da.Array:
@@ -225,9 +229,7 @@ class _Graph:
         **keywords: Any,
     ) -> da.Array:
         """Run a function of ``chunks.py`` over matching blocks."""
-        sizes = dict(enumerate(self.x.chunks))
-        if not unknown(self.target):
-            sizes |= dict(zip(self.rows, self.target.chunks, strict=True))
+        sizes = dict(enumerate(self.sizes))
         if classes is not None:
             sizes[self.call.axis] = classes
         return da.blockwise(

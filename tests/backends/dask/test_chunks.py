@@ -1,5 +1,6 @@
 """What a task gets: chunks that travelled, masked ones, ignored samples, sums of large numbers."""
 
+import itertools
 import math
 import pickle
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from mml_arrayapi.backends import cpu
 from mml_arrayapi.backends.dask import chunks
 from mml_arrayapi.backends.dask.alignment import TaskOptions
+from mml_arrayapi.kernel import Kernel, Unusable
+from mml_arrayapi.registry import isolated, register_kernel
 from tests.backends.dask.conftest import EXPRESSIONS
 
 RNG = np.random.default_rng(0)
@@ -330,6 +334,25 @@ def test_infinite_scores_beside_a_margin_beyond_the_dtype(dtype, scores, target)
 
 
 @IN_CHUNKS
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+@pytest.mark.parametrize("margin", [1e39, -1e39])
+@pytest.mark.parametrize("backend", ["numpy-cpu", "generic"])
+def test_every_infinite_score_beside_a_margin_beyond_the_dtype(backend, margin, p):
+    if backend == "numpy-cpu" and cpu.native is None:
+        pytest.skip("no CPU kernels")
+    scores = np.asarray(list(itertools.product([0, 1, np.inf, -np.inf], repeat=4)), "f4")
+    x, y = np.repeat(scores, 4, axis=0), np.tile(np.arange(4), len(scores))
+    options = {"p": p, "margin": margin, "reduction": "none", "backend": backend}
+    whole = mml.multi_margin_loss_and_grad(x, y, **options)
+    with dask.config.set({"array.chunk-size": "1B"}):
+        lazy = da.from_array(x, chunks=(100, (3, 1)))
+        parts = mml.multi_margin_loss_and_grad(lazy, y, **options)
+        alone = mml.multi_margin_loss(lazy, y, **options).compute()
+    for one, other in zip((*whole, whole[0]), (*dask.compute(*parts), alone), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@IN_CHUNKS
 @BOTH_CUTS
 @pytest.mark.parametrize("made", ["f2", "f8"])
 def test_gradients_have_the_dtype_that_was_declared(cut, made):
@@ -373,6 +396,109 @@ def test_chunks_with_fewer_classes_than_declared(cut):
     cropped = x.map_blocks(lambda block: block[:, :-1], dtype=x.dtype, meta=x._meta)
     with pytest.raises(ValueError, match=r"a chunk has shape \(4, \d+\) instead of"):
         mml.multi_margin_loss(cropped, da.zeros(N, dtype=int, chunks=7)).compute()
+
+
+@pytest.mark.xfail(
+    EXPRESSIONS, raises=NotImplementedError, reason="Dask's query planner takes no masks yet"
+)
+@IN_CHUNKS
+@BOTH_CUTS
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_targets_that_declare_the_sizes_of_unknown_scores(cut, reduction):
+    scores, labels = RNG.standard_normal((N, C)), RNG.integers(0, C, N)
+    labels[::5] = -1
+    x, y = da.from_array(scores, chunks=cut), da.from_array(labels, chunks=cut[:1])
+    kept, few = x[y >= 0], labels[labels >= 0]
+    sizes = tuple(int((labels[i : i + cut[0]] >= 0).sum()) for i in range(0, N, cut[0]))
+    wanted = mml.multi_margin_loss_and_grad(scores[labels >= 0], few, reduction=reduction)
+    target = da.from_array(few, chunks=(sizes,))
+    found = mml.multi_margin_loss_and_grad(kept, target, reduction=reduction)
+    assert found[1].shape == (len(few), C)
+    for one, other in zip(dask.compute(*found), wanted, strict=True):
+        np.testing.assert_allclose(one, other)
+    false = y.map_blocks(lambda block: block[block >= 0])  # declares as many as there were
+    for result in mml.multi_margin_loss_and_grad(kept, false, reduction=reduction):
+        with pytest.raises(ValueError, match=r"it, or target, declares, but a chunk has shape"):
+            result.compute()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("rows", [((0, 0), (0,)), ((0,), (0, 0)), ((0, 0), (0, 0, 0))])
+def test_empty_batches_in_any_chunks(rows, reduction):
+    x = da.concatenate([da.zeros((0, 3), chunks=(0, 3)) for _ in rows[0]])
+    y = da.concatenate([da.zeros(0, dtype=int, chunks=0) for _ in rows[1]])
+    loss, grad = mml.multi_margin_loss_and_grad(x, y, reduction=reduction)
+    assert grad.chunks == x.chunks
+    assert grad.compute().shape == (0, 3)
+    wanted = mml.multi_margin_loss(np.zeros((0, 3)), np.zeros(0, int), reduction=reduction)
+    np.testing.assert_array_equal(loss.compute(), wanted)
+
+
+class _Metres(np.ndarray):
+    unit = "m"
+
+
+@IN_CHUNKS
+@BOTH_CUTS
+@pytest.mark.parametrize("kind", [_Metres, np.matrix])
+@pytest.mark.parametrize("which", ["input", "target"])
+def test_chunks_that_turn_out_to_mean_more_are_refused(which, kind, cut):
+    if (which, kind) == ("target", np.matrix):
+        pytest.skip("a matrix has two axes")
+    x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
+    array = x if which == "input" else y
+    made = array.map_blocks(lambda block: block.view(kind), dtype=array.dtype, meta=array._meta)
+    x, y = (made, y) if which == "input" else (x, made)
+    with pytest.raises(TypeError, match=f"{which} must have plain chunks, but a chunk is a "):
+        mml.multi_margin_loss(x, y).compute()
+
+
+def _unusable(*_):
+    raise Unusable("no driver")
+
+
+@pytest.fixture
+def first():
+    """Register a kernel that is asked before all others for NumPy's arrays."""
+
+    def register(loss, loss_and_grad):
+        register_kernel(Kernel("odd", "numpy", lambda _: None, loss, loss_and_grad, "numpy-cpu"))
+
+    with isolated(built_in_kernels=True):
+        yield register
+
+
+@IN_CHUNKS
+@BOTH_CUTS
+def test_a_kernel_that_turns_out_to_be_unusable(cut, first):
+    first(_unusable, _unusable)
+    scores, labels = RNG.standard_normal((N, C)).astype("f4"), RNG.integers(0, C, N)
+    x = da.from_array(scores, chunks=cut)
+    wanted = mml.multi_margin_loss_and_grad(scores, labels, backend="generic")
+    found = dask.compute(*mml.multi_margin_loss_and_grad(x, labels))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    asked = mml.multi_margin_loss(x, labels, backend="odd")
+    with pytest.raises(ValueError, match="kernel 'odd' cannot run this call: no driver"):
+        asked.compute()
+
+
+@IN_CHUNKS
+@BOTH_CUTS
+@pytest.mark.parametrize(
+    "made",
+    [lambda n: np.zeros((1, *n), "f4"), np.zeros, lambda _: None, lambda n: [0.0] * n[0]],
+    ids=["shape", "dtype", "nothing", "list"],
+)
+def test_what_a_kernel_returns_is_looked_at(made, cut, first):
+    first(
+        lambda problem: made(problem.target.shape),
+        lambda problem, _: (made(problem.target.shape), np.zeros_like(problem.input)),
+    )
+    x = da.from_array(RNG.standard_normal((N, C)).astype("f4"), chunks=cut)
+    for result in mml.multi_margin_loss_and_grad(x, np.zeros(N, int)):
+        with pytest.raises(TypeError, match="kernel 'odd': the loss must be an array of numpy"):
+            result.compute()
 
 
 @IN_CHUNKS
