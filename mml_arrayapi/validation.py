@@ -108,7 +108,7 @@ def check_ignore_index(ignore_index: Any) -> int | None:
     """
     if ignore_index is None:
         return None
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+    if not is_number(ignore_index, numbers.Integral):
         raise TypeError(
             f"ignore_index must be None or an integer, but is {in_words(ignore_index)}"
             f"{_static('ignore_index', ignore_index)}"
@@ -390,7 +390,7 @@ def _classes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, i
     """Return input's shape (a 0-d input counts as one class), the axis from 0, and C."""
     shape = shape or (1,)
     # The first test is for speed: one of an abstract class takes ten times as long.
-    if type(axis) is not int and (isinstance(axis, bool) or not isinstance(axis, numbers.Integral)):
+    if type(axis) is not int and not is_number(axis, numbers.Integral):
         raise TypeError(f"axis must be an integer, but is {in_words(axis)}{_static('axis', axis)}")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
@@ -542,7 +542,7 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 def _real_number(argument: str, value: float) -> float:
     if type(value) is float:
         return value
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+    if type(value) is not int and not is_number(value, numbers.Real):
         raise TypeError(
             f"{argument} must be a real number, but is {in_words(value)}{_static(argument, value)}"
         )
@@ -552,6 +552,25 @@ def _real_number(argument: str, value: float) -> float:
         raise ValueError(
             f"{argument} must be a finite real number, but is too large for a float"
         ) from None
+
+
+def is_number(value: object, kind: type) -> bool:
+    """Tell whether a value is a number of a kind; Python counts bools, NumPy durations as numbers.
+
+    Parameters
+    ----------
+    value : object
+        Anything.
+    kind : type
+        ``numbers.Integral`` or ``numbers.Real``.
+
+    Returns
+    -------
+    bool
+    """
+    return isinstance(value, kind) and not (
+        isinstance(value, bool) or type(value).__name__ == "timedelta64"
+    )
 
 
 def _static(argument: str, value: object) -> str:

@@ -53,6 +53,10 @@ BAD_ARGUMENTS = [
         r"axis must lie between -2 and 1 for input of shape \(2, 3\), but is 2",
     ),
     ({"axis": -3}, ValueError, r"axis must lie between -2 and 1 .*, but is -3"),
+    *(
+        ({name: np.timedelta64(2, "s")}, TypeError, rf"{name} must be .*of type timedelta64")
+        for name in ("p", "margin", "axis", "ignore_index")
+    ),
     ({"backend": "none"}, ValueError, r"backend: no kernel is named 'none'; known kernels are "),
 ]
 

@@ -218,7 +218,6 @@ def _in_graph(input: Any, target: Any, weight: Any, options: Options) -> Tensor 
         or target.dtype is not torch.int64
         or not 0 < target.ndim + 1 == input.ndim <= 16
         or target.shape != input.shape[:-1]
-        or input.shape[-1] == 0
     ):
         return None
     if weight is not None and (
@@ -330,6 +329,7 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
         if tensor is not None and (what := state.unsupported_layout(tensor)):
             raise RuntimeError(f"{name} is {what}")
+    _check_classes(input, options[4])
     p, margin, reduction, ignore_index, axis, check_target = options
     problem = Problem(
         xp, "torch", input, target, weight, p, margin, reduction, axis, check_target, ignore_index
@@ -337,11 +337,19 @@ def _problem(input: Any, target: Any, weight: Any, options: Options) -> Problem:
     return check_targets(problem)
 
 
+def _check_classes(input: Any, axis: int) -> None:
+    """Check that there is a class; in a graph, where data may tell, that is known when it runs."""
+    n_classes = input.shape[axis]
+    if type(n_classes) is int and n_classes == 0:
+        raise ValueError(f"input must have at least one class, but has shape {(*input.shape,)}")
+
+
 # What the operators return in shape and type alone, for compilers and tensors without values.
 
 
 def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     options, keep_mask = options[:-1], options[-1]
+    _check_classes(input, options[4])
     loss = input.new_empty(target.shape if options[2] == "none" else ())
     if not keep_mask:
         return loss, _no_mask(input)

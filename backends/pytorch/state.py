@@ -26,6 +26,8 @@ from mml_arrayapi.libraries import DEVICE, HOST, TRACED
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # of exactly these types; what holds memory of its own
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu")
+_BITS = (f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))
+_PACKED = frozenset(getattr(torch, name) for name in _BITS if hasattr(torch, name))
 _RECORDED = (*PLAIN, FakeTensor, FunctionalTensor)  # what compilers trace with
 
 # A call of a name with dots costs half as much again as one without: of 3 microseconds.
@@ -93,11 +95,13 @@ def readable(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor's address and strides say all about its values.
 
     They don't for views that negate, for zeros that have no memory (autograd makes both), for
-    storage that was freed or shrunk, for nested tensors and for subclasses.
+    storage that was freed or shrunk, for nested tensors, for subclasses, and for integers of less
+    than 8 bits, of which PyTorch doesn't say how it packs them.
     """
     return (
         type(tensor) in PLAIN
         and tensor.layout is torch.strided
+        and tensor.dtype not in _PACKED
         and not tensor.is_nested
         and not tensor.is_neg()
         and not tensor._is_zerotensor()

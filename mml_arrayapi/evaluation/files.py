@@ -295,8 +295,11 @@ def _seekable(file: File) -> Any:
             f"{file.name}: its server tells neither ETag nor Last-Modified, so that nobody would "
             "notice a change during the evaluation; download the store first"
         )
-    # What is not to be recognised after a change is copied too, before any of it is read.
-    if VALIDATORS & fs.info(file.path).keys() and file.gives_parts():
+    # What is not to be recognised after a change is copied too, before any of it is read. fsspec
+    # seeks in no file whose length it isn't told, or that is said to come whole.
+    told = fs.info(file.path)
+    seekable = told.get("size") and told.get("partial", True)
+    if seekable and VALIDATORS & told.keys() and file.gives_parts():
         return fs
     # Copies on this machine. No other evaluation, in workers neither, may take them for its own.
     copies = require("fsspec", file.name).filesystem(

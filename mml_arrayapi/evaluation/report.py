@@ -54,6 +54,9 @@ def read_figures(path: str, options: dict[str, Any]) -> dict[str, Any]:
         for name in ("samples", "n_classes"):
             if type(told[name]) is not int or told[name] < 0:
                 raise ValueError(f"{name} is {told[name]!r}")  # noqa: TRY301
+        for c in told["classes"]:
+            if str(int(c)) != c or not 0 <= int(c) < told["n_classes"]:
+                raise ValueError(f"there is a class {c!r}")  # noqa: TRY301
         names = told["class_names"]
         if names is not None and [*map(type, names)] != [str] * told["n_classes"]:
             raise ValueError("class_names is no list of one name per class")  # noqa: TRY301

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from mml_arrayapi._version import __version__
 from mml_arrayapi.evaluation.errors import InputError, require
-from mml_arrayapi.validation import check_ignore_index, check_parameters
+from mml_arrayapi.validation import check_ignore_index, check_parameters, is_number
 
 if TYPE_CHECKING:
     from mml_arrayapi.evaluation.figures import Evaluation
@@ -198,7 +198,7 @@ def _check_options(axis: Any, workers: Any, chunk_size: Any, timeout: Any, progr
         if value is None and name in ("workers", "chunk_size"):
             continue
         kind = (Real, "a number") if name == "timeout" else (Integral, "an integer")
-        if isinstance(value, bool) or not isinstance(value, kind[0]):
+        if not is_number(value, kind[0]):
             raise TypeError(f"{name} must be {kind[1]}, but is {value!r}")
         if name != "axis" and not value > 0:  # type: ignore[operator]  # typeshed's Real has no order
             raise ValueError(f"{name} must be positive, but is {value}")

@@ -161,6 +161,39 @@ def test_a_file_of_whose_changes_nothing_tells_is_copied_once(arrays, files, wan
     assert figures == wanted
 
 
+class Endless(Ranges):
+    """With ranges, and without lengths."""
+
+    def send_header(self, keyword, value):
+        if keyword != "Content-Length":
+            super().send_header(keyword, value)
+
+
+class Modest(Ranges):
+    """With ranges, of which it says that it has none."""
+
+    def end_headers(self):
+        self.send_header("Accept-Ranges", "none")
+        super().end_headers()
+
+
+@pytest.mark.parametrize("handler", [Endless, Modest])
+def test_servers_in_whose_files_fsspec_does_not_seek(handler, arrays, files, wanted, serve):
+    url = serve(handler)
+    parquet("x.parquet", logits=list(arrays[0]))
+    for name in ("x.npy", "x.parquet"):
+        assert mml.evaluate(f"{url}/{name}", f"{url}/y.npy", chunk_size=50) == wanted
+
+
+@pytest.mark.parametrize("handler", [Server, Ranges, Endless, Modest, Silent])
+@pytest.mark.parametrize("name", ["x.npy", "x.parquet", "x.h5"])
+def test_empty_files_are_said_to_be_empty(name, handler, files, serve):
+    with open(name, "w"):
+        pass
+    with pytest.raises(mml.InputError, match=rf"{name}: the file is empty"):
+        mml.evaluate(f"{serve(handler)}/{name}", "y.npy")
+
+
 def test_a_checkpoint_of_a_file_of_whose_changes_nothing_tells(arrays, files, serve):
     url = serve(Silent)
     ours = {"chunk_size": 50, "checkpoint": "ck"}

@@ -115,6 +115,15 @@ def test_odd_evaluations_have_a_report_too(figures):
     assert " 1 classes" not in page.text
 
 
+@pytest.mark.parametrize("scores", [[[np.nan, 1], [2, 1]], [[np.inf, np.inf], [2, 1]], []])
+def test_no_confusions_are_no_praise(scores):
+    scores = np.asarray(scores, float).reshape(-1, 2)
+    page = to_html(mml.evaluate(scores, np.zeros(len(scores), int)), "")
+    assert "each target has the highest score" not in page
+    assert "Samples with a NaN among their scores" in page
+    assert "each target has the highest" in to_html(mml.evaluate(np.eye(2), np.arange(2)), "")
+
+
 def test_long_names_of_classes_can_be_told_apart():
     names = [f"a class of plants {kind}" for kind in ("with leaves", "with needles", "of the sea")]
     figures = mml.evaluate(np.eye(3), np.arange(3), class_names=names)
@@ -176,6 +185,7 @@ def test_comparison(arrays, files, command, fails, capsys):
     ).items():
         odd += [{**told, name: value} for value in values]
     odd.append({**told, "classes": {"0": {**told["classes"]["0"], "accuracy": 2}}})
+    odd += [{**told, "classes": {c: told["classes"]["0"]}} for c in ("a", "-1", "6", "01", " 2")]
     for text in ("{}", "[]", "no", '{"schema": 1}', "[" * 10**5, *map(json.dumps, odd)):
         with open("bad.json", "w") as file:
             file.write(text)

@@ -720,6 +720,46 @@ def test_export_with_any_number_of_classes(batch, strict, backend, reduction):
     torch.testing.assert_close(exported(x, y), multi_margin_loss(x, y, reduction=reduction))
 
 
+@pytest.mark.parametrize("name", ["uint1", "uint4", "uint7", "int2", "int4", "int7"])
+def test_targets_of_less_than_8_bits_are_refused_by_every_call(name):
+    if not hasattr(torch, name):
+        pytest.skip(f"PyTorch has no {name} yet")
+    x = torch.randn(3, 5, requires_grad=True)
+    packed = torch.tensor([0, 1, 0], dtype=torch.uint8).view(getattr(torch, name))
+    multi_margin_loss(x, torch.tensor([0, 1, 0]))
+    for options in ({}, {"ignore_index": 0}, {"check_target": "nan"}, {"backend": "generic"}):
+        for _ in range(2):
+            with pytest.raises(TypeError, match=f"target must have an integer dtype.*{name}"):
+                multi_margin_loss(x, packed, **options)
+
+
+@OWN_WARNINGS
+def test_compiled_with_a_number_of_classes_that_depends_on_data(batch):
+    scores, target, _ = batch
+
+    def loss(x, y, keep):
+        return multi_margin_loss(x[:, keep.nonzero()[:, 0]], y)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled, y = compile_whole(loss), target % 2
+        for count in (2, scores.shape[1]):
+            keep = torch.arange(scores.shape[1]) < count
+            x, z = (scores.clone().requires_grad_() for _ in range(2))
+            made, wanted = compiled(x, y, keep), loss(z, y, keep)
+            torch.testing.assert_close(made, wanted)
+            made.backward()
+            wanted.backward()
+            torch.testing.assert_close(x.grad, z.grad)
+        with pytest.raises((RuntimeError, ValueError), match=r"as told above|at least one class"):
+            compiled(scores, y, torch.zeros(scores.shape[1], dtype=torch.bool))
+
+
+@OWN_WARNINGS
+def test_compiled_without_classes(batch):
+    with pytest.raises(RuntimeError, match="input must have at least one class"):
+        compile_whole(multi_margin_loss)(batch[0][:, :0], batch[1])
+
+
 @OWN_WARNINGS
 @pytest.mark.parametrize("weighted", [False, True], ids=["kernel", "generic"])
 def test_compiled_with_a_batch_whose_size_depends_on_data(batch, weighted):
