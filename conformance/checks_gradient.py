@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from mml_arrayapi.conformance.context import Context, Fail
+from mml_arrayapi.conformance.context import Context, Fail, rounded
 from mml_arrayapi.conformance.reference import EPS, reference
 from mml_arrayapi.conformance.suite import check
 
@@ -48,7 +48,7 @@ def gradient_rows_sum_to_0(ctx: Context) -> None:
 @check(TOPIC, every_dtype=True)
 def grad_output_multiplies_the_gradient(ctx: Context) -> None:
     """One number for sum and mean, one per sample for none; negative and 0 too."""
-    upstream = [2.0, -0.5, 0.0, 3.0]
+    upstream = [2.0, -0.5, 0.0, rounded(0.3, ctx.dtype)]
     rows, target = ctx.scores(), ctx.targets()
     x, y = ctx.array(rows), ctx.integers(target)
     for p in (1, 2):
@@ -61,6 +61,13 @@ def grad_output_multiplies_the_gradient(ctx: Context) -> None:
             _, grad = ctx.loss_and_grad(x, y, p=p, reduction=reduction, grad_output=ctx.array(-1.5))
             wanted = base.scaled([factor] * 4)
             ctx.same(grad, wanted.grad, wanted.grad_scales, f"p={p}, {reduction}")
+    if ctx.dtype == "float16" and ctx.has_dtype("float32"):
+        rows, small = [[0.0, 4096.0, 0.0]], 2.0**-26  # 0 in float16
+        wanted = reference(rows, [0], p=2).scaled([small])
+        grad_output = ctx.array([small], "float32")
+        options = {"p": 2, "reduction": "none", "grad_output": grad_output}
+        _, grad = ctx.loss_and_grad(ctx.array(rows), ctx.integers([0]), **options)
+        ctx.same(grad, wanted.grad, wanted.grad_scales, "grad_output of 2**-26")
 
 
 @check(TOPIC, every_dtype=True)

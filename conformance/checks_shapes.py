@@ -48,6 +48,20 @@ def axis_says_where_the_classes_are(ctx: Context) -> None:
         ctx.same(grad, grads, grad_scales, f"axis={axis}: gradient")
 
 
+@check(TOPIC)
+def a_batch_as_long_as_it_is_wide_keeps_its_order(ctx: Context) -> None:
+    """Nothing is transposed where no shape would tell."""
+    rows, target = ctx.scores(9, 3), ctx.targets(9, 3)
+    wanted = reference(rows, target)
+    x = ctx.array(_with_classes_at(2, rows, 3, 3))
+    y = ctx.integers([target[i : i + 3] for i in (0, 3, 6)])
+    loss, grad = ctx.loss_and_grad(x, y, reduction="none")
+    losses = ([row[i : i + 3] for i in (0, 3, 6)] for row in (wanted.losses, wanted.loss_scales))
+    ctx.same(loss, *losses, "losses")
+    grads = (_with_classes_at(2, row, 3, 3) for row in (wanted.grad, wanted.grad_scales))
+    ctx.same(grad, *grads, "gradient")
+
+
 def _with_classes_at(axis: int, rows: list[list[float]], n: int, m: int) -> Any:
     """Arrange n * m rows as a 3-d nested list."""
     c = len(rows[0])

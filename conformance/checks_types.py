@@ -75,8 +75,10 @@ def weight_is_used_in_the_computing_precision(ctx: Context) -> None:
 
 @check(TOPIC)
 def target_may_be_any_class_that_its_dtype_holds(ctx: Context) -> None:
-    """The first, the middle and the last of as many classes as there can be."""
-    for dtype, classes in (("int8", 2**7), ("uint8", 2**8), ("int16", 2**15), ("uint16", 2**16)):
+    """The first, the middle and the last of as many classes as there can be, up to 2**17."""
+    narrow = ("int8", 2**7), ("uint8", 2**8), ("int16", 2**15), ("uint16", 2**16)
+    wide = ((dtype, 2**17) for dtype in ("int32", "uint32", "int64", "uint64"))
+    for dtype, classes in (*narrow, *wide):
         if not ctx.has_dtype(dtype):
             continue
         target = [0, classes // 2, classes - 1]

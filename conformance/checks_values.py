@@ -41,11 +41,20 @@ def float64_reference_agrees(ctx: Context) -> None:
 
 @check(TOPIC, every_dtype=True)
 def p_is_any_real_number_from_1(ctx: Context) -> None:
-    """Powers that are no integer, down to just above 1."""
-    for p in (1.0078125, 1.5, 2.5, 5.25):
+    """Powers that are no integer, near 1 and 2 too, and those that 16 bits can't hold."""
+    for p in (1.0001, 1.0078125, 1.1, 1.5, 1.9995, 2.5, 5.25):
         rows, target = ctx.scores(span=1.0), ctx.targets()
         wanted = reference(rows, target, p=p)
         ctx.agrees(ctx.array(rows), ctx.integers(target), wanted, f"p={p}", p=p)
+
+
+@check(TOPIC, every_dtype=True)
+def margin_is_any_finite_number(ctx: Context) -> None:
+    """Small ones beside equal scores, and large ones of either sign."""
+    rows = [[0.0, 0.0, 0.0, 64.0, 8.0], [0.0] * 5]
+    for margin in (2.0**-12, -(2.0**-12), 1000.0, -40.0):
+        wanted = reference(rows, [0, 1], margin=margin)
+        ctx.agrees(ctx.array(rows), ctx.integers([0, 1]), wanted, margin=margin)
 
 
 @check(TOPIC, every_dtype=True)
@@ -122,6 +131,9 @@ def infinities_follow_the_formula(ctx: Context) -> None:
         for rows in (one, two):
             wanted = reference(rows, [0] * 4, p=p)
             ctx.agrees(ctx.array(rows), ctx.integers([0] * 4), wanted, f"p={p}", p=p)
+        wanted = reference(one, [0] * 4, p=p, weight=[-1.0] * 5)
+        x, weight, told = ctx.array(one), ctx.array([-1.0] * 5), f"p={p}, weights of -1"
+        ctx.agrees(x, ctx.integers([0] * 4), wanted, told, p=p, weight=weight)
 
 
 @check(TOPIC)

@@ -37,6 +37,21 @@ FAULTS = {
     "weight inside the power": ("weight multiplies outside the power", "float32"),
     "ignores negative weights": ("weight multiplies outside the power", "float32"),
     "NaN weight counts as 0": ("nan weight makes its class nan", "float32"),
+    "rounds p to 16 bits": ("p is any real number from 1", "float32"),
+    "takes p near 2 for 2": ("p is any real number from 1", "float32"),
+    "takes small margins for 0": ("margin is any finite number", "float16"),
+    "cuts margins": ("margin is any finite number", "float32"),
+    "grad_output rounded to float16": ("grad output multiplies the gradient", "float16"),
+    "grad_output rounded to float32": ("grad output multiplies the gradient", "float64"),
+    "narrows int32 targets to int16": (
+        "target may be any class that its dtype holds",
+        "float32",
+    ),
+    "minus infinity is infinity": ("infinities follow the formula", "float32"),
+    "transposes square batches": (
+        "a batch as long as it is wide keeps its order",
+        "float32",
+    ),
     "rounds p": ("p is any real number from 1", "float32"),
     "sum not divided by C": ("float64 reference agrees", "float32"),
     "empty mean is 0": ("empty batches", "float32"),
@@ -150,6 +165,8 @@ def _compute(problem, grad_output, fault):
     x = _laid_out(given, fault)
     if fault != "takes the last axis for the classes":
         x = np.moveaxis(x, axis, -1)
+    if fault == "transposes square batches" and x.ndim == 3 and x.shape[0] == x.shape[1]:
+        x = np.swapaxes(x, 0, 1)
     if fault == "swaps the batch's axes" and x.ndim == 3 and x.shape[0] < x.shape[1]:
         x = np.reshape(np.swapaxes(x, 0, 1), x.shape)
     ignored = _ignored(problem, fault)
@@ -163,6 +180,10 @@ def _compute(problem, grad_output, fault):
     own = np.arange(n_classes) == (y + (fault == "masks the next class"))[..., None]
     x_y = np.take_along_axis(x, y[..., None], -1)
     gap = work.type(margin)
+    if fault == "takes small margins for 0" and abs(margin) < 1e-3:
+        gap = work.type(0)
+    if fault == "cuts margins":
+        gap = np.clip(gap, -10, 100)
     if fault == "large margin is cut":
         gap = np.clip(gap, -1e38, 1e38)
     z = (gap - x_y) + x if fault == "loses the margin" else (x - x_y) + gap
@@ -185,7 +206,7 @@ def _compute(problem, grad_output, fault):
         active &= ~own
     if fault == "leaves out the last class beyond 128" and n_classes > 128:
         active[..., -1] = False
-    exponent = round(p) if fault == "rounds p" else p
+    exponent = _exponent(p, fault)
     positive = np.where(active, z, 1)
     if fault == "powers by rounded logarithms":
         terms = np.where(active, np.exp(p * np.log(positive).astype(np.float16).astype(work)), 0)
@@ -215,6 +236,8 @@ def _compute(problem, grad_output, fault):
         total = np.cumsum(slope, -1, dtype=np.float32)[..., -1]
     lost = lost | invalid
     losses = np.where(lost, np.nan, losses)
+    if fault == "minus infinity is infinity":
+        losses = np.where(losses == -np.inf, np.inf, losses)
     if fault not in ("NaN loss beside a gradient of numbers", "drops NaN"):
         lost = lost | np.isnan(losses)
     if fault != "NaN in ignored samples counts":
@@ -280,7 +303,17 @@ def _with_faulty_values(x, fault):
     return x
 
 
+def _exponent(p, fault):
+    if fault == "rounds p":
+        return round(p)
+    if fault == "rounds p to 16 bits":
+        return float(np.float16(p))
+    return 2 if fault == "takes p near 2 for 2" and abs(p - 2) < 1e-3 else p
+
+
 def _upstream(given, fault):
+    if fault.startswith("grad_output rounded to "):
+        return given.astype(fault.rpartition(" ")[2])
     if fault == "reads grad_output as if contiguous" and given.base is not None:
         memory = given.base.ravel()
         if memory.size >= given.size and given.ndim == 1:
@@ -326,6 +359,8 @@ def _checked_targets(problem, n_classes, ignored, fault):
         raise TypeError("targets must be int64")
     if fault == "narrows targets to int32":
         y = y.astype(np.int32)
+    if fault == "narrows int32 targets to int16" and y.dtype == np.int32:
+        y = y.astype(np.int16)
     mode = problem.check_target
     if fault == "raises with check_target nan":
         mode = "raise"
