@@ -56,10 +56,11 @@ def a_batch_as_long_as_it_is_wide_keeps_its_order(ctx: Context) -> None:
     x = ctx.array(_with_classes_at(2, rows, 3, 3))
     y = ctx.integers([target[i : i + 3] for i in (0, 3, 6)])
     loss, grad = ctx.loss_and_grad(x, y, reduction="none")
-    losses = ([row[i : i + 3] for i in (0, 3, 6)] for row in (wanted.losses, wanted.loss_scales))
-    ctx.same(loss, *losses, "losses")
-    grads = (_with_classes_at(2, row, 3, 3) for row in (wanted.grad, wanted.grad_scales))
-    ctx.same(grad, *grads, "gradient")
+    values, scales = wanted.losses, wanted.loss_scales
+    losses, loss_scales = ([row[i : i + 3] for i in (0, 3, 6)] for row in (values, scales))
+    ctx.same(loss, losses, loss_scales, "losses")
+    rows, scales = (_with_classes_at(2, row, 3, 3) for row in (wanted.grad, wanted.grad_scales))
+    ctx.same(grad, rows, scales, "gradient")
 
 
 def _with_classes_at(axis: int, rows: list[list[float]], n: int, m: int) -> Any:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 from mml_arrayapi.evaluation.errors import on_a_line
 from mml_arrayapi.evaluation.files import common_start
@@ -23,7 +23,8 @@ BARS = 64  # bars of one width in the histogram
 OUTSIDE = 1000  # at most one in so many samples lies outside these
 
 
-class ClassFigures(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ClassFigures:
     """The figures of the samples whose target is one class.
 
     Attributes
@@ -185,7 +186,7 @@ class Evaluation:
         """
         made = {"schema": SCHEMA, **{name: getattr(self, name) for name in self.__slots__}}
         made["n_classes"] = len(self.classes)
-        made["classes"] = {str(c): f._asdict() for c, f in enumerate(self.classes) if f.count}
+        made["classes"] = {str(c): asdict(f) for c, f in enumerate(self.classes) if f.count}
         made["histogram"] = self.bars()
         made["worst"] = [asdict(sample) for sample in self.worst]
         plain: dict[str, Any] = as_json(made)
@@ -303,10 +304,10 @@ def _unpickled(*values: Any) -> Evaluation:
 
 
 def _with_one_nan(value: Any) -> Any:
-    if isinstance(value, ClassFigures):
-        return ClassFigures(*map(_with_one_nan, value))
     if isinstance(value, tuple):
         return tuple(map(_with_one_nan, value))
+    if isinstance(value, ClassFigures):
+        return ClassFigures(*(_with_one_nan(getattr(value, name)) for name in value.__slots__))
     return math.nan if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -200,7 +200,7 @@ def _check_options(axis: Any, workers: Any, chunk_size: Any, timeout: Any, progr
         kind = (Real, "a number") if name == "timeout" else (Integral, "an integer")
         if not is_number(value, kind[0]):
             raise TypeError(f"{name} must be {kind[1]}, but is {value!r}")
-        if name != "axis" and not value > 0:  # type: ignore[operator]  # typeshed's Real has no order
+        if name != "axis" and not value > 0:
             raise ValueError(f"{name} must be positive, but is {value}")
     if workers is not None and workers > WORKERS:
         raise ValueError(f"workers must be at most {WORKERS:,}, but is {workers}")
