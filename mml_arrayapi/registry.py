@@ -371,7 +371,7 @@ def _checked_result(kernel: Kernel, problem: Problem, operation: str, result: An
 def _checked_loss(kernel: Kernel, loss: Any, dtype: Any, target: Array, reduction: str) -> Any:
     """Return a loss; refuse what is none. A mean may be a plain number."""
     shape = tuple(target.shape) if reduction == "none" else ()
-    if type(loss) in (int, float):
+    if reduction != "none" and type(loss) in (int, float):
         loss = library_of("target", target).namespace.asarray(loss, dtype=dtype)
     _check_array(kernel, "loss", loss, dtype, shape)
     return loss

@@ -1171,6 +1171,9 @@ def test_a_folder_is_not_a_library(tmp_path):
 def test_a_kernel_that_returns_something_else():
     register_kernel(Kernel("odd", "numpy", lambda _: None, lambda _: 1.5, lambda *_: 1.5))
     assert multi_margin_loss(X, T) == 1.5
+    assert multi_margin_loss(X, T).dtype == X.dtype
+    swapped = multi_margin_loss(X.astype(X.dtype.newbyteorder()), T)
+    assert (swapped, swapped.dtype.isnative) == (1.5, False)
     with pytest.raises(TypeError, match=r"kernel 'odd': the loss must be an array of numpy, of fl"):
         multi_margin_loss(X, T, reduction="none")
     with pytest.raises(
