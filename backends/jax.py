@@ -219,11 +219,42 @@ def _tangent(call: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
             products = jnp.where(jnp.expand_dims(ignored, problem.axis), 0, products)
         tangent += jnp.sum(products, axis=problem.axis if rows else None)
     if problem.weight is not None and type(of_weight) is not SymbolicZero:
-        by_weight = jax.jvp(
-            lambda w: formula.loss(problem._replace(weight=w)), primals[2:], tangents[2:]
-        )
-        tangent += by_weight[1]
+        tangent += _tangent_by_weight(problem, of_weight)
     return _loss(call, *primals), tangent
+
+
+def _tangent_by_weight(problem: Problem, tangent: Any) -> jax.Array:
+    """Return the loss with other weights, in which it is linear."""
+    losses = formula.losses(problem._replace(weight=None))
+    index = problem.target.astype(widest(problem.input)[0])
+    counts = (index >= 0) & (index < problem.input.shape[problem.axis])
+    ignored = formula.ignored_samples(problem, library_of("input", problem.input))
+    if ignored is not None:
+        counts &= ~ignored
+    factor = _spread_look_up(tangent.astype(losses.dtype), jnp.where(counts, index, 0))
+    counts, factor = (jnp.expand_dims(one, problem.axis) for one in (counts, factor))
+    # Twice: neither the loss of such a sample nor the tangent may count.
+    losses = jnp.where(counts, jnp.where(counts, losses, 0) * factor, 0)
+    return formula.reduce(problem, losses)
+
+
+def _spread_look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Return the elements of a vector, from copies of it.
+
+    The transpose, a gradient, adds what was taken of each element, and XLA does so one after the
+    other: of 10 million samples, float32 lost an eighth. With copies in rows and columns, a copy,
+    a row and all rows add equally many.
+    """
+    n, places = index.size, [index]
+    if table.dtype == jnp.float32 and isinstance(n, int) and n > 1:
+        each = round(n ** (1 / 3))
+        rows = -(-n // each**2)
+        # Else XLA adds rows and columns in one go.
+        table = lax.optimization_barrier(jnp.broadcast_to(table, (rows, *table.shape)))
+        table = jnp.broadcast_to(table[:, None], (rows, each, table.shape[-1]))
+        place = jnp.reshape(jnp.arange(n) // each, index.shape)
+        places = [place // each, place % each, index]
+    return table.at[tuple(places)].get(mode="promise_in_bounds")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -377,6 +377,7 @@ def weight_to_numpy(weight: Array) -> np.ndarray:
     import numpy as np
 
     check_weight(weight)
+    check_readable("weight", weight)
     library = library_of("weight", weight)
     if library.compute is not None:
         return weight_to_numpy(*library.compute(weight))  # chunks may turn out to be masked

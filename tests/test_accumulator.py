@@ -295,6 +295,14 @@ def test_sample_weights_of_pytorch_and_jax_that_cannot_be_read():
             LossAccumulator().update(scores, target, factors)
 
 
+def test_weights_that_cannot_be_read():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    with pytest.raises(ValueError, match=r"^weight must have values that can be read"):
+        LossAccumulator(weight=torch.ones(3, device="meta"))
+    with pytest.raises(ValueError, match=r"^weight must have values that can be read"):
+        jax.jit(lambda weight: LossAccumulator(weight=weight))(jax.numpy.ones(3))
+
+
 def test_a_reset_among_updates_loses_no_later_one():
     """The lock is the accumulator's for life: updates on either side of a reset share it."""
     scores, target = batch(1)

@@ -9,7 +9,7 @@ from torch import Tensor, empty_like, get_num_threads
 
 from mml_arrayapi.backends import cpu
 from mml_arrayapi.backends.pytorch.autograd import Engine, make_kernel
-from mml_arrayapi.backends.pytorch.state import PLAIN, address_of
+from mml_arrayapi.backends.pytorch.state import PLAIN, address_of, is_compiling
 from mml_arrayapi.kernel import Options, Problem
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -31,9 +31,7 @@ def refuses(problem: Problem) -> str | None:
         return f"input has dtype {problem.input.dtype}, not float16, bfloat16, float32 or float64"
     # While a compiler traces, sizes may be symbols, and a question would become a condition. The
     # operators look at the sizes when they run.
-    return (
-        None if torch.compiler.is_compiling() else cpu.too_large(problem.input.shape, problem.axis)
-    )
+    return None if is_compiling() else cpu.too_large(problem.input.shape, problem.axis)
 
 
 def loss(

@@ -87,7 +87,7 @@ def scaled(slope: Tensor, scale: Tensor) -> Tensor:
 def nan_rows(x: Tensor, scale: Tensor, losses: Tensor, axis: int) -> Tensor:
     """Return the scale of each row, NaN where its loss is."""
     is_nan = losses.isnan()
-    compiling = torch.compiler.is_compiling()  # no backward pass through that of compiled code
+    compiling = state.is_compiling()  # no backward pass through that of compiled code
     followed = (
         not compiling and torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
     )
@@ -115,7 +115,7 @@ def runs(terms: Tensor) -> bool:
     """Tell whether a sum in float64 is slow: where the wide copy is large, or compiled."""
     if state.is_exporting():  # sizes may be symbolic, and can't be compared
         return False
-    return torch.compiler.is_compiling() or terms.numel() > FEW
+    return state.is_compiling() or terms.numel() > FEW
 
 
 class _Call:
@@ -223,7 +223,7 @@ def loss(problem: Problem) -> Tensor:
         return formula.loss(problem)
     # PyTorch differentiates no Function's jvp in forward mode once more, torch.jit.trace saves no
     # Function, and torch.export(strict=True) saves one without its backward pass.
-    compiling = torch.compiler.is_compiling()
+    compiling = state.is_compiling()
     simply = state.is_exporting() or (not compiling and state.is_tracing())
     if simply:
         return formula.loss(problem)

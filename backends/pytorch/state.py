@@ -32,7 +32,6 @@ _RECORDED = (*PLAIN, FakeTensor, FunctionalTensor)  # what compilers trace with
 
 # A call of a name with dots costs half as much again as one without: of 3 microseconds.
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-is_exporting = torch.compiler.is_exporting
 is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -69,6 +68,20 @@ def _only_device_contexts() -> bool:
     """Tell whether all function modes are those of ``torch.device(...)``, which set a default."""
     modes = map(torch._C._get_function_stack_at, range(_function_modes()))
     return all(type(mode) is DeviceContext for mode in modes)
+
+
+def is_compiling() -> bool:
+    """Tell whether this thread compiles or exports; PyTorch's flag is the whole process's."""
+    return torch.compiler.is_compiling() and _in_this_thread()
+
+
+def is_exporting() -> bool:
+    """Tell whether this thread exports."""
+    return torch.compiler.is_exporting() and _in_this_thread()
+
+
+def _in_this_thread() -> bool:
+    return is_dynamo_compiling() or _tracing_context() is not None
 
 
 def is_recording() -> bool:
@@ -150,7 +163,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 def value_access(tensor: torch.Tensor) -> str:
     """Tell whether a tensor's values can be read: "host", "device" or "traced"."""
-    if torch.compiler.is_compiling() or is_tracing():
+    if is_compiling() or is_tracing():
         return TRACED
     tensor = _within_grad(tensor)
     if tensor.is_meta or _holds_others(tensor):
@@ -181,7 +194,7 @@ def unsupported_layout(tensor: torch.Tensor) -> str | None:
         return f"a tensor of layout {layout}"
     if type(tensor) not in _RECORDED and isinstance(tensor, torch.masked.MaskedTensor):
         return "a MaskedTensor, whose mask would be lost; call its to_tensor() or get_data()"
-    if not torch.compiler.is_compiling() and _is_freed(tensor):
+    if not is_compiling() and _is_freed(tensor):
         return "a tensor whose storage was freed or shrunk"
     return None
 
@@ -248,7 +261,7 @@ def current_stream(device: int) -> int:
 
 def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """Return the reduction that PyTorch's deprecated arguments ask for, with its own warning."""
-    warns = not torch.compiler.is_compiling()  # which can't follow the functions that warn
+    warns = not is_compiling()  # which can't follow the functions that warn
     if size_average is None and reduce is None:
         if reduction != "elementwise_mean":
             return reduction

@@ -346,6 +346,22 @@ def test_no_weight_is_charged_with_a_target_out_of_range(transform, scores):
     assert transform(loss)(jnp.ones(3)).tolist() == pytest.approx([0, 1 / 3, 0])
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_gradient_of_the_weights_of_many_samples(x64, reduction):
+    n = 2**20
+    with enable_x64(x64):
+        x, y = jnp.tile(jnp.asarray([[0.0, 0.1, 0.2]], jnp.float32), (n, 1)), jnp.zeros(n, int)
+
+        def loss(weight):
+            losses = multi_margin_loss(x, y, weight=weight, reduction=reduction)
+            return losses.sum() / np.float32(1 if reduction == "mean" else n)
+
+        grad = np.asarray(jax.grad(loss)(jnp.ones(3, jnp.float32)), np.float64)
+    one = float(np.float32(0.1)) + float(np.float32(0.2)) + 2
+    np.testing.assert_allclose(grad, [one / 3, 0, 0], rtol=3e-6)
+
+
 @pytest.mark.parametrize("p", P)
 def test_gradient_of_the_weights_and_forward_mode(batch, p):
     scores, target, weight = batch

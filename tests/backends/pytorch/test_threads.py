@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mml_arrayapi import multi_margin_loss
+from mml_arrayapi import InvalidTargetError, LossAccumulator, multi_margin_loss
 
 torch = pytest.importorskip("torch")
 engine = pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
@@ -46,6 +46,64 @@ def test_the_bits_are_those_of_one_thread(p, compiled):
     for loss, grad in found[1:]:
         assert torch.equal(loss, found[0][0])
         assert torch.equal(grad, found[0][1])
+
+
+@pytest.fixture
+def another_thread_compiles():
+    """Within the test, for which PyTorch's flag, the process's, says that something compiles."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(graph, _):
+        inside.set()
+        leave.wait(60)
+        return graph.forward
+
+    def compile_something():
+        torch.compile(lambda z: z * 2, backend=wait)(torch.ones(3))
+
+    thread = threading.Thread(target=compile_something)
+    thread.start()
+    assert inside.wait(60)
+    assert torch.compiler.is_compiling()
+    yield
+    leave.set()
+    thread.join()
+
+
+def _everything(x, y, backend):
+    """What depends on whether something compiles: checks, and derivatives of every kind."""
+
+    def loss(scores):
+        return multi_margin_loss(scores, y, p=1.5, backend=backend)
+
+    for check_target in ("auto", "raise"):
+        with pytest.raises(InvalidTargetError, match=r"target\[2\] is 99"):
+            multi_margin_loss(x, y + torch.tensor([0, 0, 97]), check_target=check_target)
+    accumulator = LossAccumulator()
+    accumulator.update(x, y)
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="whose storage was freed or shrunk"):
+        multi_margin_loss(freed, y, backend=backend)
+    broken = x.clone()
+    broken[0, 0] = float("nan")
+    return (
+        torch.tensor(accumulator.compute()),
+        torch.func.jvp(loss, (x,), (x,))[1],
+        *(torch.func.hessian(loss)(scores) for scores in (x, broken)),
+        torch.func.vmap(torch.func.grad(loss))(torch.stack([x, 2 * x])),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_calls_while_another_thread_compiles(backend, request):
+    x, y = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    wanted = _everything(x, y, backend)
+    request.getfixturevalue("another_thread_compiles")
+    for one, other in zip(_everything(x, y, backend), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.usefixtures("two_threads")
