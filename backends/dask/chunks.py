@@ -392,7 +392,8 @@ def _part_of_rows(
 ) -> Part:
     """Do it with any kernel. It divides by the number of its classes, so nothing overflows."""
     if _margin_is_infinite(call):
-        return _part_beside_infinity(xp, block, at, target, own, call)
+        part = _part_beside_infinity(xp, block, at, target, own, call)
+        return part if slopes else part._replace(slopes=None)
     n, axis = block.shape[call.axis] + 1, call.axis
     inside, column = _column(xp, block.shape[call.axis], at, target)
     sums = xp.empty(target.shape, dtype=xp.float64)
@@ -433,12 +434,11 @@ def _costs_beside_infinity(
     :func:`_with_own_class` appends would cost something. Finite scores are at no infinite distance,
     even if it is more than the dtype can hold.
     """
-    axis, n, margin = call.axis, block.shape[call.axis], call.options.margin
-    _, column = _column(xp, n, at, target)
-    classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
+    axis, margin = call.axis, call.options.margin
+    _, column = _column(xp, block.shape[axis], at, target)
     tile = xp.astype(block, own.dtype, copy=False) * TINY
     z = (tile - xp.expand_dims(own, axis=axis) * TINY) + math.copysign(math.inf, margin)
-    z = xp.where((classes == xp.expand_dims(column, axis=axis)) & ~xp.isnan(tile), 0.0, z)
+    z = xp.where(_is_own(xp, block, column, axis) & ~xp.isnan(tile), 0.0, z)
     return xp.where(z <= 0, 0.0, z)
 
 
@@ -510,7 +510,6 @@ def _grad_of_part(
     if lost is not None:
         scale = xp.where(lost, 0.0, scale)
     inside, column = _column(xp, block.shape[call.axis], at, target)
-    classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
     grad = xp.empty_like(block)
     for where, rows in _tiles(block.shape, axis):
         few = block[where], target[rows], column[rows], own[rows], inside[rows]
@@ -523,7 +522,7 @@ def _grad_of_part(
             problem, kernel = _with_own_class(xp, *few, call)
             (_, made), _ = _by(kernel, problem, call, scale[rows] * (n + 1))
             made = made[(*(slice(None),) * axis, slice(n))]
-        is_own = classes == xp.expand_dims(column[rows], axis=axis)
+        is_own = _is_own(xp, few[0], few[2], axis)
         by_own = -slopes[rows] * (scale[rows] / call.unit)
         # No class is active: 0, even where the factor is infinite.
         by_own = xp.where((slopes[rows] == 0) & ~xp.isnan(scale[rows]), 0.0, by_own)
@@ -579,6 +578,13 @@ def _column(xp: Any, n: int, at: int, target: Array) -> tuple[Array, Array]:
     target = xp.astype(target, xp.int64)  # what is too large turns negative, and is in no block
     inside = (target >= at) & (target < at + n)
     return inside, xp.where(inside, target - at, n)
+
+
+def _is_own(xp: Any, block: Array, column: Array, axis: int) -> Array:
+    """Tell which scores of a block are those of the targets' classes."""
+    n = block.shape[axis]
+    classes = xp.reshape(xp.arange(n), tuple(n if i == axis else 1 for i in range(block.ndim)))
+    return classes == xp.expand_dims(column, axis=axis)
 
 
 def _weights(xp: Any, target: Array, weight: Array | None, call: Call) -> Any:

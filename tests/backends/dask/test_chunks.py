@@ -345,7 +345,7 @@ def test_every_infinite_score_beside_a_margin_beyond_the_dtype(backend, margin, 
     options = {"p": p, "margin": margin, "reduction": "none", "backend": backend}
     whole = mml.multi_margin_loss_and_grad(x, y, **options)
     with dask.config.set({"array.chunk-size": "1B"}):
-        lazy = da.from_array(x, chunks=(100, (3, 1)))
+        lazy = da.from_array(x, chunks=(100, (0, 3, 1)))
         parts = mml.multi_margin_loss_and_grad(lazy, y, **options)
         alone = mml.multi_margin_loss(lazy, y, **options).compute()
     for one, other in zip((*whole, whole[0]), (*dask.compute(*parts), alone), strict=True):
