@@ -165,6 +165,7 @@ class LossAccumulator:
             ignore_index=self.ignore_index,
             check_target="raise",
         )
+        check_readable("input", losses)  # within jax.jit those of concrete arrays are traced too
         losses, classes, factors = _together(losses, target, sample_weight)
         kept = None if self.ignore_index is None else classes != self.ignore_index
         if factors is not None:

@@ -223,13 +223,14 @@ class ExactSum:
 
     def over(self, divisor: int) -> float:
         """Return the sum divided by an integer, correctly rounded; NaN for a divisor of 0."""
-        return self._quotient(divisor << UNIT)
+        return self.over_units(divisor << UNIT)
 
     def over_sum(self, divisor: ExactSum) -> float:
         """Return the sum divided by another, correctly rounded; NaN for a divisor of 0."""
-        return self._quotient(divisor.total)
+        return self.over_units(divisor.total)
 
-    def _quotient(self, divisor: int) -> float:
+    def over_units(self, divisor: int) -> float:
+        """Return the sum divided by so many units, correctly rounded; NaN for 0 of them."""
         if self.nan or (self.plus and self.minus) or not divisor:
             return math.nan
         if self.plus or self.minus:

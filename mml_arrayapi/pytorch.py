@@ -6,8 +6,8 @@ and ``reduce``, and saved state are PyTorch's. What the numbers are is
 ``docs/pytorch.md``.
 """
 
-from __future__ import annotations
-
+# No annotations as strings (``from __future__``): a graph of torch.fx keeps them, and could then
+# not be pickled.
 from typing import Any
 
 import torch

@@ -570,6 +570,8 @@ def test_arrays_that_are_traced():
             transform(update)(scores, target)
     with pytest.raises(ValueError, match="target must have values that can be read"):
         jax.jit(lambda y: update(scores, y))(target)
+    with pytest.raises(ValueError, match="input must have values that can be read"):
+        jax.jit(lambda: update(scores, target))()
 
 
 class Named(LossAccumulator):

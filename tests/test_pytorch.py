@@ -190,6 +190,12 @@ def test_torch_fx_traces_it(batch, criterion):
     torch.testing.assert_close(traced(*batch), model(*batch))
 
 
+@pytest.mark.parametrize("module", [mine.MultiMarginLoss(p=2), mine.MultiMarginLoss()])
+def test_its_own_graph_can_be_pickled(batch, module):
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(module)))
+    torch.testing.assert_close(traced(*batch), module(*batch))
+
+
 @pytest.mark.filterwarnings("ignore:reduction='elementwise_mean' is deprecated")
 def test_the_oldest_name_of_the_mean(batch):
     module = mine.MultiMarginLoss(reduction="elementwise_mean")

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from heapq import nsmallest
 from html import escape
 from typing import Any
 
@@ -13,7 +14,7 @@ from mml_arrayapi.evaluation.errors import on_a_line
 from mml_arrayapi.evaluation.files import common_start
 from mml_arrayapi.evaluation.inputs import Dataset, printable
 from mml_arrayapi.evaluation.metrics import Loss, MetricState, bin_start
-from mml_arrayapi.exact_sum import UNIT, ExactSum
+from mml_arrayapi.exact_sum import ExactSum
 
 SCHEMA = 2  # of to_json(); it changes when something is renamed, removed or means something else
 SHOWN_CLASSES = 20
@@ -340,7 +341,7 @@ def figures_of(
     units = int(state.sums[0].sum())
     total = ExactSum(units, *(int(state.counts[i].sum()) for i in (0, 3, 4, 5)))
     (samples, weight), (_, correct), (_, inside) = (state.total(kind) for kind in range(3))
-    mean = _over(total, weight, weighted=state.weighted)
+    mean = total.over_units(weight << state.unit)
     return Evaluation(
         loss=total.over(1) if reduction == "sum" else mean,
         reduction=reduction,
@@ -371,8 +372,8 @@ def figures_of(
 def _confusions(state: MetricState) -> tuple[tuple[int, int, int], ...] | None:
     if state.confusions is None:
         return None
-    pairs = sorted(state.confusions.items(), key=lambda item: (-item[1], item[0]))
-    return tuple((*divmod(pair, state.n_classes), n) for pair, n in pairs[:SHOWN_CONFUSIONS])
+    pairs = nsmallest(SHOWN_CONFUSIONS, ((-n, pair) for pair, n in state.confusions.items()))
+    return tuple((*divmod(pair, state.n_classes), -n) for n, pair in pairs)
 
 
 def _worst(sample: Any, data: Dataset) -> WorstSample:
@@ -387,10 +388,11 @@ def _class_figures(state: MetricState) -> tuple[ClassFigures, ...]:
     count, right, inside, *odd = state.counts.tolist()
     sums, *of_weights = state.sums.tolist()
     shares = of_weights or (count, right, inside)
+    unit = state.unit
     found = [
         ClassFigures(
             n,
-            _over(ExactSum(units, n, *strange), weight, weighted=state.weighted),
+            ExactSum(units, n, *strange).over_units(weight << unit),
             _share(right, weight),
             _share(inside, weight),
         )
@@ -402,14 +404,6 @@ def _class_figures(state: MetricState) -> tuple[ClassFigures, ...]:
     for c, figures in zip(state.classes.tolist(), found, strict=True):
         made[c] = figures
     return tuple(made)
-
-
-def _over(total: ExactSum, weight: int, *, weighted: bool) -> float:
-    """Return a sum of losses over the sum of weights, which has units of ``2 ** -UNIT``."""
-    if not weighted:
-        return total.over(weight)
-    shifted = ExactSum(total.total << UNIT, total.count, total.nan, total.plus, total.minus)
-    return shifted.over(weight)
 
 
 def _share(part: int, whole: int) -> float:

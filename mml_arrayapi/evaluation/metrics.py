@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mml_arrayapi.exact_sum import ExactSum, exact_sums, shifted, weighted
+from mml_arrayapi.exact_sum import UNIT, ExactSum, exact_sums, shifted, weighted
 from mml_arrayapi.loss import sample_losses
 from mml_arrayapi.validation import raise_invalid_target
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 ROWS = 2**16  # rows counted together: what is kept of each is about 100 bytes
-BLOCK = 2**23  # scores counted together: a kernel may need several times their memory
+BLOCK = 2**23  # scores looked at together: a kernel may need several times their memory
 STEPS = 5  # bits of a lead that the histogram keeps: 32 bins from each power of 2 to the next
 WORST = 20  # samples that are kept as the worst, and as the first that are NaN
 SHOWN_SCORES = 3  # highest scores that are kept of each of the worst samples
@@ -158,6 +158,11 @@ class MetricState:
         """Whether the samples have weights."""
         return len(self.sums) > 1
 
+    @property
+    def unit(self) -> int:
+        """How many bits a sum of weights is shifted by, to be in the units of a sum of losses."""
+        return 0 if self.weighted else UNIT
+
     def merge(self, other: MetricState) -> None:
         """Add what another state holds."""
         where = self._places(other.classes)
@@ -276,7 +281,8 @@ def counted(
             target = np.where(ignored, 0, target)
     if n and not (target.min() >= 0 and target.max() < scores.shape[1]):
         raise_invalid_target(target, scores.shape[1])
-    step = max(64, min(ROWS, BLOCK // scores.shape[1]))
+    # A selection is a copy: of no more rows than are looked at together.
+    step = ROWS if keep is None else min(ROWS, _block(scores))
     made = None
     for start in range(0, n if keep is None else len(keep), step):
         rows: Any = slice(start, min(start + step, n))
@@ -408,19 +414,33 @@ def bin_start(number: int) -> float:
     return float(np.int64(number << (52 - STEPS)).view(np.float64))
 
 
+def _block(scores: np.ndarray) -> int:
+    """Return how many rows are looked at together."""
+    return max(64, BLOCK // scores.shape[1])
+
+
 def _look_at(scores: np.ndarray, target: np.ndarray, loss: Loss) -> _Looks:
     """Look at each sample."""
     import numpy as np
 
-    from mml_arrayapi.backends import cpu
-
     n, n_classes = scores.shape
     dtype = np.dtype("f8" if scores.dtype.itemsize == 8 else "f4")
-    # Contiguous: each row is summed in the same order, however its file stores it.
-    scores = np.ascontiguousarray(scores, dtype=dtype)
     highest = np.empty((n, min(SHOWN_SCORES, n_classes)), np.int64)
     rows = (np.empty(n, kind) for kind in (np.uint8, np.int32, np.int64))
     looks = _Looks(np.empty(n, dtype), highest, *rows)
+    for start in range(0, n, step := _block(scores)):
+        part = slice(start, start + step)
+        # Contiguous: each row is summed in the same order, however its file stores it.
+        block = np.ascontiguousarray(scores[part], dtype=dtype)
+        _look_at_block(block, target[part], loss, _Looks(*(look[part] for look in looks)))
+    return looks
+
+
+def _look_at_block(scores: np.ndarray, target: np.ndarray, loss: Loss, looks: _Looks) -> None:
+    import numpy as np
+
+    from mml_arrayapi.backends import cpu
+
     ours, stood = loss.backend == "numpy-cpu", False
     if cpu.native is not None:
         # Of our own kernel the losses too, in the same pass: a row is then read from memory once.
@@ -434,7 +454,6 @@ def _look_at(scores: np.ndarray, target: np.ndarray, loss: Loss) -> _Looks:
             looks.losses[...] = sample_losses(scores, target, **parameters)
         if not stood:
             _stand(scores, target, loss, looks)
-    return looks
 
 
 def _stand(scores: np.ndarray, target: np.ndarray, loss: Loss, looks: _Looks) -> None:

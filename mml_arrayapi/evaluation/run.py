@@ -86,9 +86,9 @@ def evaluate(
         process (threads that read files: one more), and no more than its memory suffices for. Of a
         cluster, how many workers to wait for. At most 10,000.
     chunk_size : int, optional
-        The number of rows per batch; about 2 million scores and at least 64 rows if left out. What
-        is stored together (the chunks of Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz``
-        array) is not torn apart.
+        The number of rows per batch. If left out, about 2 million scores, but 256 rows at least
+        (64 where these have more than 32 million scores). What is stored together (the chunks of
+        Zarr, HDF5 and Dask, Parquet's row groups, an ``.npz`` array) is not torn apart.
     checkpoint : path or URL, optional
         A folder for a journal of the finished batches. A run that was killed is resumed there.
     timeout : float, default 300
