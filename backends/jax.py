@@ -235,7 +235,7 @@ def _tangent_by_weight(problem: Problem, tangent: Any) -> jax.Array:
     counts, factor = (jnp.expand_dims(one, problem.axis) for one in (counts, factor))
     # Twice: neither the loss of such a sample nor the tangent may count.
     losses = jnp.where(counts, jnp.where(counts, losses, 0) * factor, 0)
-    return formula.reduce(problem, losses)
+    return formula.reduce(problem._replace(weight=None), losses)
 
 
 def _spread_look_up(table: jax.Array, index: jax.Array) -> jax.Array:

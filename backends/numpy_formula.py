@@ -48,8 +48,8 @@ def put(x: Array, places: tuple[np.ndarray, ...], values: Any, axis: int) -> Arr
 
 
 def look_up(table: Array, index: Array, axis: int) -> Array:  # noqa: ARG001
-    """Return the elements of a vector."""
-    return table[index]
+    """Return the elements of a vector, of no subclass that the losses would be of too."""
+    return np.asarray(table)[index]
 
 
 def relu(x: Array) -> Array:

@@ -144,6 +144,20 @@ def finite_answers_stay_finite(ctx: Context) -> None:
 
 
 @check(LIMITS, every_dtype=True)
+def weighted_losses_beyond_the_dtype_may_have_a_finite_sum(ctx: Context) -> None:
+    """So that their mean is finite too."""
+    large = 2.0 ** {"float16": 15, "bfloat16": 126, "float32": 126, "float64": 1022}[ctx.dtype]
+    x = ctx.array([[-large, 0.0, 0.0, 0.0], [0.0, -large, 0.0, 0.0], [0.0] * 4])
+    y, weight = ctx.integers([0, 1, 2]), ctx.array([16.0, -15.5, 0.5, 1.0])
+    one = large * 0.375  # 12 times large, less 11.625 times; the third loss is far below
+    for reduction, n in (("mean", 3), ("sum", 1)):
+        loss, _ = ctx.loss_and_grad(x, y, weight=weight, reduction=reduction)
+        ctx.same(loss, one / n, 4 * one / n, f"{reduction} beside a gradient")
+        loss = ctx.loss(x, y, weight=weight, reduction=reduction)
+        ctx.same(loss, one / n, 4 * one / n, reduction)
+
+
+@check(LIMITS, every_dtype=True)
 def margin_beyond_the_dtype_acts_as_infinity(ctx: Context) -> None:
     """Of its sign: the other classes cost infinitely or nothing; the target's is left out."""
     large = _LARGEST[ctx.dtype] if ctx.dtype != "float64" else 1.0

@@ -22,7 +22,7 @@ from typing import Any
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import Library, library_of
-from mml_arrayapi.wide_sum import divided_sum
+from mml_arrayapi.wide_sum import divided_sum, headroom
 
 Array = Any
 
@@ -65,7 +65,7 @@ def loss_and_grad(problem: Problem, grad_output: Array | None) -> tuple[Array, A
 
 
 def losses(problem: Problem) -> Array:
-    """Compute one loss per sample, in the precision of sums; the classes' axis has length 1."""
+    """Compute one loss per sample, in the precision and unit of sums, with one class."""
     return _hinge(problem, library_of("input", problem.input))[3]
 
 
@@ -82,8 +82,7 @@ def losses_and_grad(problem: Problem, upstream: Array | float) -> tuple[Array, A
     grad = library.scaled(_slope(xp, hinge, p), library.cast(scale, hinge.dtype))
     # All terms of a row have one sign: no part of their sum is larger than the whole.
     own = library.cast(divided_sum(library, grad, axis, -1, small=True), hinge.dtype)
-    grad = library.put(grad, places, own, axis)
-    return losses, library.cast(grad, problem.input.dtype)
+    return losses, library.cast(library.put(grad, places, own, axis), problem.input.dtype)
 
 
 def reduce(problem: Problem, losses: Array) -> Array:
@@ -92,8 +91,9 @@ def reduce(problem: Problem, losses: Array) -> Array:
     if problem.reduction == "none":
         return library.cast(losses[_along(problem.axis, 0)], dtype)
     n = library.divisor(_count(problem, library)) if problem.reduction == "mean" else 1
-    small = losses.dtype == problem.xp.float64 != dtype
-    return library.cast(divided_sum(library, losses, None, n, small=small), dtype)
+    unit = headroom(problem, losses.dtype)
+    small = losses.dtype == problem.xp.float64 and (losses.dtype != dtype or unit < 1)
+    return library.cast(divided_sum(library, losses, None, n * unit, small=small), dtype)
 
 
 def upstream(problem: Problem, grad_output: Array | None) -> Array | float:
@@ -152,7 +152,7 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
         weight = library.cast(library.look_up(library.cast(weight, x.dtype), index, axis), wide)
         if problem.check_target == "nan":  # what has no class has no class's weight
             weight = library.nan_unless(known, weight)
-        losses = losses * weight
+        losses = losses * (weight * headroom(problem, wide))
     if problem.check_target == "nan":
         losses = library.nan_unless(known, losses)
     if ignored is not None:

@@ -86,8 +86,8 @@ class Kernel:
         ``sum(loss * grad_output)`` for ``input``. ``grad_output`` is an array of the loss's shape,
         or None for 1. Like ``loss`` it may raise :class:`Unusable`.
     before : str, optional
-        The name of another kernel: this one is asked directly before it. Without it, the kernel
-        is asked after the built-in ones.
+        The name of another kernel: this one is asked directly before it. Without it, or where the
+        library has none of that name, the kernel is asked after the built-in ones.
     supports : frozenset of str
         The features that the kernel has beyond the common ones; so far ``"ignore_index"``. A call
         that uses a feature is never given to a kernel that doesn't list it.
@@ -117,7 +117,7 @@ class Kernel:
     before: str | None = None
     supports: frozenset[str] = frozenset()
     direct: Mapping[type, Callable[[Array, Array, Array, Options], Array | None]] = field(
-        default_factory=dict
+        default_factory=dict, hash=False
     )
     on_chunks: Callable[[Problem, str, str], Kernel | None] | None = None
 

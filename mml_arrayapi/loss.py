@@ -125,7 +125,8 @@ def multi_margin_loss_and_grad(
     grad_output : array, real floating, optional
         The gradient of something for the loss, of the loss's shape; 1 if left out. It is
         multiplied in float32 or wider, so that with 16-bit scores a large loss scale saves small
-        gradients.
+        gradients. A NaN makes its sample's whole gradient NaN; infinity leaves a derivative of 0
+        what it is.
 
     Returns
     -------

@@ -120,7 +120,9 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):
         reduction: str = "mean",
     ) -> None:
         name = reduction_name(size_average, reduce, reduction)
-        check_parameters(name, p, margin)
+        floats = check_parameters(name, p, margin)
+        # Plain numbers: torch.compile takes scalars of NumPy for arrays.
+        p, margin = (x if type(x) is int else f for x, f in zip((p, margin), floats, strict=True))
         if weight is not None:
             check_weight(weight)
         super().__init__(1, margin, weight, reduction=name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any
 
 from mml_arrayapi.kernel import Options, Problem
@@ -568,9 +569,18 @@ def is_number(value: object, kind: type) -> bool:
     -------
     bool
     """
-    return isinstance(value, kind) and not (
-        isinstance(value, bool) or type(value).__name__ == "timedelta64"
-    )
+    if isinstance(value, kind):
+        return not (isinstance(value, bool) or type(value).__name__ == "timedelta64")
+    return _is_traced_scalar(value, kind)
+
+
+def _is_traced_scalar(value: Any, kind: type) -> bool:
+    """Tell whether a value may be a scalar of NumPy's: torch.compile takes these for arrays."""
+    if type(value).__name__ != "ndarray" or value.shape != () or "torch" not in sys.modules:
+        return False
+    from mml_arrayapi.backends.pytorch.state import is_compiling
+
+    return is_compiling() and is_number(value.item(), kind)
 
 
 def _static(argument: str, value: object) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import Library
 
 Array = Any
@@ -57,6 +58,18 @@ def divided_sum(
             if terms.shape[axis or 0] == 1:
                 break
     return library.sum(terms, axis, wide) / (shrunk * divisor)
+
+
+def headroom(problem: Problem, wide: Any) -> float:
+    """Return a factor for losses in the widest dtype: with weights they may be beyond it.
+
+    Their sum or mean may fit all the same.
+    """
+    if problem.weight is None or problem.reduction == "none":
+        return 1.0
+    if wide == problem.xp.float32:
+        return RUN**-2.0
+    return SMALL if problem.input.dtype == wide else 1.0
 
 
 def _sums_of_runs(library: Library, terms: Array, axis: int) -> Array:

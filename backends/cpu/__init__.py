@@ -8,6 +8,7 @@ the one that the environment variable ``MML_ARRAYAPI_CPU_KERNELS`` names (``base
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from importlib import import_module
@@ -117,6 +118,15 @@ def too_large(shape: tuple[int, ...], axis: int) -> str | None:
     if shape[axis] > MAX_CLASSES:
         return f"input has {shape[axis]} classes, the kernel takes {MAX_CLASSES}"
     return None
+
+
+def axes_in_memory(strides: tuple[int, ...]) -> list[int]:
+    """Return the axes from the longest step to the shortest; those that repeat come first.
+
+    A gradient whose axes lie in this order is walked as the scores are: so the loss, summed on the
+    way, has the bits that it has without a gradient.
+    """
+    return sorted(range(len(strides)), key=lambda axis: -abs(strides[axis]) or -math.inf)
 
 
 def reason() -> str | None:

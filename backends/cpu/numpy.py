@@ -40,14 +40,19 @@ def loss(problem: Problem) -> Any:
 def loss_and_grad(problem: Problem, grad_output: Any) -> tuple[Any, np.ndarray]:
     """Compute the loss and the gradient in one pass over the input."""
     arrays = problem.input, problem.target, problem.weight
-    # Beside repeated rows "K" would put neighbours in a column side by side, and the loss, summed
-    # on the way, would have other bits than loss() gives.
-    repeated = 0 in problem.input.strides
-    grad = np.empty_like(problem.input, order="C" if repeated else "K", subok=False)
+    grad = _empty_like(problem.input)
     if grad_output is not None and type(grad_output) not in PLAIN:
         grad_output = np.asarray(grad_output)  # a scalar of NumPy's
     loss = cpu.native.loss_and_grad(*arrays, problem.options(), grad, grad_output)
     return _given(problem, loss), grad
+
+
+def _empty_like(x: np.ndarray) -> np.ndarray:
+    """Return an array whose axes lie as those of another; NumPy does so if none is repeated."""
+    if 0 not in x.strides:
+        return np.empty_like(x, subok=False)
+    order = cpu.axes_in_memory(x.strides)
+    return np.empty([x.shape[i] for i in order], x.dtype).transpose(np.argsort(order))
 
 
 def _given(problem: Problem, loss: Any) -> Any:

@@ -43,8 +43,8 @@ enum NoClass { BAD = -1, IGNORED = -2 };  // what a target is that names no clas
 const u32 NO_VALUE = 0xffffffffu;     // a count that says: this row's loss is NaN
 const u32 TILE_NO_VALUE = 1u << 31;   // the same in a tile's mask word, C is at most 31 there
 
-// The sum over a row is kept multiplied by DOWN, a sum over rows by row_scale (both powers of two):
-// so a mean whose sum is beyond float64 is still a number.
+// The sum over a row is kept multiplied by DOWN, what is added over rows by DOWN / rows (about): so a
+// mean whose sum is beyond float64 is still a number, and so is a sum of weighted losses that are.
 const double DOWN = 1.0 / 4294967296.0, UP = 4294967296.0;
 
 // Every field begins a new 8 bytes: so the host packs them.
@@ -77,9 +77,8 @@ struct Arguments {
     FIELD(i64, blocks)               // whose sums of losses are to be added
     FIELD(i64, splits)               // blocks that share a row
     FIELD(i64, span)                 // vectors of a row for each of them
-    FIELD(double, loss_factor)       // UP / classes
-    FIELD(double, row_scale)         // at most 1 / rows, a power of two
-    FIELD(double, divisor)           // of the sum of losses: row_scale, times rows for the mean
+    FIELD(double, loss_factor)       // UP / classes, times DOWN / rows (about) if losses are added
+    FIELD(double, divisor)           // of the sum of losses: DOWN / rows, times rows for the mean
     FIELD(double, grad_factor)       // p / classes, over rows for the mean
     FIELD(Real, margin)
     FIELD(Real, exponent)            // p - 1
@@ -256,7 +255,7 @@ DEVICE Real load_scale(const Arguments& a, i64 row, int y, Real factor) {
     return scale;
 }
 
-// The loss of a row. `sum` is that of its terms, times DOWN.
+// The loss of a row, in the unit of loss_factor. `sum` is that of its terms, times DOWN.
 DEVICE double row_loss(const Arguments& a, int y, Real pivot, double sum) {
     if (y == IGNORED) return 0;
     if (y == BAD || pivot != pivot) return (double)not_a_number();
@@ -597,7 +596,7 @@ DEVICE double finish_row(const Arguments& a, const Row& r, const Sums& sums) {
     if (OP == LOSS_MASK) ((u32*)a.mask)[2 * r.row] = no_value ? NO_VALUE : (u32)sums.slope;
     if (r.y == BAD && a.flag) atomicMin(a.flag, r.row);
     if (a.loss && !a.summed) a.loss[r.row] = round_once(loss);
-    return loss * a.row_scale;
+    return loss;
 }
 
 template <int OP, int KIND>
@@ -900,7 +899,7 @@ DEVICE double tile_row(const Arguments& a, i64 row, int y, Real factor, Real* ti
     }
     if (y == BAD && a.flag) atomicMin(a.flag, row);
     if (a.loss && !a.summed) a.loss[row] = round_once(loss);
-    return loss * a.row_scale;
+    return loss;
 }
 
 DEVICE void tile_row_of_mask(const Arguments& a, i64 row, int y, u32 bits, Real factor, Real* tile,

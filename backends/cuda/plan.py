@@ -34,7 +34,7 @@ COUNTING_BLOCKS = 128  # at most; every block of the next launch adds their coun
 BLOCK, TILE_BLOCK, SUM_BLOCK = 256, 128, 1024
 SCRATCH = 256  # bytes of shared memory for the sums over a block
 FAR = 2**63 - 1  # a flag's value while no target was found out of range
-UP = 2.0**32  # the kernels keep the sum over a row divided by this
+DOWN = 2.0**-32  # the kernels keep the sum over a row multiplied by this
 
 # The fields of the kernels' arguments, in order; each begins a new 8 bytes. First the addresses,
 ADDRESSES = ("scores", "target", "weight", "upstream", "loss", "scratch", "flag", "mask", "grad")
@@ -44,13 +44,13 @@ INTEGER_FIELDS = (
     *("upstream_stride", "upstream_wide", "weight_wide", "lanes", "vector", "mask_row"),
     *("summed", "ignoring", "ignore_index", "counted", "blocks", "splits", "span"),
 )
-DOUBLE_FIELDS = ("loss_factor", "row_scale", "divisor", "grad_factor")
+DOUBLE_FIELDS = ("loss_factor", "divisor", "grad_factor")
 REAL_FIELDS = ("margin", "exponent")
 NUMBERS = (*INTEGER_FIELDS, *DOUBLE_FIELDS, *REAL_FIELDS)
 FIELDS = len(ADDRESSES) + len(NUMBERS)
 PACKED_ADDRESSES = struct.Struct("<9q")
 PACKED_NUMBERS = {
-    scalar: struct.Struct("<18q4d2d" if scalar == 64 else "<18q4df4xf4x") for scalar in ITEMSIZE
+    scalar: struct.Struct("<18q3d2d" if scalar == 64 else "<18q3df4xf4x") for scalar in ITEMSIZE
 }
 # The same for CuPy and PyTorch. CuPy's own compilation would add -ftz=true, and subnormal numbers
 # would become 0 there alone.
@@ -406,7 +406,7 @@ def _pack_numbers(
 ) -> bytes:
     classes, rows = call.classes, max(call.rows, 1)
     counted_here = call.reduction == "mean" and not counting  # the kernels divide by their count
-    row_scale = math.ldexp(1.0, -(rows - 1).bit_length()) if summed else 1.0
+    row_scale = math.ldexp(DOWN, -(rows - 1).bit_length()) if summed else 1.0
     grad_factor = call.p / classes / (rows if counted_here else 1)
     margin, exponent = call.margin, call.p - 1
     if call.scalar != 64:
@@ -417,7 +417,7 @@ def _pack_numbers(
         call.rows, classes, call.row_stride, call.target_stride, call.target_kind,
         call.upstream_stride, call.upstream_wide, call.weight_wide, shape.lanes, _vector(call),
         shape.mask_row, summed, ignore_index is not None, ignore_index or 0,
-        counting, shape.grid, shape.splits, shape.span, UP / classes, row_scale,
+        counting, shape.grid, shape.splits, shape.span, row_scale / DOWN / classes,
         row_scale * (call.rows if counted_here else 1), grad_factor, margin, exponent,
     )  # fmt: skip
 

@@ -85,6 +85,7 @@ class Rows(NamedTuple):
     n_ignored: int
     ran: frozenset[Ran]
     slopes: Array | None = None  # as in Part, of all classes; NaN where the loss is
+    beyond: int = 0  # the exact sum of weighted losses beyond their dtype, in ExactSum's units
 
 
 class Part(NamedTuple):
@@ -183,6 +184,32 @@ def only(blocks: list[Array], *, call: Call) -> Array:  # noqa: ARG001
 
 
 def _run(
+    blocks: list[Array],
+    target: Array,
+    weight: Array | None,
+    call: Call,
+    scale: Array | None = None,
+) -> tuple[Rows, list[Array]]:
+    """Return the losses of rows; with a scale, their gradients too."""
+    rows, grads = _run_kernel(blocks, target, weight, call, scale)
+    xp = library_of("input", blocks[0]).namespace
+    if weight is not None and call.options.reduction != "none" and xp.isinf(rows.losses).any():
+        plain = _run_kernel(blocks, target, None, call)[0].losses
+        rows = _without_large(rows, plain, _weights(xp, xp.asarray(target), weight, call))
+    return rows, grads
+
+
+def _without_large(rows: Rows, plain: Array, weights: Array) -> Rows:
+    """Add up exactly what only the weight makes infinite: the sum of all may be finite."""
+    library = library_of("input", plain)
+    xp = library.namespace
+    large = xp.isinf(rows.losses) & xp.isfinite(plain) & xp.isfinite(weights)
+    total = ExactSum()
+    total.add_weighted(*(np.asarray(library.on_host(one[large])) for one in (plain, weights)))
+    return rows._replace(losses=xp.where(large, 0, rows.losses), beyond=total.total)
+
+
+def _run_kernel(
     blocks: list[Array],
     target: Array,
     weight: Array | None,
@@ -448,7 +475,8 @@ def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) 
     sums = _added([part.sums for part in parts])
     xp, target = _namespace(sums, target)
     lost = ignored(target, call.options.ignore_index)
-    losses = sums if weight is None else sums * _weights(xp, target, weight[0], call)
+    weights = _weights(xp, target, weight and weight[0], call)
+    losses = sums * weights
     if lost is not None:
         losses = xp.where(lost, 0.0, losses)
     losses = xp.astype(losses, xp.float64 if call.dtype == xp.float64 else xp.float32)
@@ -457,7 +485,10 @@ def rows_of_parts(parts: list[Part], target: Array, weight: Any, *, call: Call) 
         slopes = _added([part.slopes for part in parts])
         slopes = xp.where(xp.isnan(losses), math.nan, slopes)
     everyone = frozenset[Ran]().union(*(part.ran for part in parts))
-    return Rows(losses, _count(lost), everyone, slopes)
+    rows = Rows(losses, _count(lost), everyone, slopes)
+    if weight is not None and call.options.reduction != "none":
+        rows = _without_large(rows, sums, weights)
+    return rows
 
 
 @QUIETLY
@@ -706,6 +737,7 @@ def close(rows: Rows, *, call: Call) -> Array | Sum:
         total = ExactSum()
         total.add(np.asarray(library.on_host(rows.losses)))
         total.count -= rows.n_ignored
+        total.total += rows.beyond
         return Sum(total, rows.ran)
     return library.namespace.astype(rows.losses, call.dtype)
 

@@ -35,7 +35,7 @@ from mml_arrayapi.backends.pytorch.state import (
 from mml_arrayapi.kernel import Kernel, Options, Problem
 from mml_arrayapi.libraries import library_of
 from mml_arrayapi.validation import check_targets
-from mml_arrayapi.wide_sum import divided_sum
+from mml_arrayapi.wide_sum import SMALL, divided_sum
 
 LARGEST = 2**63 - 1  # what an operator's integers hold
 
@@ -610,12 +610,25 @@ def _map_loss(
     x, y = _first(info, in_dims[0], input), _first(info, in_dims[1], target)
     if x.itemsize == 2 and options[2] != "none":
         x = x.float()
-    losses, _ = _loss(x, y, weight, *_per_sample(options, x.ndim - 1), False)
+    factors = weight if options[2] == "none" else None
+    losses, _ = _loss(x, y, factors, *_per_sample(options, x.ndim - 1), False)
     if options[2] != "none":
-        rows = _rows(losses)
-        divisor = _count(y, options[3]) if options[2] == "mean" else 1
-        losses = divided_sum(library_of("input", rows), rows, 1, divisor).squeeze(1)
+        losses = _reduced(losses, y, weight, options)
     return (losses.to(input.dtype), _no_mask(input)), (0, None)
+
+
+def _reduced(losses: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    """Return the sum or mean of each of the mapped calls."""
+    rows, small = _rows(losses), False
+    divisor = _count(target, options[3]) if options[2] == "mean" else 1
+    if weight is not None:  # with it, losses may be beyond their dtype where the mean isn't
+        y = _rows(target.to(torch.int64))
+        lost = _ignored(y, target.dtype, options[3])
+        known = (y >= 0) & (y < len(weight)) & ~lost
+        factor = weight.double()[torch.where(known, y, 0)] * SMALL
+        rows = torch.where(lost, 0, rows.double() * factor)
+        divisor, small = divisor * SMALL, True
+    return divided_sum(library_of("input", rows), rows, 1, divisor, small=small).squeeze(1)
 
 
 def _map_gradient(

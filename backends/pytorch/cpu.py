@@ -71,12 +71,21 @@ def loss_and_grad(
     options: Options,
 ) -> tuple[Tensor, Tensor] | None:
     """Compute both in one pass over the scores; see :class:`Engine`."""
-    into = empty_like(input, requires_grad=False)
+    into = _empty_like(input)
     out = None if _exchange else _new_loss(input, target, options)
     value = native.loss_and_grad(
         input, target, weight, options, into, grad_output, out, get_num_threads
     )
     return None if value is None else (value, into)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Return a tensor whose axes lie as those of another; PyTorch does so if none is repeated."""
+    if 0 not in x.stride():
+        return empty_like(x, requires_grad=False)
+    order = cpu.axes_in_memory(x.stride())
+    made = x.new_empty([x.shape[i] for i in order], requires_grad=False)
+    return made.permute([order.index(i) for i in range(x.ndim)])
 
 
 def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:

@@ -87,7 +87,8 @@ def run(
         threads = workers or _affordable(_allowed_cpus() + waits, work.largest)
         busy = max(1, min(threads, len(work.batches)))
         work = work._replace(count=partial(_beside, busy, work.count))
-        yield from (_on_dask_threads if work.lazy else _on_threads)(work, threads)
+        with _threads_start():
+            yield from (_on_dask_threads if work.lazy else _on_threads)(work, threads)
         return
     timeout = min(timeout, TIMEOUT_MAX / 2)  # locks take no infinity
     with ExitStack() as stack:
@@ -98,6 +99,20 @@ def run(
         _check_versions(client, _workers(client), timeout)
         with _interrupts() as finished, stack.pop_all():
             yield from _on_cluster(client, work, timeout, name, finished)
+
+
+@contextmanager
+def _threads_start() -> Iterator[None]:
+    """Say what to do where the system allows no more threads."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise WorkerError(
+            f"not as many threads can be started ({one_line(error)}); give fewer --workers, or "
+            "allow this process more threads and memory (ulimit -u, ulimit -v)"
+        ) from error
 
 
 def _beside(busy: int, count: Callable[..., Any], *arguments: Any) -> Any:

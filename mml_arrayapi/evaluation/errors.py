@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from importlib import import_module
 from typing import Any
+
+ADVICE = {
+    errno.EEXIST: "something else has this name: give another",
+    errno.ENOTDIR: "a part of the path is no folder: give another",
+    errno.EMFILE: "allow this process more open files (ulimit -n), or use fewer --workers",
+    errno.ENFILE: "close other programs: the machine has no room for more open files",
+}
 
 
 class InputError(ValueError):
@@ -41,11 +49,16 @@ def require(module: str, what: str) -> Any:
     """
     try:
         return import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         missing = error.name or module
         raise InputError(
             f"{what}: needs {missing}, which cannot be imported; "
             "pip install 'mml_arrayapi[evaluate]' (in a clone: pip install '.[evaluate]')"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"{what}: needs {module}, which cannot be imported ({one_line(error)}); mend it, or "
+            "install it again"
         ) from error
 
 
@@ -62,8 +75,12 @@ def one_line(error: BaseException) -> str:
 
 def advice(error: BaseException, otherwise: str) -> str:
     """Return an error's message on one line, in parentheses, and what to do about it."""
+    what = otherwise
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, PermissionError):
+    while cause is not None:
+        if isinstance(cause, PermissionError):
+            what = "check your access to it"
+        elif isinstance(cause, OSError):
+            what = ADVICE.get(cause.errno or 0, what)
         cause = cause.__cause__ or cause.__context__
-    what = otherwise if cause is None else "check your access to it"
     return f"({getattr(error, 'strerror', None) or one_line(error)}); {what}"

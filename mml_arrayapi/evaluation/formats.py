@@ -126,6 +126,10 @@ def choose_item(file: File, role: str, items: Sequence[str]) -> str:
     if items.count(chosen) == 1:
         return chosen
     plain = file.plain_name
+    if items.count(chosen) > 1:
+        raise InputError(
+            f"{plain}: holds {items.count(chosen)} arrays named {chosen!r}; rename one"
+        )
     missing = f"has no array {file.item!r}" if file.item else f"holds {len(items)} arrays"
     raise InputError(
         f"{plain}: {missing}; name the one with the {role}, as in {plain}#NAME, where NAME is one "

@@ -65,7 +65,7 @@ def plot(draw: Callable[[Any], None], name: str, label: str) -> Any:
     """
     require("matplotlib", "a plot")
     from markupsafe import Markup
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     settings: Any = {
@@ -81,7 +81,8 @@ def plot(draw: Callable[[Any], None], name: str, label: str) -> Any:
         "grid.color": LINE,
         "axes.axisbelow": True,
     }
-    with rc_context(settings), warnings.catch_warnings():
+    # The user's own settings may ask for LaTeX, or for fonts that are not there.
+    with style.context(["default", settings]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has fonts of its own
         figure = Figure(figsize=(9.0, 2.8), layout="constrained")
         axes = figure.subplots()

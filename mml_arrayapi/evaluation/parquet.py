@@ -39,6 +39,7 @@ TELLING = {
     "class weights": re.compile(r"(class_?)?weights?", re.IGNORECASE),
 }
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # of which pyarrow infers no type
+EXTENSION = b"ARROW:extension:name"
 UDT = ["type", "size", "indices", "values"]  # the fields of Spark's VectorUDT
 ENCRYPTED = re.compile("Could not read encrypted|Cannot decrypt")  # of Arrow's errors
 
@@ -303,6 +304,9 @@ class _Kind:
             self.width = (kind.list_size,) if kinds.is_fixed_size_list(kind) else ()
             value = kind.value_type
         self.nested = self.tensor or self.udt or is_list(kind)
+        # Periods, say, are stored as integers, and seen as these where pandas isn't loaded.
+        if isinstance(value, pa.BaseExtensionType) or EXTENSION in (field.metadata or {}):
+            value = pa.null()
         try:
             # to_pandas_dtype() needs pandas before pyarrow 26
             empty = pa.array([], pa.int64() if self.categories else value)
@@ -311,6 +315,7 @@ class _Kind:
         except (NotImplementedError, pa.ArrowException):
             self.dtype = np.dtype(object)
         self.floats = kinds.is_floating(value)
+        self.integers = bool(self.categories) or kinds.is_integer(value)
 
     def to_numpy(self, column: Any, where: str) -> Array:
         import numpy as np
@@ -455,14 +460,11 @@ def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:
     ``c1``, ...). Targets: the only integers. Sample weights: the only float. Of several, the one
     whose name says it, which for weights may be of integers.
     """
-    import pyarrow.types as kinds
-
     told = {field.name: _Kind(field) for field in schema}
     lists = [name for name, kind in told.items() if kind.nested and kind.floats]
     plain = [name for name, kind in told.items() if not kind.nested]
     floats = [name for name in plain if told[name].floats]
-    types = {field.name: field.type for field in schema}
-    integers = [n for n in plain if told[n].categories or kinds.is_integer(types[n])]
+    integers = [name for name in plain if told[name].integers]
     telling = [name for name in told if TELLING[role].fullmatch(name)]
     if role == "scores":
         exact = [name for name in lists if name in telling]

@@ -21,8 +21,8 @@ SHARES = ("accuracy", "inside_margin")
 
 
 def check_libraries() -> None:
-    """Raise an :class:`InputError` if what the report needs is not installed."""
-    for module in ("jinja2", "matplotlib"):
+    """Raise an :class:`InputError` if what the report needs can't be imported."""
+    for module in ("jinja2", "matplotlib.style", "matplotlib.backends.backend_svg"):
         require(module, "--report")
 
 

@@ -63,7 +63,7 @@ def test_constants_are_those_of_the_source():
     assert int(constants["SUM_BLOCK"]) == cuda_plan.SUM_BLOCK
     assert int(constants["SCRATCH"]) * 8 == cuda_plan.SCRATCH
     assert constants["UNIT"] == "8"
-    assert f"UP = {cuda_plan.UP}" in cuda_plan.source()
+    assert f"UP = {1 / cuda_plan.DOWN}" in cuda_plan.source()
     assert cuda_plan.COUNTING_BLOCKS <= cuda_plan.TILE_BLOCK  # a thread reads one block's count
 
 
@@ -96,9 +96,8 @@ def test_arguments_are_packed_in_order_in_8_bytes_each(scalar):
     assert (get("rows"), get("classes"), get("target_kind")) == (7, 100, -4)
     assert (get("weight_wide"), get("vector"), get("blocks"), get("summed")) == (1, 1, 1, 1)
     real = "<d" if scalar == 64 else "<f"
-    assert get("row_scale", "<d") == 1 / 8
-    assert get("divisor", "<d") == 7 / 8
-    assert get("loss_factor", "<d") == 2**32 / 100
+    assert get("divisor", "<d") == 7 / 8 / 2**32
+    assert get("loss_factor", "<d") == 1 / 8 / 100
     assert get("grad_factor", "<d") == pytest.approx(3 / 700)
     assert get("margin", real) == 0.25
     assert get("exponent", real) == 2
@@ -201,7 +200,8 @@ def test_the_kept_rows_of_a_mean_are_counted_first():
     assert names(mean) == ["count", "rows_loss", "finish"]
     assert mean.launches[0].grid == number(mean, "counted") == 128
     assert mean.scratch == 128 + mean.launches[1].grid
-    assert number(mean, "divisor") == number(mean, "row_scale") == 2.0**-20
+    assert number(mean, "divisor") == 2.0**-52
+    assert number(mean, "loss_factor") == 2.0**-20 / 100
     assert number(mean, "grad_factor") == 1 / 100
     assert names(launched("grad_mask", ignore_index=-100)) == ["count", "rows_grad_mask"]
     for reduction in ("none", "sum"):

@@ -89,6 +89,11 @@ FAULTS = {
     "class sums of float64 overflow": ("finite answers stay finite", "float64"),
     "batch sums overflow": ("finite answers stay finite", "float32"),
     "batch sums of float64 overflow": ("finite answers stay finite", "float64"),
+    "weighted losses of float64 overflow": (
+        "weighted losses beyond the dtype may have a finite sum",
+        "float64",
+    ),
+    "doubles the gradient of large margins with p = 2": ("margin is any finite number", "float32"),
     "large margin makes NaN": ("margin beyond the dtype acts as infinity", "float32"),
     "large margin is cut": ("margin beyond the dtype acts as infinity", "float32"),
     "adds an infinite margin last": ("margin beyond the dtype acts as infinity", "float32"),
@@ -226,7 +231,7 @@ def _compute(problem, grad_output, fault):
         losses = _class_sum(terms, work, fault)
         if fault == "subtracts margin ** p":
             losses = losses - margin**p / n_classes
-        losses = losses * weight
+        losses = losses * (weight * _unit(problem, fault))
     if fault == "sum not divided by C" and problem.reduction == "sum":
         losses = losses * n_classes
     if fault == "differs from the generic code":
@@ -261,6 +266,8 @@ def _compute(problem, grad_output, fault):
     else:
         own_scale, scales = scale, scale[..., None]
     grad = slope * scales
+    if fault == "doubles the gradient of large margins with p = 2" and p == 2 and margin > 3:
+        grad, total = 2 * grad, 2 * total
     if fault == "drops NaN":
         grad = np.nan_to_num(grad)
     if fault != "forgets the target's gradient":
@@ -392,6 +399,12 @@ def _weights(problem, y, work, fault):
     return weight[y]
 
 
+def _unit(problem, fault):
+    """Return what weighted losses are multiplied by until they are added."""
+    added = problem.weight is not None and problem.reduction != "none"
+    return 2.0**-64 if added and fault != "weighted losses of float64 overflow" else 1.0
+
+
 def _class_sum(terms, work, fault):
     """The sum over the classes, divided by their number."""
     n_classes = terms.shape[-1]
@@ -420,6 +433,7 @@ def _finished(problem, losses, grad, count, fault):
         whole = fault in ("batch sums overflow", "batch sums of float64 overflow")
         parts = losses if whole else losses / count
         loss = _batch_sum(parts, dtype, fault) / (count if whole else 1)
+    loss = loss / _unit(problem, fault)
     if fault == "keeps an axis in the mean" and problem.reduction == "mean":
         loss = np.asarray(loss)[None]
     if fault == "large losses are cut":
