@@ -86,6 +86,19 @@ def test_float64_sums_do_not_overflow(lib):
     np.testing.assert_allclose(grad[0], [-0.18, *[0.02] * 9], rtol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weighted_losses_beyond_the_dtype_have_a_finite_sum(lib, dtype, reduction):
+    if not lib.has(dtype):
+        pytest.skip(f"{lib.name} has no {dtype}")
+    size = {"float32": 1e38, "float64": 1e308}[dtype]
+    scores = np.array([[0.0, size], [size, 0.0], [0.0, size / 64]])
+    how = {"dtype": dtype, "margin": 0.0, "weight": [40.0, -40.0], "reduction": reduction}
+    loss, _ = generic(lib, scores, [0, 1, 0], **how)
+    n = 3 if reduction == "mean" else 1
+    np.testing.assert_allclose(loss, size / 64 * 20 / n, rtol=1e-4 if dtype == "float32" else 1e-13)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_16_bit_sums_are_finite_where_the_result_is(lib, dtype, reduction):
@@ -463,3 +476,16 @@ def test_large_powers_are_off_by_the_rounding_of_z_times_p(lib, rng, p):
     np.testing.assert_allclose(loss, expected, rtol=p * 3 * 2**-23)
     scale = np.abs(expected_grad).max()
     np.testing.assert_allclose(grad, expected_grad, atol=scale * p * 3 * 2**-23)
+
+
+def test_a_subclass_for_the_weight_gives_no_subclass():
+    class Other(np.ndarray):
+        def __sub__(self, other):
+            raise AssertionError("the formula is computed with plain arrays")
+
+    x, y, weight = np.eye(3), np.arange(3), np.ones(3)
+    for reduction in ("none", "mean"):
+        plain = multi_margin_loss(x, y, weight=weight, reduction=reduction)
+        other = multi_margin_loss(x, y, weight=weight.view(Other), reduction=reduction)
+        assert type(other) is type(plain)
+        np.testing.assert_allclose(other, plain)

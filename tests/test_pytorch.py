@@ -196,6 +196,29 @@ def test_its_own_graph_can_be_pickled(batch, module):
     torch.testing.assert_close(traced(*batch), module(*batch))
 
 
+@pytest.mark.parametrize("kind", ["float64", "float32", "int64"])
+def test_scalars_of_numpy_are_numbers_when_compiled(batch, kind, fresh_compiler):
+    np = pytest.importorskip("numpy")
+    two = np.dtype(kind).type(2)
+    module = mine.MultiMarginLoss(p=two, margin=two)
+    assert repr(module) == repr(mine.MultiMarginLoss(p=2.0, margin=2.0))
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*batch), module(*batch))
+
+    def loss(x, y):
+        one = np.dtype(kind).type(1) if kind == "int64" else 1
+        return ours(x, y, p=two, margin=two, ignore_index=one, axis=one)
+
+    torch.testing.assert_close(torch.compile(loss, backend="eager")(*batch), loss(*batch))
+
+
+def test_what_is_no_number_is_refused_when_compiled(batch, fresh_compiler):
+    np = pytest.importorskip("numpy")
+    for wrong in (np.bool_(True), np.ones(2), np.complex64(1), np.str_("1")):
+        with pytest.raises(TypeError, match="margin must be a real number, but is "):
+            torch.compile(lambda x, y: ours(x, y, margin=wrong), backend="eager")(*batch)  # noqa: B023
+
+
 @pytest.mark.filterwarnings("ignore:reduction='elementwise_mean' is deprecated")
 def test_the_oldest_name_of_the_mean(batch):
     module = mine.MultiMarginLoss(reduction="elementwise_mean")

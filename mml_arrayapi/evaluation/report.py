@@ -22,7 +22,7 @@ SHARES = ("accuracy", "inside_margin")
 
 def check_libraries() -> None:
     """Raise an :class:`InputError` if what the report needs can't be imported."""
-    for module in ("jinja2", "matplotlib.style", "matplotlib.backends.backend_svg"):
+    for module in ("jinja2", "matplotlib", "matplotlib.style", "matplotlib.backends.backend_svg"):
         require(module, "--report")
 
 

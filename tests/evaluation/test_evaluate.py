@@ -1,18 +1,21 @@
 """Evaluation of files: every format, any cut, bad input, resuming, the report."""
 
 import copy
+import errno
 import json
 import math
 import os
 import pickle
 import re
 import sys
+import threading
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from mml_arrayapi.evaluation.errors import advice
 from mml_arrayapi.evaluation.inputs import Dataset
 from mml_arrayapi.loss import sample_losses
 
@@ -318,7 +321,14 @@ def bad_inputs():
         ),
         (("x.npy", "y.npy", "--backend", "no"), "backend: no kernel is named 'no'; known kernels"),
         (("x.npy", "y.npy", "--report", "no/r.html"), "no/r.html: cannot be written (No such file"),
-        (("x.npy", "y.npy", "--checkpoint", "x.npy"), "x.npy/journal.jsonl: cannot be written ("),
+        (
+            ("x.npy", "y.npy", "--checkpoint", "x.npy"),
+            "cannot be written (File exists); something else has this name: give another",
+        ),
+        (
+            ("x.npy", "y.npy", "--checkpoint", "x.npy/folder"),
+            "cannot be written (Not a directory); a part of the path is no folder: give another",
+        ),
     ]
 
 
@@ -459,3 +469,23 @@ def test_labels_that_are_no_numbers_are_not_to_be_converted():
         message = f"targets must be integers, but are {re.escape(str(target.dtype))}; number the cl"
         with pytest.raises(mml.InputError, match=message):
             mml.evaluate(np.eye(3), target)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_threads_that_do_not_start(files, command, capsys, monkeypatch, lazy):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    if not lazy:
+        assert command("x.npy", "y.npy") == 1
+        assert "(can't start new thread); give fewer --workers, or allow" in capsys.readouterr().err
+        return
+    da = pytest.importorskip("dask.array")
+    with pytest.raises(mml.WorkerError, match="not as many threads can be started"):
+        mml.evaluate(da.zeros((4, 3)), np.zeros(4, int))
+
+
+def test_too_many_open_files():
+    told = advice(OSError(errno.EMFILE, "Too many open files"), "write it again")
+    assert told.startswith("(Too many open files); allow this process more open files (ulimit -n)")

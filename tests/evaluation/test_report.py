@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import mml_arrayapi as mml
+from mml_arrayapi.evaluation import errors, report
 from mml_arrayapi.evaluation.journal import write_whole
 from mml_arrayapi.evaluation.report import to_html
 
@@ -335,6 +336,29 @@ def test_a_missing_library_of_the_report_is_found_before_the_work(files, fails, 
     assert (
         "--report: needs matplotlib, which cannot be imported; pip install 'mml_arrayapi[ev" in line
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("text.usetex", True), ("font.family", "no such font")]
+)
+def test_settings_of_the_users_plots_do_not_count(files, command, setting, value, recwarn):
+    import matplotlib
+
+    assert command("x.npy", "y.npy", "--report", "plain.html") == 0
+    with matplotlib.rc_context({setting: value}):
+        assert command("x.npy", "y.npy", "--report", "other.html") == 0
+    pages = [Path(name).read_text(encoding="utf-8") for name in ("plain.html", "other.html")]
+    plain, other = (page[page.index("<svg") : page.rindex("</svg>")] for page in pages)
+    assert plain == other
+
+
+def test_a_library_of_the_report_that_does_not_work(files, fails, monkeypatch):
+    def broken(module):
+        raise ValueError(f"{module} finds no backend")
+
+    monkeypatch.setattr(errors, "import_module", broken)
+    with pytest.raises(mml.InputError, match=r"needs jinja2, .* \(jinja2 finds no backend\); mend"):
+        report.check_libraries()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="there is no /dev/stdout")

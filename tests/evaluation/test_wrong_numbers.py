@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -796,7 +798,7 @@ def test_members_of_archives_that_are_no_arrays_or_two(arrays, files, fails, wan
     assert mml.evaluate("x.npz", "y.npy") == wanted
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("x.npz", "a") as archive:
         archive.write("y.npy", "x.npy")
-    assert "x.npz: has no array 'x'; name the one with the scores" in fails("x.npz#x", "y.npy")
+    assert "x.npz: holds 2 arrays named 'x'; rename one" in fails("x.npz#x", "y.npy")
 
 
 def test_labels_of_several_integer_types(arrays, files, wanted):
@@ -814,6 +816,26 @@ def test_labels_of_several_integer_types(arrays, files, wanted):
 def test_labels_that_are_no_integers(arrays, files, fails, kind):
     np.save("z.npy", arrays[1].astype(kind), allow_pickle=True)
     assert "z.npy: " in fails("x.npy", "z.npy")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_periods_are_no_labels(files, fails, known):
+    """They are stored as integers, and seen as these until pandas has told Arrow of its types."""
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    days = pd.period_range("1970-01-01", periods=3, freq="D")
+    pd.DataFrame({"when": days}).to_parquet("when.parquet")
+    program = "import mml_arrayapi, numpy, sys\n" + "import pandas.core.arrays.arrow\n" * known
+    program += "try: print(mml_arrayapi.evaluate(numpy.eye(3), sys.argv[1]))\n"
+    program += "except mml_arrayapi.InputError as error: print(error)\n"
+    for name, message in (
+        ("when.parquet", "cannot tell which columns hold the targets"),
+        ("when.parquet#when", "targets must be integers, but are object"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, name], capture_output=True, text=True, check=True
+        )
+        assert message in done.stdout
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -426,11 +426,18 @@ def test_repeated_rows_have_one_loss_with_the_gradient_and_without(native, rng, 
     given = np.asarray if library == "numpy" else pytest.importorskip("torch").from_numpy
     for _ in range(30):
         weight = given(rng.normal(size=33).astype(dtype))
-        for shape, rows in (((130, 33), 1), ((5, 2, 33), (5, 1, 1))):
-            x = given(rng.normal(size=np.broadcast_shapes(rows, (33,))).astype(dtype))
-            x = np.broadcast_to(x, shape) if library == "numpy" else x.expand(shape)
-            y = given(rng.integers(0, 33, shape[:-1]))
-            how = {"p": 2, "weight": weight, "reduction": "sum"}
+        for size, order, shape, axis in (
+            ((33,), (0,), (130, 33), -1),
+            ((5, 1, 33), (0, 1, 2), (5, 2, 33), -1),
+            ((130, 33), (1, 0), (1, 33, 130), 1),
+            ((130, 33), (1, 0), (9, 33, 130), 1),
+            ((33, 1), (0, 1), (33, 130), 0),
+            ((9, 1, 33), (2, 0, 1), (33, 9, 20), 0),
+        ):
+            x = rng.normal(size=size).astype(dtype).transpose(order)
+            x = np.broadcast_to(x, shape) if library == "numpy" else given(x).expand(shape)
+            y = given(rng.integers(0, 33, np.delete(shape, axis)))
+            how = {"p": 2, "weight": weight, "reduction": "sum", "axis": axis}
             loss, _ = mml.multi_margin_loss_and_grad(x, y, **how)
             assert loss == mml.multi_margin_loss(x, y, **how)
 

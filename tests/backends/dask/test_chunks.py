@@ -246,6 +246,28 @@ def test_large_scores_whose_mean_is_finite(backend, dtype, large, p, cut):
     np.testing.assert_allclose(grad[:, 3], -39 * wanted, rtol=1e-5)
 
 
+@IN_CHUNKS
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize(("dtype", "large"), [("f4", 3e38), ("f8", 1.6e308)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("cut", [(2, 4), (2, 2), (4, 1)], ids=["rows", "halves", "columns"])
+def test_weighted_losses_beyond_the_dtype(backend, dtype, large, reduction, cut):
+    scores = np.asarray([[0, large, 0, 0], [large, 0, 0, 0], [0, large / 8, 0, 0], [0] * 4], dtype)
+    target, weight = np.asarray([0, 1, 0, 3]), np.asarray([9, -9, np.nan, np.inf], dtype)
+    how = {"reduction": reduction, "weight": weight, "ignore_index": 3, "margin": 0.0}
+    chunks = da.from_array(scores, chunks=cut)
+    with np.errstate(all="raise"):
+        loss = mml.multi_margin_loss(chunks, target, backend=backend, **how)
+        beside, grad = mml.multi_margin_loss_and_grad(chunks, target, backend=backend, **how)
+        loss, beside, grad = dask.compute(loss, beside, grad)
+    wanted = large / 32 * 9 / (3 if reduction == "mean" else 1)
+    assert loss == beside
+    assert loss.dtype == dtype
+    assert np.isclose(loss, wanted, rtol=1e-6)
+    alone = mml.multi_margin_loss_and_grad(scores, target, **how)[1]
+    np.testing.assert_array_equal(grad, alone)
+
+
 BOTH_CUTS = pytest.mark.parametrize("cut", [(7, C), (7, 5)], ids=["rows", "both"])
 
 

@@ -278,6 +278,24 @@ def test_transforms(batch, kernels_ran, p, reduction):
     assert set(kernels_ran) == {"loss", "grad"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_mapped_calls_with_weighted_losses_beyond_the_dtype(dtype, reduction):
+    large = torch.finfo(dtype).max / 2
+    scores = torch.tensor([[0, large, 0], [large, 0, 0], [0, large / 8, 0], [0, 0, 0]], dtype=dtype)
+    target, weight = torch.tensor([0, 1, 0, 2]), torch.tensor([6, -6, torch.nan], dtype=dtype)
+
+    def loss(x, y=target):
+        how = {"weight": weight, "reduction": reduction, "ignore_index": 2, "margin": 0.0}
+        return multi_margin_loss(x, y, **how)
+
+    many = torch.stack([scores, scores / 2])
+    torch.testing.assert_close(func.vmap(loss)(many), torch.stack([loss(scores), loss(scores / 2)]))
+    assert loss(scores).isfinite()
+    bad = func.vmap(loss, (None, 0))(scores, torch.stack([target, target + 1]))
+    assert bad.isnan().tolist() == [False, True]  # class 2 has a weight of NaN, 3 is none
+
+
 @P
 def test_transforms_of_transforms(batch, p):
     scores, target, weight = (t.double() if t.is_floating_point() else t for t in batch)
