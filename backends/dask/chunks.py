@@ -204,6 +204,8 @@ def _without_large(rows: Rows, plain: Array, weights: Array) -> Rows:
     library = library_of("input", plain)
     xp = library.namespace
     large = xp.isinf(rows.losses) & xp.isfinite(plain) & xp.isfinite(weights)
+    if not large.any():
+        return rows
     total = ExactSum()
     total.add_weighted(*(np.asarray(library.on_host(one[large])) for one in (plain, weights)))
     return rows._replace(losses=xp.where(large, 0, rows.losses), beyond=total.total)

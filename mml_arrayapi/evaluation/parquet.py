@@ -302,7 +302,7 @@ class _Kind:
             value = kind.field("values").type.value_type
         elif is_list(kind):
             self.width = (kind.list_size,) if kinds.is_fixed_size_list(kind) else ()
-            value = kind.value_type
+            value, field = kind.value_type, kind.value_field
         self.nested = self.tensor or self.udt or is_list(kind)
         # Periods, say, are stored as integers, and seen as these where pandas isn't loaded.
         if isinstance(value, pa.BaseExtensionType) or EXTENSION in (field.metadata or {}):
