@@ -53,8 +53,8 @@ def margin_is_any_finite_number(ctx: Context) -> None:
     """Small ones beside equal scores, and large ones of either sign."""
     rows = [[0.0, 0.0, 0.0, 64.0, 8.0], [0.0] * 5]
     small = 2.0**-12
-    cases = [(1, margin) for margin in (small, -small, 1000.0, -40.0)]
-    cases += [(p, margin) for p in (2, 1.5) for margin in (6.0, -40.0)]
+    cases = [(1.0, margin) for margin in (small, -small, 1000.0, -40.0)]
+    cases += [(p, margin) for p in (2.0, 1.5) for margin in (6.0, -40.0)]
     for p, margin in cases:
         wanted = reference(rows, [0, 1], p=p, margin=margin)
         ctx.agrees(ctx.array(rows), ctx.integers([0, 1]), wanted, p=p, margin=margin)

@@ -68,7 +68,7 @@ def headroom(problem: Problem, wide: Any) -> float:
     if problem.weight is None or problem.reduction == "none":
         return 1.0
     if wide == problem.xp.float32:
-        return RUN**-2.0
+        return 1 / RUN**2
     return SMALL if problem.input.dtype == wide else 1.0
 
 

@@ -416,7 +416,7 @@ def bin_start(number: int) -> float:
 
 def _block(scores: np.ndarray) -> int:
     """Return how many rows are looked at together."""
-    return max(64, BLOCK // scores.shape[1])
+    return max(64, BLOCK // int(scores.shape[1]))
 
 
 def _look_at(scores: np.ndarray, target: np.ndarray, loss: Loss) -> _Looks:
