@@ -247,9 +247,9 @@ def _key(batch: Batch) -> str:
 
 def _client(stack: ExitStack, work: Work, scheduler: Any, workers: int | None) -> Any:
     distributed = require("distributed", f"scheduler {scheduler}")
+    if getattr(scheduler, "asynchronous", False):
+        raise TypeError("scheduler must be a Client or Cluster that is not asynchronous")
     if isinstance(scheduler, distributed.Client):
-        if scheduler.asynchronous:
-            raise TypeError("scheduler must be a Client that is not asynchronous")
         return scheduler
     if scheduler == "processes":
         scheduler = _local_cluster(stack, distributed, work, workers)
@@ -309,10 +309,12 @@ def _wait_for(client: Any, scheduler: Any, workers: int | None, timeout: float) 
         client.wait_for_workers(workers or 1, timeout=timeout)
         wanted.release()
     except OSError as error:  # TimeoutError is one
-        have = len(client.scheduler_info()["workers"])
+        have, address = len(client.scheduler_info()["workers"]), client.scheduler.address
+        todo = f"start some with `dask worker {address}`"
+        if not isinstance(scheduler, str) or address.startswith("inproc"):
+            todo = f"let its cluster have them, as by scale({workers or 1})"
         raise WorkerError(
-            f"scheduler {name}: has {have} workers, but {workers or 1} are waited for; start some "
-            f"with `dask worker {client.scheduler.address}`"
+            f"scheduler {name}: has {have} workers, but {workers or 1} are waited for; {todo}"
         ) from error
     return name
 

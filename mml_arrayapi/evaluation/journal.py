@@ -182,8 +182,11 @@ class _Remote:
             record = _record(line)
             if record is not None:
                 yield record
-            elif name != names[-1] or not TORN.fullmatch(line):
-                raise _damaged(name, "it")
+            elif name == names[0] and len(names) > 1:
+                raise _damaged(self.path, os.path.basename(name))
+            elif line.endswith(b"\n") or not TORN.fullmatch(line):  # else its batch is done again
+                url = self._fs.unstrip_protocol(name)
+                raise InputError(f"{url}: is damaged; remove this file, and run again")
 
     def append(self, number: int, line: bytes) -> None:
         # Fifteen digits: the names sort as the numbers do.
@@ -203,7 +206,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _damaged(path: str, what: str) -> InputError:
-    return InputError(f"{path}: {what} is damaged; remove the file, and evaluate from the start")
+    return InputError(f"{path}: {what} is damaged; remove the journal, and evaluate from the start")
 
 
 def _compare(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -119,7 +119,13 @@ class ParquetColumns:
         return keys
 
     def _refuse_mixtures(self, role: str, plain: str) -> None:
-        """Refuse columns that make no array together."""
+        """Refuse columns that make no array, or none together."""
+        for name, kind in zip(self.columns, self._kinds, strict=True):
+            if kind.extension:
+                raise InputError(
+                    f"{plain}: column {name!r} is of the extension type {kind.extension}, whose "
+                    "meaning is not known here; write plain numbers"
+                )
         if role != "scores" and len(self.columns) > 1:
             raise InputError(
                 f"{plain}: {role} must be in one column, but {len(self.columns)} are named: "
@@ -305,7 +311,10 @@ class _Kind:
             value, field = kind.value_type, kind.value_field
         self.nested = self.tensor or self.udt or is_list(kind)
         # Periods, say, are stored as integers, and seen as these where pandas isn't loaded.
-        if isinstance(value, pa.BaseExtensionType) or EXTENSION in (field.metadata or {}):
+        self.extension = (field.metadata or {}).get(EXTENSION, b"").decode()
+        if isinstance(value, pa.BaseExtensionType):
+            self.extension = value.extension_name
+        if self.extension:
             value = pa.null()
         try:
             # to_pandas_dtype() needs pandas before pyarrow 26
@@ -482,7 +491,7 @@ def _guess(role: str, schema: Sequence[Any], file: str) -> list[str]:
         raise InputError(
             f"{file}: cannot tell which columns hold the {role}; name them, as in {file}#NAME, "
             f"{file}#NAME,NAME or '{file}#c*'; its columns are "
-            f"{', '.join(f'{f.name} ({f.type})' for f in schema)}"
+            f"{', '.join(f'{f.name} ({told[f.name].extension or f.type})' for f in schema)}"
         )
     return found
 

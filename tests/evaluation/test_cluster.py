@@ -1,5 +1,6 @@
 """A real Dask cluster: several worker processes over TCP, killed, hanging, and gone."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -329,6 +330,24 @@ def test_an_adaptive_cluster_starts_workers(folder, wanted):
     with local_cluster(0) as made:
         made.adapt(minimum=0, maximum=2)
         assert mml.evaluate(folder / "x.npy", folder / "y.npy", scheduler=made) == wanted
+
+
+def test_more_workers_than_an_adaptive_cluster_starts(folder):
+    with local_cluster(0) as made:
+        made.adapt(minimum=0, maximum=2)
+        message = r"but 2 are waited for; let its cluster have them, as by scale\(2\)"
+        with pytest.raises(mml.WorkerError, match=message):
+            run(folder, made, timeout=3, workers=2)
+
+
+def test_asynchronous_clusters_are_refused(folder):
+    async def evaluate():
+        how = {"n_workers": 0, "processes": False, "dashboard_address": None}
+        async with distributed.LocalCluster(asynchronous=True, **how) as made:
+            run(folder, made)
+
+    with pytest.raises(TypeError, match="must be a Client or Cluster that is not asynchronous"):
+        asyncio.run(evaluate())
 
 
 def test_persisted_arrays_need_their_client(folder, client, wanted):

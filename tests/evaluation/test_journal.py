@@ -82,7 +82,7 @@ def test_a_damaged_journal_is_refused(files, capsys, fails, command):
     capsys.readouterr()
     damage(files / "ck" / NAME, 700, b"#")
     line = fails("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60)
-    assert re.search(rf"ck/{NAME}: line \d is damaged; remove the file", line)
+    assert re.search(rf"ck/{NAME}: line \d is damaged; remove the journal", line)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,9 @@ def test_a_journal_whose_records_make_no_sense_is_refused(files, record, fails, 
     whole = first + b"%08x %s\n" % (crc32(text), text)
     (files / "ck" / NAME).write_bytes(whole)
     line = fails("x.npy", "y.npy", "--checkpoint", "ck", "--chunk-size", 60)
-    assert f"ck/{NAME}: record 2 is damaged; remove the file, and evaluate from the start" in line
+    assert (
+        f"ck/{NAME}: record 2 is damaged; remove the journal, and evaluate from the start" in line
+    )
     assert (files / "ck" / NAME).read_bytes() == whole
 
 
@@ -120,7 +122,7 @@ def test_a_file_that_is_no_journal_stays_as_it_is(files, text, fails):
     (files / "ck").mkdir()
     (files / "ck" / NAME).write_bytes(text)
     line = fails("x.npy", "y.npy", "--checkpoint", "ck")
-    assert f"ck/{NAME}: line 1 is damaged; remove the file, and evaluate from the start" in line
+    assert f"ck/{NAME}: line 1 is damaged; remove the journal, and evaluate from the start" in line
     assert (files / "ck" / NAME).read_bytes() == text
 
 
@@ -295,7 +297,7 @@ def test_a_journal_of_an_older_version_is_refused(files, fails):
     text = b'{"p":1}'
     (files / "ck" / NAME).write_bytes(b"%08x %s\n" % (crc32(text), text))
     line = fails("x.npy", "y.npy", "--checkpoint", "ck")
-    assert "journal.jsonl: the first line is damaged; remove the file, and evaluate" in line
+    assert "journal.jsonl: the first line is damaged; remove the journal, and evaluate" in line
 
 
 @pytest.mark.filterwarnings("ignore")  # of sessions that were never opened
@@ -329,18 +331,27 @@ def test_a_checkpoint_at_a_url_of_this_machine_is_a_folder(files, wanted):
     assert (files / "ck" / "journal.jsonl").exists()
 
 
-def test_a_torn_last_line_of_a_remote_checkpoint_is_dropped(files, wanted):
+def test_a_torn_line_of_a_remote_checkpoint_is_dropped(files, wanted):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     ours = {"checkpoint": "memory://torn", "chunk_size": 100}
     assert mml.evaluate("x.npy", "y.npy", **ours) == wanted
     names = sorted(memory.glob("memory://torn/*.json"))
-    whole = memory.cat_file(names[-1])
-    memory.pipe_file(names[-1], whole[:-5])
+    for name in names[1:]:  # batches need not end in order
+        whole = memory.cat_file(name)
+        memory.pipe_file(name, whole[:-5])
+        assert mml.evaluate("x.npy", "y.npy", **ours) == wanted
+        assert memory.cat_file(name) == whole
+    memory.pipe_file(names[2], whole[:-5] + b"\n")
+    with pytest.raises(
+        mml.InputError, match=r"^memory://.*: is damaged; remove this file, and run"
+    ):
+        mml.evaluate("x.npy", "y.npy", **ours)
+    memory.rm(names[2])
     assert mml.evaluate("x.npy", "y.npy", **ours) == wanted
-    assert memory.cat_file(names[-1]) == whole
-    memory.pipe_file(names[1], whole[:-5])
-    with pytest.raises(mml.InputError, match="is damaged; remove the file"):
+    memory.pipe_file(names[0], b"{")
+    message = r"^memory://torn: journal-0+.json is damaged; remove the journal, and evaluate"
+    with pytest.raises(mml.InputError, match=message):
         mml.evaluate("x.npy", "y.npy", **ours)
 
 

@@ -830,7 +830,7 @@ def test_periods_are_no_labels(files, fails, known):
     program += "except mml_arrayapi.InputError as error: print(error)\n"
     for name, message in (
         ("when.parquet", "cannot tell which columns hold the targets"),
-        ("when.parquet#when", "targets must be integers, but are object"),
+        ("when.parquet#when", "column 'when' is of the extension type pandas.period, whose"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, name], capture_output=True, text=True, check=True
