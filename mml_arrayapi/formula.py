@@ -147,12 +147,12 @@ def _hinge(problem: Problem, library: Library) -> tuple[Array, Array, Array | No
     own = 0.0 if several else xp.where(score == score, xp.zeros_like(score), score)
     hinge = library.relu(library.put(z, places, own, axis))
     terms = hinge if p == 1 else hinge * _slope(xp, hinge, p)
-    losses = divided_sum(library, terms, axis, n_classes)
+    losses = divided_sum(library, terms, axis, n_classes * (1 / headroom(problem, wide)))
     if (weight := problem.weight) is not None:
         weight = library.cast(library.look_up(library.cast(weight, x.dtype), index, axis), wide)
         if problem.check_target == "nan":  # what has no class has no class's weight
             weight = library.nan_unless(known, weight)
-        losses = losses * (weight * headroom(problem, wide))
+        losses = losses * weight
     if problem.check_target == "nan":
         losses = library.nan_unless(known, losses)
     if ignored is not None:

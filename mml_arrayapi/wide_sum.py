@@ -61,9 +61,9 @@ def divided_sum(
 
 
 def headroom(problem: Problem, wide: Any) -> float:
-    """Return a factor for losses in the widest dtype: with weights they may be beyond it.
+    """Return what losses are multiplied by before their weights, until they have been added.
 
-    Their sum or mean may fit all the same.
+    With these they may be beyond the widest dtype, where their sum or mean isn't.
     """
     if problem.weight is None or problem.reduction == "none":
         return 1.0

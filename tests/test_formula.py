@@ -99,6 +99,27 @@ def test_weighted_losses_beyond_the_dtype_have_a_finite_sum(lib, dtype, reductio
     np.testing.assert_allclose(loss, size / 64 * 20 / n, rtol=1e-4 if dtype == "float32" else 1e-13)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_small_weights_keep_their_digits(lib, dtype):
+    if not lib.has(dtype):
+        pytest.skip(f"{lib.name} has no {dtype}")
+    large, small = {"float32": (1e37, 1e-36), "float64": (1e300, 1e-310)}[dtype]
+    how = {"dtype": dtype, "margin": 0.0, "reduction": "sum"}
+    weight = lib.array(np.full(3, small), dtype)
+    scores = np.array([[0, large, large / 4], [large, 0, 0]])
+    loss = multi_margin_loss(
+        lib.array(scores, dtype),
+        lib.array([0, 1]),
+        weight=weight,
+        backend="generic",
+        reduction="sum",
+    )
+    wanted = reference(scores, [0, 1], weight=lib.numpy(weight), reduction="sum")[0]
+    np.testing.assert_allclose(lib.numpy(loss), wanted, rtol=1e-6)
+    scores[0, 1] = np.inf
+    assert generic(lib, scores, [0, 1], weight=[1e-36] * 3, **how)[0] == np.inf
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_16_bit_sums_are_finite_where_the_result_is(lib, dtype, reduction):

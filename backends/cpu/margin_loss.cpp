@@ -815,7 +815,9 @@ template <class E, class P, bool UNIT> struct Kernel {
     INLINE void finish(char *to, int64_t y, double loss, Sums s, double scale) const {
         if (loss != loss || scale != scale) return fill(to, NOT_A_NUMBER);
         if (y < 0) return;
-        T own = T(-(s.slopes == 0 ? 0 : s.slopes * scale) * s.unit);
+        // In large units slopes may be so small that their product with the scale has no digits left.
+        const double sum = s.slopes * s.unit, whole = sum < INFINITY ? sum * scale : s.slopes * scale * s.unit;
+        T own = T(-(sum == 0 ? 0 : whole));
         if constexpr (sizeof(T) == 4) write(to + y * out_step, in_element_type(L::all(own))[0]);
         else store_rounded<E>(to + y * out_step, own);
     }

@@ -576,7 +576,8 @@ DEVICE double own_gradient(Slopes slope, Real scale) {
 #if POWER == 1
     return slope > 0 ? -((double)slope * scale) : 0;
 #else
-    return slope != 0 ? -(slope * scale * UP) : 0;
+    const double whole = slope * UP;  // whose product with a small scale keeps its digits
+    return slope != 0 ? -(whole - whole == 0 ? whole * scale : slope * scale * UP) : 0;
 #endif
 }
 

@@ -625,8 +625,8 @@ def _reduced(losses: Tensor, target: Tensor, weight: Tensor | None, options: Opt
         y = _rows(target.to(torch.int64))
         lost = _ignored(y, target.dtype, options[3])
         known = (y >= 0) & (y < len(weight)) & ~lost
-        factor = weight.double()[torch.where(known, y, 0)] * SMALL
-        rows = torch.where(lost, 0, rows.double() * factor)
+        factor = weight.to(rows.dtype).double()[torch.where(known, y, 0)]
+        rows = torch.where(lost, 0, rows.double() * SMALL * factor)
         divisor, small = divisor * SMALL, True
     return divided_sum(library_of("input", rows), rows, 1, divisor, small=small).squeeze(1)
 

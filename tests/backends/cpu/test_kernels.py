@@ -442,6 +442,19 @@ def test_repeated_rows_have_one_loss_with_the_gradient_and_without(native, rng, 
             assert loss == mml.multi_margin_loss(x, y, **how)
 
 
+@pytest.mark.parametrize("p", [1, 2, 1.5])
+@pytest.mark.parametrize("large", [1e300, np.inf])
+def test_small_weights_beside_large_scores(native, p, large):
+    """In the units of sums that overflow, the slopes times such a weight would have no digits."""
+    x, y, weight = np.asarray([[0.0, large ** (1 / p), 2.0]]), np.asarray([0]), np.full(3, 1e-305)
+    how = {"p": p, "weight": weight, "reduction": "sum"}
+    loss, grad = mml.multi_margin_loss_and_grad(x, y, **how)
+    other, wanted = mml.multi_margin_loss_and_grad(x, y, **how, backend="generic")
+    np.testing.assert_allclose(loss, other, rtol=1e-12)
+    np.testing.assert_allclose(grad, wanted, rtol=1e-12)
+    assert grad[0, 0] < 0
+
+
 def test_read_only_and_memory_mapped_arrays(native, rng, tmp_path):
     x, y = rng.normal(size=(30, 9)), rng.integers(0, 9, 30)
     expected = native.loss(x, y, None, options())

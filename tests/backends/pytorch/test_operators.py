@@ -296,6 +296,22 @@ def test_mapped_calls_with_weighted_losses_beyond_the_dtype(dtype, reduction):
     assert bad.isnan().tolist() == [False, True]  # class 2 has a weight of NaN, 3 is none
 
 
+@pytest.mark.parametrize("large", [1e39, 1e300])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_mapped_calls_with_weights_beyond_float32(large, reduction):
+    scores = torch.tensor([[0.0, 1e-5, 0.0], [5.0, 0.0, 0.0]])
+    target, weight = torch.tensor([0, 0]), torch.tensor([large, 1, 1], dtype=torch.float64)
+
+    def loss(x, y=target):
+        return multi_margin_loss(x, y, weight=weight, reduction=reduction, margin=1e-10)
+
+    assert loss(scores).isnan()  # infinity times a loss of 0
+    assert func.vmap(loss)(torch.stack([scores, scores[:1].expand(2, 3)])).isnan().tolist() == [
+        True,
+        False,
+    ]
+
+
 @P
 def test_transforms_of_transforms(batch, p):
     scores, target, weight = (t.double() if t.is_floating_point() else t for t in batch)
