@@ -437,6 +437,7 @@ def _look_at(scores: np.ndarray, target: np.ndarray, loss: Loss) -> _Looks:
 
 
 def _look_at_block(scores: np.ndarray, target: np.ndarray, loss: Loss, looks: _Looks) -> None:
+    """Look at samples whose scores are contiguous, in the computing precision."""
     import numpy as np
 
     from mml_arrayapi.backends import cpu

@@ -341,7 +341,7 @@ def test_a_missing_library_of_the_report_is_found_before_the_work(files, fails, 
 @pytest.mark.parametrize(
     ("setting", "value"), [("text.usetex", True), ("font.family", "no such font")]
 )
-def test_settings_of_the_users_plots_do_not_count(files, command, setting, value, recwarn):
+def test_settings_of_the_users_plots_do_not_count(files, command, setting, value):
     import matplotlib
 
     assert command("x.npy", "y.npy", "--report", "plain.html") == 0
@@ -352,7 +352,7 @@ def test_settings_of_the_users_plots_do_not_count(files, command, setting, value
     assert plain == other
 
 
-def test_a_library_of_the_report_that_does_not_work(files, fails, monkeypatch):
+def test_a_library_of_the_report_that_does_not_work(monkeypatch):
     def broken(module):
         raise ValueError(f"{module} finds no backend")
 

@@ -819,7 +819,7 @@ def test_labels_that_are_no_integers(arrays, files, fails, kind):
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_periods_are_no_labels(files, fails, known):
+def test_periods_are_no_labels(files, known):
     """They are stored as integers, and seen as these until pandas has told Arrow of its types."""
     pd = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
