@@ -114,7 +114,7 @@ def check_ignore_index(ignore_index: Any) -> int | None:
             f"ignore_index must be None or an integer, but is {in_words(ignore_index)}"
             f"{_static('ignore_index', ignore_index)}"
         )
-    return int(ignore_index)
+    return ignore_index if _is_symbol(ignore_index) else int(ignore_index)
 
 
 def check_arrays(input: Array, target: Array, weight: Array | None, options: Options) -> Problem:
@@ -571,7 +571,13 @@ def is_number(value: object, kind: type) -> bool:
     """
     if isinstance(value, kind):
         return not (isinstance(value, bool) or type(value).__name__ == "timedelta64")
-    return _is_traced_scalar(value, kind)
+    return _is_symbol(value, kind) or _is_traced_scalar(value, kind)
+
+
+def _is_symbol(value: object, kind: type = numbers.Integral) -> bool:
+    """Tell whether a value is made of the sizes that torch.export keeps as symbols."""
+    names = ("SymInt",) if kind is numbers.Integral else ("SymInt", "SymFloat")
+    return type(value).__name__ in names and type(value).__module__ == "torch"
 
 
 def _is_traced_scalar(value: Any, kind: type) -> bool:
@@ -587,6 +593,8 @@ def _static(argument: str, value: object) -> str:
     """Say how a number that JAX traces, or holds in an array, can be given as one."""
     if not type(value).__module__.startswith("jax"):
         return ""
+    if type(value).__name__ == "_DimExpr":
+        return "; a size that is exported as a symbol has no value yet"
     convert = "int()" if argument in ("ignore_index", "axis") else "float()"
     return (
         f"; under jax.jit name it in static_argnames=({argument!r},), else call {convert}; the "

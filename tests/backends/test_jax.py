@@ -456,6 +456,18 @@ def test_export_with_symbolic_sizes(rng, x64, options):
                 )
 
 
+@pytest.mark.parametrize("name", ["p", "margin", "ignore_index"])
+def test_exported_sizes_are_no_parameters(name):
+    def loss(x, y):
+        return multi_margin_loss(x, y, **{name: x.shape[1] - 1})
+
+    n, c = jax.export.symbolic_shape("n, c")
+    shapes = jax.ShapeDtypeStruct((n, c), "float32"), jax.ShapeDtypeStruct((n,), "int32")
+    message = f"{name} must be .* c - 1 of type _DimExpr; a size that is exported as a symbol has"
+    with pytest.raises(TypeError, match=message):
+        jax.export.export(jax.jit(loss))(*shapes)
+
+
 def test_eight_devices_keep_their_shards():
     code = """
 import jax, numpy as np

@@ -754,6 +754,39 @@ def test_export_with_any_number_of_classes(batch, strict, backend, reduction):
     torch.testing.assert_close(exported(x, y), multi_margin_loss(x, y, reduction=reduction))
 
 
+@OWN_WARNINGS
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_export_with_an_ignore_index_made_of_sizes(strict, backend):
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return multi_margin_loss(x, y, ignore_index=x.shape[1] - 1, backend=backend)
+
+    sizes = {0: torch.export.Dim("n"), 1: torch.export.Dim("c", min=2, max=1000)}
+    example = torch.randn(10, 7), torch.arange(10) % 7
+    exported = torch.export.export(
+        Model(), example, dynamic_shapes=(sizes, {0: sizes[0]}), strict=strict
+    ).module()
+    x, y = torch.randn(13, 9), torch.arange(13) % 9
+    torch.testing.assert_close(exported(x, y), multi_margin_loss(x, y, ignore_index=8))
+
+
+@OWN_WARNINGS
+@pytest.mark.parametrize("name", ["p", "margin"])
+def test_exported_parameters_made_of_sizes_hold_for_one_value(name):
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return multi_margin_loss(x, y, **{name: x.shape[0] // 5})
+
+    example = torch.randn(10, 7), torch.arange(10) % 7
+    dynamic = {0: torch.export.Dim.AUTO}
+    exported = torch.export.export(Model(), example, dynamic_shapes=(dynamic, dynamic)).module()
+    x, y = torch.randn(13, 7), torch.arange(13) % 7
+    torch.testing.assert_close(exported(x, y), multi_margin_loss(x, y, **{name: 2}))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        exported(torch.randn(15, 7), torch.arange(15) % 7)
+
+
 @pytest.mark.parametrize("name", ["uint1", "uint4", "uint7", "int2", "int4", "int7"])
 def test_targets_of_less_than_8_bits_are_refused_by_every_call(name):
     if not hasattr(torch, name):
