@@ -30,8 +30,14 @@ SOURCES = (
     "pool.cpp",
     "pool.h",
 )
-# -g0: Python's own flags ask for debug information, 9 of 10 MB.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+# -g0: Python's own flags ask for debug information, 9 of 10 MB. -fno-fast-math: CXXFLAGS may ask
+# for it, which takes NaN for a number.
+FLAGS = [
+    "-std=c++17", "-O3", "-g0", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden",
+    "-pthread",
+]  # fmt: skip
+# With these GCC links code that lets the whole process take subnormal numbers for 0.
+NOT_LINKED = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no stable ABI
 
 
@@ -76,6 +82,9 @@ class BuildKernels(build_ext):
         if self.compiler.compiler_type == "msvc":
             print("MSVC has no vector extensions: mml_arrayapi is installed without CPU kernels.")
             self.extensions = []
+        for name in ("compiler_cxx", "linker_so", "linker_so_cxx", "linker_exe_cxx"):
+            command = getattr(self.compiler, name, None) or ()
+            setattr(self.compiler, name, [word for word in command if word not in NOT_LINKED])
         self.parallel = self.parallel or len(self.extensions) or None
         super().build_extensions()
 

@@ -141,9 +141,14 @@ def _expected(given: Sequence[str]) -> dict[str, str]:
 
 def _writable(arguments: argparse.Namespace) -> None:
     """Look before a long run whether there is a place for what it is to write."""
-    for path in (arguments.report, arguments.json, arguments.markdown):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    paths = [p for p in (arguments.report, arguments.json, arguments.markdown) if p is not None]
+    for path in paths:
+        if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: not a file in a folder that exists")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(
+            f"cannot write {paths[-1]}: --report, --json and --markdown must be different files"
+        )
 
 
 def contexts_of(arguments: argparse.Namespace) -> list[list[Context]]:

@@ -109,7 +109,7 @@ def register_kernel(kernel: Kernel) -> None:
     TypeError
         Not a :class:`Kernel`.
     ValueError
-        There is a kernel of that name.
+        There is a kernel of that name, or no namespace can have the library's.
 
     Notes
     -----
@@ -125,6 +125,8 @@ def register_kernel(kernel: Kernel) -> None:
     """
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel must be a Kernel, but is of type {type(kernel).__name__}")
+    if (why := _no_library(kernel.library)) is not None:
+        raise ValueError(f"kernel {kernel.name!r}: {why}")
     with _lock:
         if kernel.name in _known():
             raise ValueError(f"a kernel named {kernel.name!r} is registered already")
@@ -808,11 +810,23 @@ def _misfit(kernel: Any, key: str, library: str) -> str | None:
             return "the entry point gives a Kernel that was never initialised"
     except Exception as error:  # noqa: BLE001 - a subclass's own
         return f"the entry point gives a Kernel whose fields cannot be read: {_told(error)}"
+    if (why := _no_library(kernel.library)) is not None:
+        return why
     if kernel.library != library:
         return f"the kernel is for {kernel.library}, the entry point's name says {library}"
     if kernel.name in _known(but=key):
         return f"there is another kernel named {kernel.name!r}"
     return None
+
+
+def _no_library(name: str) -> str | None:
+    """Tell why no namespace has a name, or None; a kernel of such a library would never run."""
+    if name.isidentifier():
+        return None
+    return (
+        f"library must be the top-level name of a namespace, such as 'numpy' or 'jax', but is "
+        f"{name!r}"
+    )
 
 
 def _refuse(reason: str, problem: Problem) -> str:  # noqa: ARG001

@@ -1,8 +1,10 @@
 """Wheel, sdist and tree hold the same files; each can be used, from wherever it lies."""
 
 import itertools
+import os
 import re
 import subprocess
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -141,6 +143,53 @@ def test_without_compiled_kernels(kernel, installed, tmp_path):
     assert "no compiled kernels" in reason
     assert asked.startswith(f"backend: kernel {kernel!r} cannot run this call: {reason}; ")
     assert wrong == "p must be a finite real number >= 1, but is 0.5"
+
+
+def test_kernels_in_an_archive(installed, tmp_path):
+    """Python imports a package out of a zip archive, but no extension modules."""
+    pytest.importorskip("numpy")
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        for path in installed.rglob("*.py"):
+            made.write(path, path.relative_to(installed))
+    code = """
+import mml_arrayapi as mml, numpy as np
+print(mml.multi_margin_loss(np.asarray([[0.1, 0.2, 0.4, 0.8]]), np.asarray([3])))
+print(next(one.reason for one in mml.list_backends() if one.name == "numpy-cpu"))"""
+    loss, reason = alone(code, archive, cwd=tmp_path).splitlines()
+    assert float(loss) == pytest.approx(0.325)
+    assert reason.startswith("Python loads no compiled kernels out of an archive (")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the compiler is a script")
+@pytest.mark.parametrize("flags", ["-ffast-math", "-Ofast -g", "-funsafe-math-optimizations"])
+def test_flags_that_would_change_the_arithmetic(flags, tmp_path):
+    """Linked with them, the library would make the whole process flush subnormal numbers."""
+    pytest.importorskip("setuptools")
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(
+        f"#!{sys.executable}\nimport sys\nwords = sys.argv[1:]\n"
+        f"open({str(log)!r}, 'a').write(' '.join(words) + chr(10))\n"
+        "open(words[words.index('-o') + 1], 'w').close()\n"
+    )
+    compiler.chmod(0o755)
+    folders = [f"--build-{name}={tmp_path / name}" for name in ("lib", "temp")]
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--force", *folders],
+        cwd=ROOT,
+        env=os.environ | {"CC": str(compiler), "CXX": str(compiler), "CXXFLAGS": flags},
+        check=True,
+    )
+    lines = [line.split() for line in log.read_text("utf-8").splitlines()]
+    compiled = [words for words in lines if "-c" in words]
+    linked = [words for words in lines if "-c" not in words]
+    assert len(compiled) >= 5 * len(linked) >= 5
+    fast = flags.split()[0]
+    for words in linked:
+        assert fast not in words
+        assert ("-g" in words) == ("-g" in flags.split())
+    for words in compiled:
+        assert words.index("-fno-fast-math") > words.index(fast)
 
 
 @pytest.mark.parametrize("flags", [("-OO", "-X", "dev"), ("-I", "-W", "error")], ids=" ".join)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -1111,6 +1112,27 @@ def test_an_entry_point_without_a_library(plugins):
     assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
     broken, _ = list_backends()
     assert (broken.name, broken.available) == (".a", False)
+
+
+@pytest.mark.parametrize("library", ["*", "jax.numpy", "my-arrays", " numpy"])
+def test_a_library_that_no_namespace_has(plugins, library):
+    told = (
+        f"library must be the top-level name of a namespace, .* but is {re.escape(repr(library))}"
+    )
+    with pytest.raises(ValueError, match=f"kernel 'a': {told}"):
+        register_kernel(fixed("a", library=library))
+    assert not any(one.name == "a" for one in list_backends())
+
+
+def test_an_entry_point_for_every_library(plugins, monkeypatch):
+    module = types.ModuleType("for_every_library")
+    module.KERNEL = fixed("everywhere", library="*")
+    monkeypatch.setitem(sys.modules, "for_every_library", module)
+    plugins(**{"*.everywhere": "for_every_library:KERNEL"})
+    assert multi_margin_loss(X, T) == pytest.approx(2 / 3)
+    listed = next(one for one in list_backends() if "everywhere" in one.name)
+    assert not listed.available
+    assert listed.reason.startswith("library must be the top-level name of a namespace")
 
 
 def test_unusable_without_a_reason():

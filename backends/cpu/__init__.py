@@ -82,6 +82,11 @@ def _why_missing(error: ImportError) -> str:
             f"the kernels of this checkout are not built ({error}): run `pip install -e .` in it, "
             "which needs gcc or clang"
         )
+    if not _HERE.is_dir():
+        return (
+            f"Python loads no compiled kernels out of an archive ({_HERE}): install mml_arrayapi, "
+            "or unpack it"
+        )
     if not isinstance(error, ModuleNotFoundError):
         return f"the compiled kernels cannot be loaded ({error}): install mml_arrayapi again"
     return (

@@ -38,6 +38,11 @@ const Family *family_of(PyObject *x) {
     return nullptr;
 }
 
+// Methods of tensors, by name.
+struct Names {
+    PyObject *is_neg, *untyped_storage, *nbytes, *data_ptr, *dtype;
+} names;
+
 // An owned reference.
 struct Object {
     PyObject *p;
@@ -57,6 +62,10 @@ struct Object {
     }
 };
 
+bool is_string(PyObject *x, const char *text) {
+    return PyUnicode_CompareWithASCIIString(x, text) == 0;
+}
+
 // The memory behind an array, for as long as this lives.
 class Array : public Memory {
   public:
@@ -69,6 +78,13 @@ class Array : public Memory {
 
     // False where x can't be served; no Python error is left.
     bool read(PyObject *x, const Family *family) {
+        if (!open(x, family)) return false;
+        const bool done = !family->exchange || !size() || is_memory(x);
+        if (!done) PyErr_Clear();
+        return done;
+    }
+    // The same for an array of our own, and where no element will be read.
+    bool open(PyObject *x, const Family *family) {
         if (family_of(x) != family) return false;
         bool done = family->exchange  ? read_exchange(x, *family)
                     : family->capsule ? read_capsule(x, *family)
@@ -136,6 +152,29 @@ class Array : public Memory {
         if (family.exchange->dltensor_from_py_object_no_sync(x, &tensor)) return false;
         return take_tensor(tensor);
     }
+    // The exchange tells neither of tensors that stand for the negative of what is in memory, nor of
+    // a storage that shrank beneath a tensor or is none (of zeros), nor of packed integers.
+    bool is_memory(PyObject *x) const {
+        Object negated(PyObject_CallMethodObjArgs(x, names.is_neg, nullptr));
+        if (negated.p != Py_False) return false;
+        Object storage(PyObject_CallMethodObjArgs(x, names.untyped_storage, nullptr));
+        if (!storage.p) return false;
+        Object start(PyObject_CallMethodObjArgs(storage.p, names.data_ptr, nullptr));
+        if (!start.p) return false;
+        Object bytes(PyObject_CallMethodObjArgs(storage.p, names.nbytes, nullptr));
+        if (!bytes.p) return false;
+        const char *begin = static_cast<char *>(PyLong_AsVoidPtr(start.p));
+        int64_t room = PyLong_AsLongLong(bytes.p) - size_of(type);  // before the last element
+        for (int d = 0; d < ndim; d++) room -= (shape[d] - 1) * strides[d];  // steps are >= 0
+        if (PyErr_Occurred() || !begin || data < begin || data - begin > room) return false;
+        return size_of(type) > 1 || is_whole(x);
+    }
+    bool is_whole(PyObject *x) const {
+        Object dtype(PyObject_GetAttr(x, names.dtype));
+        Object text(dtype.p ? PyObject_Str(dtype.p) : nullptr);
+        if (!text.p) return false;
+        return is_string(text.p, type == Type::i8 ? "torch.int8" : "torch.uint8");
+    }
     bool read_capsule(PyObject *x, const Family &family) {
         owner.set(PyObject_CallFunctionObjArgs(family.capsule, x, nullptr));
         if (!owner.p) return false;
@@ -165,9 +204,6 @@ class Array : public Memory {
     }
 };
 
-bool is_string(PyObject *x, const char *text) {
-    return PyUnicode_CompareWithASCIIString(x, text) == 0;
-}
 bool read_real(PyObject *x, double &value) {
     if (PyFloat_CheckExact(x)) {
         value = PyFloat_AsDouble(x);
@@ -340,7 +376,7 @@ PyObject *make_array(const PythonJob &job, PyObject *input, const Memory *like, 
             return nullptr;
         if (job.family->exchange->managed_tensor_to_py_object_no_sync(managed, &tensor)) return nullptr;
         Object made(static_cast<PyObject *>(tensor));
-        if (out.read(made.p, job.family)) return made.release();
+        if (out.open(made.p, job.family)) return made.release();
         PyErr_SetString(PyExc_RuntimeError, "a new tensor cannot be read");
         return nullptr;
     }
@@ -352,7 +388,7 @@ PyObject *make_array(const PythonJob &job, PyObject *input, const Memory *like, 
     }
     Object made(PyObject_CallFunctionObjArgs(job.family->empty, shape.p, dtype.p, nullptr));
     if (!made.p) return nullptr;
-    if (out.read(made.p, job.family)) return made.release();
+    if (out.open(made.p, job.family)) return made.release();
     PyErr_SetString(PyExc_RuntimeError, "a new array cannot be read");
     return nullptr;
 }
@@ -490,7 +526,7 @@ PyObject *grad(PyObject *, PyObject *const *args, Py_ssize_t n) {
 // The bytes that keep the bits of p = 1; 0 where input or options don't go with them.
 int64_t bytes_of_rows(PythonJob &job, PyObject *input, PyObject *given) {
     const Family *family = family_of(input);
-    if (!family || !read_options(given, job.options) || !job.x.read(input, family)) return 0;
+    if (!family || !read_options(given, job.options) || !job.x.open(input, family)) return 0;
     const Array &x = job.x;
     int64_t axis = job.options.axis < 0 ? job.options.axis + x.ndim : job.options.axis;
     if (!x.is_float() || job.options.p != 1 || axis < 0 || axis >= x.ndim || !x.shape[axis]) return 0;
@@ -736,6 +772,11 @@ int mml::threads_with(long setting) {
 }
 
 PyMODINIT_FUNC JOIN(PyInit_, MODULE)() {
+    names = {PyUnicode_InternFromString("is_neg"), PyUnicode_InternFromString("untyped_storage"),
+             PyUnicode_InternFromString("nbytes"), PyUnicode_InternFromString("data_ptr"),
+             PyUnicode_InternFromString("dtype")};
+    for (PyObject *name : {names.is_neg, names.untyped_storage, names.nbytes, names.data_ptr, names.dtype})
+        if (!name) return nullptr;
     PyObject *module = PyModule_Create(&definition);
     if (module && PyModule_AddIntConstant(module, "MARK", MARK)) {
         Py_DECREF(module);

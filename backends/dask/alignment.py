@@ -14,7 +14,7 @@ import numpy as np
 
 from mml_arrayapi.kernel import Problem
 from mml_arrayapi.libraries import library_of
-from mml_arrayapi.validation import InvalidTargetError, raise_invalid_target
+from mml_arrayapi.validation import InvalidTargetError, raise_invalid_target, same_shape
 
 Array = Any
 
@@ -221,7 +221,7 @@ def check_sizes(block: Array, place: tuple[slice, ...]) -> None:
         It has another.
     """
     declared = tuple(part.stop - part.start for part in place)
-    if any(m != n and n == n for m, n in zip(block.shape, declared, strict=True)):
+    if not same_shape(tuple(block.shape), declared):
         raise ValueError(
             "input must have chunks of the sizes that it, or target, declares, but a chunk has "
             f"shape {tuple(block.shape)} instead of {declared}; give map_blocks() its chunks"

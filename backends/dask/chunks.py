@@ -656,8 +656,8 @@ def _checked(block: Array, target: Array, place: Any, call: Call, raises: bool =
     """Return the targets of a block in its library, once they have been looked at."""
     for name, array in (("input", block), ("target", target)):
         check_kind(name, array)
-    check_length(without(block.shape, call.axis), target)
     check_sizes(block, place)
+    check_length(without(block.shape, call.axis), target)
     check_float("input", block)
     _, target = _namespace(block, target)
     if raises:

@@ -24,6 +24,7 @@ from torch import Tensor
 from mml_arrayapi import formula
 from mml_arrayapi.backends.pytorch import generic, state
 from mml_arrayapi.backends.pytorch.state import (
+    PLAIN,
     below_autograd,
     is_dynamo_compiling,
     is_grad_enabled,
@@ -43,8 +44,9 @@ LARGEST = 2**63 - 1  # what an operator's integers hold
 class Engine(NamedTuple):
     """What runs the loss on one type of device.
 
-    All but the first two and the last return None for what they can't serve. They look at dtypes,
-    shapes, strides and the options' types themselves; tensors are :func:`state.readable`.
+    All but the first two and the last return None for what they can't serve. They look at
+    everything themselves, as nobody may have done so: whether a tensor's memory is its values (see
+    :func:`state.readable`), dtypes, shapes, strides and the options' types.
 
     Attributes
     ----------
@@ -118,13 +120,13 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         if (
             not ordinary()
             or not getattr(input, on_device)
-            or not readable(input)
-            or not readable(target)
-            or not (weight is None or readable(weight))
-            or not _fits(options[3])
+            or type(target) not in PLAIN
+            or not (weight is None or type(weight) in PLAIN)
+            or not (options[3] is None or _fits(options[3]))
         ):
             return None
-        input = under_autocast(input)
+        if input.itemsize == 2:
+            input = under_autocast(input)
         if is_grad_enabled():
             if weight is not None and weight.requires_grad:
                 return None
@@ -148,7 +150,7 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         return _loss_and_grad(*arguments, *problem.options())
 
     _implement(engine)
-    on_types = dict.fromkeys(state.PLAIN, direct)
+    on_types = dict.fromkeys(PLAIN, direct)
     features = frozenset({"ignore_index"})
     return Kernel(name, "torch", refuses, loss, loss_and_grad, supports=features, direct=on_types)
 
@@ -252,7 +254,7 @@ def _implement(engine: Engine) -> None:
 
     def loss(input: Any, target: Any, weight: Any, *options: Any) -> tuple[Tensor, Tensor]:
         options, keep_mask = options[:-1], options[-1]
-        made = _run(engine.loss, (input, target, weight), options, keep_mask)
+        made = engine.loss(input, target, weight, options, keep_mask)
         if made is None:
             made = _formula_loss(input, target, weight, options), None
         value, mask = made
@@ -263,7 +265,7 @@ def _implement(engine: Engine) -> None:
     def gradient(
         grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, *options: Any
     ) -> Tensor:
-        grad: Tensor | None = _run(engine.grad, (grad_output, input, target, weight, mask), options)
+        grad = engine.grad(grad_output, input, target, weight, mask, options)
         if grad is None:
             grad = _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
         return grad
@@ -271,9 +273,7 @@ def _implement(engine: Engine) -> None:
     def loss_and_grad(
         input: Any, target: Any, weight: Any, grad_output: Any, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        made: tuple[Tensor, Tensor] | None = _run(
-            engine.loss_and_grad, (input, target, weight, grad_output), options
-        )
+        made = engine.loss_and_grad(input, target, weight, grad_output, options)
         if made is None:
             made = _formula_loss_and_grad(input, target, weight, grad_output, options)
         return made
@@ -288,13 +288,6 @@ def _implement(engine: Engine) -> None:
     runs = loss, gradient, loss_and_grad, graph_loss, graph_gradient
     for name, run in zip(names, runs, strict=True):
         _library.impl(name, run, engine.device.upper())
-
-
-def _run(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
-    """Call an engine's function; None also where the memory of a tensor isn't its values."""
-    if all(tensor is None or readable(tensor) for tensor in tensors):
-        return function(*tensors, *options)
-    return None
 
 
 def _no_mask(input: Tensor) -> Tensor:
@@ -474,7 +467,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     if state.is_mapped(grad_output):
         return _formula_loss_and_grad(input, target, weight, grad_output, options)[1]
     if ctx.engine is not None and ordinary() and not is_grad_enabled():
-        grad: Tensor | None = _run(ctx.engine.grad, arguments, options)
+        grad: Tensor | None = ctx.engine.grad(*arguments, options)
         if grad is not None:
             return grad
     return _gradient(*arguments, *options)

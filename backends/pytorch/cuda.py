@@ -10,6 +10,7 @@ from torch import Tensor
 from mml_arrayapi.backends.cuda import plan
 from mml_arrayapi.backends.pytorch import state
 from mml_arrayapi.backends.pytorch.autograd import Engine, make_kernel
+from mml_arrayapi.backends.pytorch.state import readable
 from mml_arrayapi.kernel import Options, Problem, Unusable
 from mml_arrayapi.validation import raise_invalid_target
 
@@ -77,7 +78,8 @@ def grad(
     }  # fmt: skip
     operation = "grad"
     if mask is not None and mask.numel():
-        if mask.shape != mask_shape(input.dtype, target.numel(), input.shape[-1]):
+        shape = mask_shape(input.dtype, target.numel(), input.shape[-1])
+        if not readable(mask) or mask.shape != shape:
             return None
         operation, arrays["mask"] = "grad_mask", mask
     return into if _launch(operation, arrays, options) else None
@@ -120,6 +122,8 @@ def _served(input: Tensor, target: Tensor, weight: Tensor | None, options: Optio
     n_classes = input.shape[-1] if input.ndim else 0
     return (
         MISSING is None
+        and readable(input)
+        and readable(target)
         and input.dtype in SCALARS
         and target.dtype in KINDS
         and target.device == input.device
@@ -142,14 +146,18 @@ def _served(input: Tensor, target: Tensor, weight: Tensor | None, options: Optio
 
 def _is_weight(weight: Tensor, input: Tensor, n_classes: int) -> bool:
     return (
-        weight.dtype in SCALARS and weight.shape == (n_classes,) and weight.device == input.device
+        readable(weight)
+        and weight.dtype in SCALARS
+        and weight.shape == (n_classes,)
+        and weight.device == input.device
     )
 
 
 def _fits(grad_output: Tensor, target: Tensor, options: Options) -> bool:
     """Tell whether a gradient is one for the loss."""
     return (
-        grad_output.dtype in SCALARS
+        readable(grad_output)
+        and grad_output.dtype in SCALARS
         and grad_output.device == target.device
         and grad_output.shape == (target.shape if options[2] == "none" else ())
     )
@@ -192,9 +200,9 @@ def _describe(arrays: dict[str, Any], options: Options) -> plan.Call:
     if target.ndim != 1:
         target = target.reshape(-1)
     if weight is not None:
-        weight = _readable(weight, input.dtype, real).contiguous()
+        weight = _computable(weight, input.dtype, real).contiguous()
     if upstream is not None:
-        upstream = _readable(upstream, input.dtype, real).reshape(-1)
+        upstream = _computable(upstream, input.dtype, real).reshape(-1)
     arrays |= {"scores": input, "target": target, "weight": weight, "upstream": upstream}
     return plan.Call(
         SCALARS[input.dtype],
@@ -215,7 +223,7 @@ def _describe(arrays: dict[str, Any], options: Options) -> plan.Call:
     )
 
 
-def _readable(tensor: Tensor, dtype: torch.dtype, real: torch.dtype) -> Tensor:
+def _computable(tensor: Tensor, dtype: torch.dtype, real: torch.dtype) -> Tensor:
     """Convert to the computing precision, unless it has that, or the scores' own."""
     return tensor if tensor.dtype in (dtype, real) else tensor.to(real)
 

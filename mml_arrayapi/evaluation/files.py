@@ -132,6 +132,11 @@ class File:
             return True
         return len(fs.cat_file(self.path + below, start=0, end=1)) == 1
 
+    def has(self, below: str) -> bool:
+        """Whether there is a file below the folder."""
+        path = posixpath.join(self.path, below.lstrip("/"))
+        return bool((self.filesystem or os.path).exists(path))
+
     def size(self) -> int:
         """Return the number of bytes."""
         with self.open() as opened:  # a web server need not tell it
@@ -530,12 +535,33 @@ def numbered(names: Sequence[str]) -> bool:
 
 def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether equally many names of two kinds belong together one by one."""
-    ours = [natural(core) for core in cores(first)]
-    theirs = [natural(core) for core in cores(second)]
     if cores(first) == cores(second):
         return True
+    by_parts = _differences(first)
+    if by_parts == _differences(second) and len(set(by_parts)) == len(first):
+        return True
+    ours = [natural(core) for core in cores(first)]
+    theirs = [natural(core) for core in cores(second)]
     alike = ours == theirs and len({str(key) for key in ours}) == len(ours)
     return alike or (_from_0_or_1(ours) and _from_0_or_1(theirs))
+
+
+def _differences(names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Return in what names differ: numbers, and between these texts, without what all share.
+
+    So ``day2/scores/part-0`` is ``(2, 0)``, as is ``day2/labels/part-0``. Nothing is returned for
+    names of unlike build.
+    """
+    keys = [natural(name) for name in names]
+    if len({len(key) for key in keys}) > 1:
+        return []
+    differ = []
+    for column in zip(*keys, strict=True):
+        if len(set(column)) > 1:
+            is_text = column[0][0] == 1
+            texts, numbers = [key[2] for key in column], [key[1] for key in column]
+            differ.append(cores(texts) if is_text else numbers)
+    return list(zip(*differ, strict=True))
 
 
 def _from_0_or_1(keys: list[list[tuple[int, int, str]]]) -> bool:

@@ -442,6 +442,11 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
             f"{file.name}: its server gives out no parts of files, which a sharded store needs; "
             "download the store first"
         )
+    if not archive and opened.metadata.zarr_format == 3 and file.has(f"{opened.path}/.zarray"):
+        raise InputError(
+            f"{file.name}: the array is described twice, by zarr.json (version 3) and .zarray "
+            "(version 2) in one folder; delete the one that is out of date"
+        )
     return _zarr_array(file, opened, role, rules)
 
 

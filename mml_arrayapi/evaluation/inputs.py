@@ -583,8 +583,6 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
                     "many files of both"
                 )
         return
-    if not ours and not theirs:
-        _check_lists(scores, others)
     for places in dict.fromkeys((*ours, *theirs)):
         first, second = ours.get(places), theirs.get(places)
         if first and second:
@@ -603,16 +601,17 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
                 f"{told[0]}: the parts in which their names differ are not those of {told[1]}, so "
                 "that it is in doubt which belong together; name them alike, or give lists"
             )
+    _check_sequence(scores, others)
 
 
-def _check_lists(scores: list[Shard], others: list[Shard]) -> None:
-    """Refuse lists whose names correspond, but in another order."""
+def _check_sequence(scores: list[Shard], others: list[Shard]) -> None:
+    """Refuse files whose names correspond, but in another order."""
     names = [[shard.name for shard in shards] for shards in (scores, others)]
     in_order = (sorted(one, key=lambda name: (natural(name), name)) for one in names)
     if not correspond(*names) and correspond(*in_order):
         first, second = map(cores, names)
         raise InputError(
-            f"{others[0].name}: the {others[0].role} of the list are those of the scores by name, "
+            f"{others[0].name}: the {others[0].role} are those of the scores by name, "
             f"but in another order ({', '.join(second[:3])} beside {', '.join(first[:3])}); give "
             "both in the same"
         )

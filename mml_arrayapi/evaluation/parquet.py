@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +41,8 @@ TELLING = {
 }
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # of which pyarrow infers no type
 EXTENSION = b"ARROW:extension:name"
+MAGIC = b"PAR1"  # a file begins and ends with it
+PARTITION = re.compile(r"([^/=]+)=([^/]*)/")
 UDT = ["type", "size", "indices", "values"]  # the fields of Spark's VectorUDT
 ENCRYPTED = re.compile("Could not read encrypted|Cannot decrypt")  # of Arrow's errors
 
@@ -116,6 +119,7 @@ class ParquetColumns:
             dataset = ds.dataset(**given)
         self._schema, self._ds = dataset.schema, ds
         (self._fragment,) = dataset.get_fragments()
+        _refuse_two(file, self._fragment.metadata)
         return keys
 
     def _refuse_mixtures(self, role: str, plain: str) -> None:
@@ -287,6 +291,39 @@ def is_shuffled(index: Iterator[Any], n: int) -> bool:
     return bool(seen.all()) and not in_order
 
 
+def _extension(field: Any) -> str:
+    """Return the name of the extension type that a field's metadata tells of."""
+    return str((field.metadata or {}).get(EXTENSION, b"").decode())
+
+
+def _refuse_two(file: File, footer: Any) -> None:
+    """Refuse files that were joined byte by byte: the last one's footer finds the first's pages."""
+    with file.open() as opened:
+        size = opened.seek(-8, os.SEEK_END)
+        length = int.from_bytes(opened.read(4), "little")
+        if length != footer.serialized_size:  # signed: pyarrow aborts over an encrypted column
+            return
+        at = _end_of_pages(footer)
+        opened.seek(at)
+        tail = b""
+        while at < size - length and (piece := opened.read(min(size - length - at, 2**20))):
+            if MAGIC * 2 in tail + piece:
+                raise InputError(
+                    f"{file.plain_name}: holds several Parquet files, one after another, of which "
+                    "only one would be read; write them to files of their own"
+                )
+            tail, at = piece[-7:], at + len(piece)
+
+
+def _end_of_pages(footer: Any) -> int:
+    """Return where the pages end; indices and filters may follow, in most files nothing does."""
+    if not (footer.num_row_groups and footer.num_columns):
+        return len(MAGIC)
+    last = footer.row_group(footer.num_row_groups - 1).column(footer.num_columns - 1)
+    starts = last.dictionary_page_offset, last.data_page_offset
+    return int(min(filter(None, starts), default=len(MAGIC)) + last.total_compressed_size)
+
+
 class _Kind:
     """What the type of a column stands for: numbers, lists, a tensor, Spark's vectors, an enum."""
 
@@ -301,6 +338,8 @@ class _Kind:
         self.width: tuple[int, ...] = ()
         self.categories = _categories(field)
         value = kind
+        # Periods, say, are stored as integers, and seen as these where pandas isn't loaded.
+        self.extension = _extension(field)
         if self.tensor:
             order = kind.permutation or range(len(kind.shape))  # of axes; shape is that in memory
             self.width, value = tuple(kind.shape[i] for i in order), kind.value_type
@@ -308,10 +347,9 @@ class _Kind:
             value = kind.field("values").type.value_type
         elif is_list(kind):
             self.width = (kind.list_size,) if kinds.is_fixed_size_list(kind) else ()
-            value, field = kind.value_type, kind.value_field
+            value = kind.value_type
+            self.extension = self.extension or _extension(kind.value_field)
         self.nested = self.tensor or self.udt or is_list(kind)
-        # Periods, say, are stored as integers, and seen as these where pandas isn't loaded.
-        self.extension = (field.metadata or {}).get(EXTENSION, b"").decode()
         if isinstance(value, pa.BaseExtensionType):
             self.extension = value.extension_name
         if self.extension:
@@ -448,8 +486,12 @@ def _named(item: str, names: Sequence[str], file: str) -> list[str]:
 def _partitions(file: File) -> dict[str, str]:
     """Return the partitions, and their values, that the folders of a pattern's file name."""
     below = file.path[len(file.root) :] if file.root else ""
-    pairs = re.findall(r"([^/=]+)=([^/]*)/", below)
-    return {unquote(name): unquote(value) for name, value in pairs}
+    pairs = [(unquote(key), unquote(value)) for key, value in PARTITION.findall(below)]
+    if len(dict(pairs)) < len(pairs):
+        raise InputError(
+            f"{file.name}: two folders of its path are partitions of the same name; rename one"
+        )
+    return dict(pairs)
 
 
 def _partition_type(value: str) -> Any:

@@ -208,6 +208,10 @@ def test_a_module_that_leaves_gives_2(tmp_path, monkeypatch, capsys):
             ("--xp", "numpy", "--json", "/no/such/folder/x.json"),
             "cannot write /no/such/folder/x.json",
         ),
+        (
+            ("--xp", "numpy", "--json", "same", "--markdown", "./same"),
+            "cannot write same: --report, --json and --markdown must be different files",
+        ),
     ],
 )
 def test_bad_input_gives_2_and_one_line(words, message, capsys):

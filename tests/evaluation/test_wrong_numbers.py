@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -312,7 +313,7 @@ def test_lists_with_the_same_names_in_another_order(arrays, files, wanted):
     scores = [f"part-{i}.npy" for i in range(12)]
     labels = [f"label-{i}.npy" for i in range(12)]
     assert mml.evaluate(scores, labels) == mml.evaluate(sorted(scores), sorted(labels)) == wanted
-    told = r"label-0.npy: the targets of the list .* in another order \(0, 1, 10 beside 0, 1, 2\)"
+    told = r"label-0.npy: the targets are those of the scores .* in another order \(0, 1, 10 beside 0, 1, 2\)"
     with pytest.raises(mml.InputError, match=told):
         mml.evaluate(scores, sorted(labels))
 
@@ -326,6 +327,79 @@ def test_lists_with_the_same_numbers_in_another_order(arrays, files, labels):
     mml.evaluate(scores, sorted(labels))
     with pytest.raises(mml.InputError, match="by name, but in another order"):
         mml.evaluate(scores, labels)
+
+
+FOLDERS = "abc", "abd", "bba"  # folders of several files, whose names all folders share
+
+
+@pytest.fixture
+def three_folders(files, arrays):
+    """Three folders of two files each, of scores, labels and weights, and as one table."""
+    sizes = 0, 100, 200, 300, 400, 550, N
+    for k, (start, stop) in enumerate(pairwise(sizes)):
+        folder = FOLDERS[k // 2]
+        os.makedirs(f"x/{folder}", exist_ok=True)
+        rows = slice(start, stop)
+        for name, array in (("x", arrays[0]), ("y", arrays[1]), ("w", np.ones(N))):
+            os.makedirs(f"{name}/{folder}", exist_ok=True)
+            np.save(f"{name}/{folder}/part-{k % 2}.npy", array[rows])
+            os.makedirs(f"{folder}/{name}", exist_ok=True)
+            np.save(f"{folder}/{name}/part-{k % 2}.npy", array[rows])
+        os.makedirs(f"t/{folder}", exist_ok=True)
+        path = f"t/{folder}/part-{k % 2}.parquet"
+        parquet(path, logits=list(arrays[0][rows]), label=arrays[1][rows])
+
+
+SPELLED = {
+    "patterns": lambda kind, order: [f"{kind}/{one}/*.npy" for one in order],
+    "kind below": lambda kind, order: [f"{one}/{kind}/*.npy" for one in order],
+    "files": lambda kind, order: [f"{kind}/{one}/part-{i}.npy" for one in order for i in (0, 1)],
+    "kind in between": lambda kind, order: [
+        f"{one}/{kind}/part-{i}.npy" for one in order for i in (0, 1)
+    ],
+    "folders": lambda kind, order: [f"t/{one}" for one in order],
+    "tables": lambda kind, order: [f"t/{one}/*.parquet" for one in order],
+}
+
+
+@pytest.mark.parametrize("scores", SPELLED)
+@pytest.mark.parametrize("labels", SPELLED)
+def test_folders_in_another_order(three_folders, wanted, scores, labels):
+    give_scores, give_labels = SPELLED[scores], SPELLED[labels]
+    assert mml.evaluate(give_scores("x", FOLDERS), give_labels("y", FOLDERS)) == wanted
+    swapped = FOLDERS[1], FOLDERS[0], FOLDERS[2]  # as many rows in each
+    told = "but in another order|it is in doubt which belong together"
+    with pytest.raises(mml.InputError, match=told):
+        mml.evaluate(give_scores("x", FOLDERS), give_labels("y", swapped))
+    with pytest.raises(mml.InputError, match=told):
+        mml.evaluate(give_scores("x", swapped), give_labels("y", FOLDERS))
+    both = give_scores("x", swapped), give_labels("y", swapped)
+    assert mml.evaluate(*both).loss == wanted.loss
+    if "t/" in give_labels("y", FOLDERS)[0]:
+        return
+    weighted = mml.evaluate(*both, sample_weight=give_labels("w", swapped))
+    assert weighted.loss == wanted.loss
+    with pytest.raises(mml.InputError, match=told):
+        mml.evaluate(*both, sample_weight=give_labels("w", FOLDERS))
+
+
+@pytest.mark.parametrize(
+    "order", [[(2, 0), (2, 1), (1, 0), (1, 1)], [(1, 1), (1, 0), (2, 1), (2, 0)]]
+)
+@pytest.mark.parametrize("form", ["day{}/{}/part-{}.npy", "day{}/{}-{}.npy", "day{}-{}-x{}.npy"])
+def test_numbers_on_both_sides_of_the_kind(arrays, files, wanted, form, order):
+    days = [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for kind, array in zip("xy", arrays, strict=True):
+        for (day, part), rows in zip(days, np.split(array, 4), strict=True):
+            path = form.format(day, kind, part)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            np.save(path, rows)
+    scores = [form.format(day, "x", part) for day, part in days]
+    assert mml.evaluate(scores, [form.format(day, "y", part) for day, part in days]) == wanted
+    pattern = form.replace("{}", "*", 1).replace("{}", "{kind}", 1).replace("{}", "*")
+    assert mml.evaluate(pattern.format(kind="x"), pattern.format(kind="y")) == wanted
+    with pytest.raises(mml.InputError, match="by name, but in another order"):
+        mml.evaluate(scores, [form.format(day, "y", part) for day, part in order])
 
 
 @pytest.mark.parametrize("names", ["s_-5 s_-10", "s_1e-3 s_1e-4", "s=-1 s=-2", "-1 -2"])
@@ -836,6 +910,84 @@ def test_periods_are_no_labels(files, known):
             [sys.executable, "-c", program, name], capture_output=True, text=True, check=True
         )
         assert message in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ray.data.arrow_tensor", "geoarrow.point"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_lists_whose_meaning_an_extension_type_tells(files, fails, name, fixed):
+    """Whether the program knows the type or not."""
+    pa = pytest.importorskip("pyarrow")
+
+    class Points(pa.ExtensionType):
+        def __init__(self):
+            super().__init__(pa.list_(pa.float64(), 2) if fixed else pa.list_(pa.float64()), name)
+
+        def __arrow_ext_serialize__(self):
+            return b"[2, 1]"
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage, serialized):
+            return cls()
+
+    kind = Points()
+    stored = pa.array([[1.0, 2.0], [2.0, 1.0]], kind.storage_type)
+    parquet("p.parquet", logits=pa.ExtensionArray.from_storage(kind, stored))
+    np.save("two.npy", np.arange(2))
+    told = f"column 'logits' is of the extension type {name}, whose meaning is not known here"
+    assert told in fails("p.parquet#logits", "two.npy")
+    assert "p.parquet: " in fails("p.parquet", "two.npy")
+    pa.register_extension_type(kind)
+    try:
+        assert told in fails("p.parquet#logits", "two.npy")
+    finally:
+        pa.unregister_extension_type(name)
+
+
+@pytest.mark.parametrize("rows", [N, 10, 0])
+def test_parquet_files_that_were_joined(arrays, files, fails, wanted, rows):
+    """The last one's footer tells of pages by their place, where the first one's lie."""
+    for name, count in (("first", N), ("last", rows)):
+        parquet(f"{name}.parquet", label=arrays[1][:count][::-1].copy() if count else [])
+    with open("both.parquet", "wb") as both:
+        for name in ("first", "last"):
+            with open(f"{name}.parquet", "rb") as one:
+                both.write(one.read())
+    told = "both.parquet: holds several Parquet files, one after another, of which only one"
+    assert told in fails("x.npy", "both.parquet#label")
+
+
+def test_parquet_files_with_indices_behind_the_pages(arrays, files, wanted):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for groups in (50, N):
+        table = pa.table({"logits": list(arrays[0]), "label": arrays[1]})
+        pq.write_table(table, "p.parquet", row_group_size=groups, write_page_index=True)
+        assert mml.evaluate("p.parquet", "p.parquet") == wanted
+
+
+def test_a_partition_that_stands_twice_in_a_path(arrays, files, fails):
+    os.makedirs("t/label=0/label=1")
+    parquet("t/label=0/label=1/p.parquet", logits=list(arrays[0]))
+    assert "two folders of its path are partitions of the same name" in fails("t", "t#label")
+
+
+@pytest.mark.filterwarnings("ignore")  # Zarr's own
+@pytest.mark.parametrize("inner", ["", "/group/labels"])
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_an_array_that_is_described_twice(arrays, files, fails, wanted, inner, scheme):
+    zarr, fsspec = pytest.importorskip("zarr"), pytest.importorskip("fsspec")
+    url = f"{scheme}twice{len(inner)}.zarr"
+    fs = fsspec.filesystem("memory" if scheme else "file")
+    for version, labels in ((2, np.roll(arrays[1], 1)), (3, arrays[1])):
+        zarr.create_array(f"v{version}", data=labels, zarr_format=version, fill_value=9)
+        fs.put(f"v{version}/", f"{url}{inner}/", recursive=True)
+        if inner:
+            told = {"zarr_format": version, "node_type": "group", "attributes": {}}
+            name = ".zgroup" if version == 2 else "zarr.json"
+            fs.pipe(f"{url}/{name}", json.dumps(told).encode())
+        if version == 2:
+            mml.evaluate("x.npy", f"{url}#{inner}" if inner else url)
+    told = "the array is described twice, by zarr.json (version 3) and .zarray (version 2)"
+    assert told in fails("x.npy", f"{url}#{inner}" if inner else url)
 
 
 @pytest.mark.parametrize("version", [2, 3])

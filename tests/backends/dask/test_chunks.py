@@ -535,6 +535,17 @@ def test_targets_of_another_dtype_than_declared(cut, dtype):
 
 @IN_CHUNKS
 @BOTH_CUTS
+@pytest.mark.parametrize("change", [lambda b: b[:, 0], lambda b: b[:, None]], ids=["less", "more"])
+def test_chunks_of_other_numbers_of_axes_than_declared(cut, change):
+    x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
+    x = x.map_blocks(change, dtype=x.dtype, meta=x._meta)
+    for result in mml.multi_margin_loss(x, y), *mml.multi_margin_loss_and_grad(x, y):
+        with pytest.raises(ValueError, match=r"input must have chunks of the sizes that it, or"):
+            result.compute()
+
+
+@IN_CHUNKS
+@BOTH_CUTS
 def test_chunks_with_fewer_rows_than_declared(cut):
     x, y = da.from_array(RNG.standard_normal((N, C)), chunks=cut), da.zeros(N, dtype=int, chunks=7)
     x = x.map_blocks(lambda block: block[:-1], dtype=x.dtype, meta=x._meta)

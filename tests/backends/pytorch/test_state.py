@@ -169,6 +169,93 @@ def test_what_can_be_read(make):
     assert state.readable(make(torch.ones(4, 5)))
 
 
+def cut(base, size, view=lambda base: base):
+    """Leave a view's storage so many bytes, of which it knows nothing."""
+    base = base.clone()
+    tensor = view(base)
+    base.untyped_storage().resize_(size)
+    return tensor
+
+
+ODD = {
+    "subclass": lambda t: t.as_subclass(Mine),
+    "sparse": lambda t: t.to_sparse(),
+    "negated": torch._neg_view,
+    "zeros": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    "part of zeros": lambda t: torch._efficientzerotensor((9, *t.shape), dtype=t.dtype)[8],
+    "freed": lambda t: cut(t, 0),
+    "shrunk": lambda t: cut(t, t.nbytes - 1),
+    "shrunk behind an offset": lambda t: cut(torch.stack((t, t)), 2 * t.nbytes - 1, lambda b: b[1]),
+    "shrunk and transposed": lambda t: cut(t.T.contiguous(), t.nbytes - 1, lambda b: b.T),
+    "nested": lambda t: torch.nested.nested_tensor([t.float()]),
+    "meta": lambda t: t.to("meta"),
+    "list": lambda t: t.tolist(),
+    "array": lambda t: t.numpy(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*permute:UserWarning")
+@pytest.mark.parametrize("odd", [*ODD, "4 bits"])
+@pytest.mark.parametrize("place", ["input", "target", "weight", "grad", "upstream", "bits"])
+def test_kernels_look_at_tensors_themselves(odd, place):
+    cpu = pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
+    if cpu.native is None:
+        pytest.skip("the kernels are not built")
+    options = 1.0, 1.0, "none", None, -1, "auto"
+    size = cpu.native.row_bytes(torch.ones(4, 50), options) * 4
+    tensors = {
+        "input": torch.ones(4, 50), "target": torch.zeros(4, dtype=torch.int64),
+        "weight": torch.ones(50), "grad": torch.ones(4, 50), "upstream": torch.ones(4),
+        "bits": torch.zeros(size, dtype=torch.uint8),
+    }  # fmt: skip
+
+    def ran():
+        x, y, weight, grad, upstream, bits = tensors.values()
+        calls = (
+            cpu.native.loss(x, y, weight, options, None if cpu._exchange else torch.ones(4), bits),
+            cpu.native.grad(x, y, weight, options, grad, upstream, bits),
+            cpu.native.loss_and_grad(
+                x, y, weight, options, grad, upstream, None if cpu._exchange else torch.ones(4)
+            ),
+        )
+        return [made is not None for made in calls]
+
+    assert ran() == [True] * 3
+    used = {"grad": (1, 2), "upstream": (1, 2), "bits": (0, 1)}.get(place, (0, 1, 2))
+    if odd == "4 bits":
+        if not hasattr(torch, "uint4") or place not in ("target", "bits"):
+            pytest.skip("no integers of 4 bits")
+        tensors[place] = tensors[place].to(torch.uint8).view(torch.uint4)
+    else:
+        tensors[place] = ODD[odd](tensors[place])
+    assert ran() == [k not in used for k in range(3)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: torch.nn.Parameter(t, requires_grad=False),
+        lambda t: torch.stack((t, t))[1],
+        lambda t: t.T.contiguous().T,
+        lambda t: torch.cat((t, t))[: len(t)],
+        lambda t: torch._neg_view(torch._neg_view(t)),
+        lambda t: torch._neg_view(-t).resolve_neg(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*permute:UserWarning")
+def test_kernels_read_ordinary_tensors(change):
+    cpu = pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
+    if cpu.native is None:
+        pytest.skip("the kernels are not built")
+    x, y, weight = torch.randn(4, 50), torch.arange(4), torch.rand(50)
+    options = 1.0, 1.0, "none", None, -1, "auto"
+    expected = mml_arrayapi.multi_margin_loss(x, y, weight=weight, reduction="none")
+    out = None if cpu._exchange else torch.ones(4)
+    made = cpu.native.loss(change(x), change(y), change(weight), options, out)
+    assert torch.equal(made, expected)
+
+
 def test_gradients_that_are_mapped():
     x = torch.ones(3, requires_grad=True)
     seen = []
