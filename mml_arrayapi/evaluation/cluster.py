@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from itertools import islice
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import current_process, get_context, resource_tracker
 from operator import attrgetter
 from queue import Empty, SimpleQueue
 from threading import TIMEOUT_MAX, Event, Thread, current_thread, main_thread
@@ -286,10 +287,20 @@ def _local_cluster(stack: ExitStack, distributed: Any, work: Work, workers: int 
             return stack.enter_context(cluster)
     except (AssertionError, RuntimeError) as error:  # the former where there may be no children
         raise WorkerError(
-            f"the worker processes do not start ({one_line(error)}); there must be memory for them "
-            'and a program must call evaluate() below `if __name__ == "__main__":`, since each of '
-            "them imports it"
+            f"the worker processes do not start ({one_line(error)}); {_what_they_need()}"
         ) from error
+
+
+def _what_they_need() -> str:
+    if current_process().daemon:
+        return "use threads here, as in the workers of a pool, or the address of a cluster"
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program is not None and not os.path.isfile(program):  # standard input
+        return "each of them imports the program, which must be a file"
+    return (
+        "there must be memory for them and a program must call evaluate() below `if __name__ == "
+        '"__main__":`, since each of them imports it'
+    )
 
 
 def _start_a_process() -> None:

@@ -156,9 +156,24 @@ def test_a_program_without_a_guard(files):
     assert 'call evaluate() below `if __name__ == "__main__":`' in made.stderr.splitlines()[-1]
 
 
+def test_a_program_from_standard_input(files):
+    program = (
+        "import mml_arrayapi as mml\n"
+        "if __name__ == '__main__':\n"
+        "    print(mml.evaluate('x.npy', 'y.npy', scheduler='processes', workers=1).loss)\n"
+    )
+    made = subprocess.run([sys.executable, "-"], input=program, capture_output=True, text=True)
+    assert made.returncode == 1
+    last = made.stderr.splitlines()[-1]
+    assert "WorkerError: the worker processes do not start (" in last
+    assert last.endswith("; each of them imports the program, which must be a file")
+
+
 def test_a_process_that_may_have_no_children(files):
     """Such as the workers of multiprocessing's pools."""
-    words = "the worker processes do not start .daemonic processes are not allowed to have children"
+    words = (
+        r"processes are not allowed to have children\); use threads here, as in the workers of a"
+    )
     with get_context("spawn").Pool(1) as pool, pytest.raises(WorkerError, match=words):
         pool.apply(mml.evaluate, ("x.npy", "y.npy"), {"scheduler": "processes"})
 
