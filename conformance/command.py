@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,15 @@ def _writable(arguments: argparse.Namespace) -> None:
     for path in paths:
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: not a file in a folder that exists")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError(
-            f"cannot write {paths[-1]}: --report, --json and --markdown must be different files"
-        )
+    for first, second in combinations(paths, 2):
+        if first.exists() and second.exists():
+            same = first.is_file() and first.samefile(second)
+        else:
+            same = first.resolve() == second.resolve()
+        if same:
+            raise ValueError(
+                f"cannot write {second}: --report, --json and --markdown must be different files"
+            )
 
 
 def contexts_of(arguments: argparse.Namespace) -> list[list[Context]]:

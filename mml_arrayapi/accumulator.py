@@ -289,6 +289,8 @@ class LossAccumulator:
             options = {name: state[name] for name in ("p", "margin", "ignore_index")}
             LossAccumulator(**options, weight=weight)
             totals = _Totals(*(ExactSum.from_state(state[n]) for n in ("sum", "sample_weights")))
+            if totals.losses.count != totals.weights.count or totals.weights.total < 0:
+                raise ValueError("sum and sample_weights don't fit together")  # noqa: TRY301
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"state must be what LossAccumulator.state() returned, but reading it gives "

@@ -695,8 +695,21 @@ def test_arrays_that_numpy_reads_by_dlpack_alone(ignore_index, weighted):
         {"sum": ["0x1p5", 1.5, 0, 0, 0]},
         {"sum": ["0x1p99999999999", 1, 0, 0, 0]},
         {"sum": ["0x1p-99999", 1, 0, 0, 0]},
+        {"sum": ["0x1p5", 1, 0, 0, 2], "sample_weights": ["0x1p0", 1, 0, 0, 0]},
+        {"sum": ["0x1p5", 1, 0, 0, 0]},
+        {"sample_weights": ["-0x1p0", 0, 0, 0, 0]},
     ],
-    ids=["large weight", "text", "infinite count", "no count", "large", "small"],
+    ids=[
+        "large weight",
+        "text",
+        "infinite count",
+        "no count",
+        "large",
+        "small",
+        "two of one",
+        "another count",
+        "negative weights",
+    ],
 )
 def test_states_that_no_accumulator_has(change):
     state = LossAccumulator().state() | change

@@ -295,3 +295,29 @@ def test_gradient_where_the_target_costs_infinity(lib):
     loss, grad = multi_margin_loss_and_grad(x, lib.array([0]), p=2)
     assert float(lib.numpy(loss)) == math.inf
     np.testing.assert_array_equal(lib.numpy(grad), [[-np.inf, np.inf, 0]])
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("classes", [2, 40])
+def test_large_weights_beside_small_upstream_gradients(lib, backend, classes):
+    """What the factors of a gradient make together fits, though not the weight times p."""
+    scores = np.zeros((100, classes))
+    scores[:, 1] = 0.5
+    if not lib.has("float64"):
+        pytest.skip(f"{lib.name} has no float64 here")
+    arrays = lib.array(scores), lib.array(np.zeros(100, np.int64))
+    weight = lib.array(np.full(classes, 1e307))
+    options = {"weight": weight, "margin": 0.5, "backend": backend}
+    for reduction, upstream in (("mean", None), ("none", 1e-3), ("none", 0.0), ("sum", 1e-3)):
+        given = None if upstream is None else np.full((100,) * (reduction == "none"), upstream)
+        _, grad = multi_margin_loss_and_grad(
+            *arrays, p=50, reduction=reduction, **options,
+            grad_output=None if given is None else lib.array(given),
+        )  # fmt: skip
+        factor = 0.01 if upstream is None else upstream  # 1 / N of the mean
+        expected = np.zeros((100, classes))
+        rest = classes - 2  # whose hinge is 0.5
+        expected[:, 1] = factor * 50 / classes * 1e307
+        expected[:, 2:] = expected[:, [1]] * 0.5**49
+        expected[:, 0] = -expected[:, 1] * (1 + rest * 0.5**49)
+        np.testing.assert_allclose(lib.numpy(grad), expected, rtol=1e-12, atol=1e-300)

@@ -836,8 +836,8 @@ template <class E, class P, bool UNIT> struct Kernel {
         else return round_to<W>(convert<Vec<float, W>>(g), E{});
     }
     INLINE double scale_of(int64_t i, double weight) const {
-        double scale = common * weight;
-        return c.upstream.data ? scale * load_float(c.upstream.at(i), c.upstream.type) : scale;
+        // The weight last: large, it would make the product with a small upstream gradient infinite.
+        return (c.upstream.data ? common * load_float(c.upstream.at(i), c.upstream.type) : common) * weight;
     }
 
     // What a row adds to the results, beside its gradient. Returns its loss times C.

@@ -250,8 +250,9 @@ DEVICE Real load_weight(const Arguments& a, int y) {
 // What the slopes of a row are multiplied by; `factor` is that of the whole batch. Formed in Real:
 // in half precision 1 / (rows * classes) is 0 from 2**25 elements on.
 DEVICE Real load_scale(const Arguments& a, i64 row, int y, Real factor) {
-    Real scale = load_weight(a, y) * factor;
+    Real scale = factor;
     if (a.upstream) scale *= load_real(a.upstream, row * a.upstream_stride, a.upstream_wide);
+    scale *= load_weight(a, y);  // last: large, it would make the product infinite
     return scale;
 }
 

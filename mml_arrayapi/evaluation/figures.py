@@ -11,9 +11,9 @@ from html import escape
 from typing import Any
 
 from mml_arrayapi.evaluation.errors import on_a_line
-from mml_arrayapi.evaluation.files import common_start
 from mml_arrayapi.evaluation.inputs import Dataset, printable
 from mml_arrayapi.evaluation.metrics import Loss, MetricState, bin_start
+from mml_arrayapi.evaluation.names import common_start
 from mml_arrayapi.exact_sum import ExactSum
 
 SCHEMA = 2  # of to_json(); it changes when something is renamed, removed or means something else

@@ -7,14 +7,15 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product, takewhile
+from itertools import product
 from typing import Any
 from uuid import uuid4
 
 from mml_arrayapi.evaluation.errors import InputError, one_line, require
+from mml_arrayapi.evaluation.names import natural
 
 ZARR_MARKERS = ("zarr.json", ".zarray", ".zgroup")
 CACHES = ("simplecache", "filecache", "blockcache")
@@ -29,11 +30,6 @@ TABLES = {
 }
 URL = re.compile(r"[A-Za-z0-9+.-]+(://|::)")
 PART_OF = re.compile(r"(?:[0-9][-_. ]?|-)of[-_. ]?([0-9]+)", re.IGNORECASE)
-SIGNED = re.compile(r"(?:^|[^A-Za-z0-9)\]])-[0-9]|[0-9]e[-+]?[0-9]")
-DATE = re.compile(  # year, month, day; perhaps hour, minute, second
-    r"(?<![0-9])(?:19|20)[0-9]{2}([-_.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
-    r"(?:[-_.T:][0-9]{2}){0,3}(?![0-9])"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +127,6 @@ class File:
         if fs is None or "http" not in fs.protocol:
             return True
         return len(fs.cat_file(self.path + below, start=0, end=1)) == 1
-
-    def has(self, below: str) -> bool:
-        """Whether there is a file below the folder."""
-        path = posixpath.join(self.path, below.lstrip("/"))
-        return bool((self.filesystem or os.path).exists(path))
 
     def size(self) -> int:
         """Return the number of bytes."""
@@ -338,7 +329,7 @@ def _expand(file: File) -> tuple[list[File], str]:
         found, root = _glob(fs, path), _fixed(path)
         why = "no file matches it" if glob.has_magic(path) else "there is no such file"
     found.sort(key=lambda name: (natural(name), name))  # x-01 and x-1 are one number
-    _refuse_mixtures(file, found)
+    _refuse_mixtures(file, found, root)
     for one in found:
         if fs is None and not os.path.exists(one):
             return [], f"{one} is a link to what does not exist"
@@ -356,7 +347,7 @@ def _expand(file: File) -> tuple[list[File], str]:
     return made, why
 
 
-def _refuse_mixtures(file: File, found: list[str]) -> None:
+def _refuse_mixtures(file: File, found: list[str], root: str) -> None:
     """Refuse files of several wholes, and of tables of which only the log tells what counts."""
     split = os.path.split if file.filesystem is None else posixpath.split
     wholes: dict[str, int] = {}  # by folder
@@ -370,9 +361,12 @@ def _refuse_mixtures(file: File, found: list[str]) -> None:
                     "files, by their names; give a pattern for those of one data set"
                 )
         if last.lower().endswith((".parquet", ".pq")):
-            while "=" in split(place)[1]:
+            while "=" in split(place)[1] or place not in tables:
+                if "=" not in split(place)[1]:
+                    tables |= {place, split(place)[0] if split(place)[1] == "data" else place}
+                    if len(place) <= len(root):
+                        break
                 place = split(place)[0]
-            tables |= {place, split(place)[0] if split(place)[1] == "data" else place}
     for place, (log, kind) in product(sorted(tables), TABLES.items()):
         with suppress(OSError):  # it may not be allowed to look there
             if _glob(file.filesystem, f"{glob.escape(place)}/{log}"):
@@ -482,89 +476,3 @@ def _shown(file: File, path: str) -> str:
     if file.filesystem is None and "://" not in given and not os.path.isabs(given):
         name = os.path.relpath(path)
     return f"{name}#{file.item}" if file.item else name
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Return a key that sorts numbers in names as numbers."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"([0-9]+)", name)
-    ]
-
-
-def cores(names: Sequence[str]) -> list[str]:
-    """Return where names differ: without the beginning and the end that all share."""
-    head = _head(names)
-    rests = [name[head:] for name in names]
-    tail = common_start([rest[::-1] for rest in rests])[::-1]
-    tail = re.sub(r"^[0-9]+", "", tail)
-    return [rest[: len(rest) - len(tail)] for rest in rests]
-
-
-def _head(names: Sequence[str]) -> int:
-    """Return how many characters of all names are the same, up to the last number in these."""
-    return len(re.sub(r"[0-9]+$", "", common_start(names)))
-
-
-def common_start(names: Sequence[str]) -> str:
-    """Return what all names begin with."""
-    first, last = min(names), max(names)
-    same = (a == b for a, b in zip(first, last, strict=False))
-    return first[: sum(1 for _ in takewhile(bool, same))]
-
-
-def numbered(names: Sequence[str]) -> bool:
-    """Whether names differ in numbers only, so that their order is beyond doubt.
-
-    Of several numbers none may ever fall, since nobody knows which goes round first; a date is one.
-    Fractions of other lengths sort otherwise, and so do negative numbers and powers of ten.
-    """
-    head = _head(names)
-    upto = [name[: head + len(core)] for name, core in zip(names, cores(names), strict=True)]
-    if any(sign.end() > head for name in upto for sign in SIGNED.finditer(name)):
-        return False
-    names = [DATE.sub(lambda date: re.sub("[^0-9]", "", date[0]), name) for name in names]
-    keys = [natural(core) for core in cores(names)]
-    texts = {tuple(text for _, _, text in key) for key in keys}
-    numbers = sorted({tuple(number for _, number, _ in key) for key in keys})
-    rising = all(list(column) == sorted(column) for column in zip(*numbers, strict=False))
-    fractions = [re.findall(r"[0-9]\.([0-9]+)", name) for name in names]
-    even = len({tuple(map(len, one)) for one in fractions}) == 1
-    return len(texts) == 1 and len(numbers) == len(names) and rising and even
-
-
-def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Whether equally many names of two kinds belong together one by one."""
-    if cores(first) == cores(second):
-        return True
-    by_parts = _differences(first)
-    if by_parts == _differences(second) and len(set(by_parts)) == len(first):
-        return True
-    ours = [natural(core) for core in cores(first)]
-    theirs = [natural(core) for core in cores(second)]
-    alike = ours == theirs and len({str(key) for key in ours}) == len(ours)
-    return alike or (_from_0_or_1(ours) and _from_0_or_1(theirs))
-
-
-def _differences(names: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Return in what names differ: numbers, and between these texts, without what all share.
-
-    So ``day2/scores/part-0`` is ``(2, 0)``, as is ``day2/labels/part-0``. Nothing is returned for
-    names of unlike build.
-    """
-    keys = [natural(name) for name in names]
-    if len({len(key) for key in keys}) > 1:
-        return []
-    differ = []
-    for column in zip(*keys, strict=True):
-        if len(set(column)) > 1:
-            is_text = column[0][0] == 1
-            texts, numbers = [key[2] for key in column], [key[1] for key in column]
-            differ.append(cores(texts) if is_text else numbers)
-    return list(zip(*differ, strict=True))
-
-
-def _from_0_or_1(keys: list[list[tuple[int, int, str]]]) -> bool:
-    """Whether these are numbers one after another, and nothing else."""
-    numbers = [key[1][1] for key in keys if len(key) == 3 and not key[0][2] and not key[2][2]]
-    return numbers in (list(range(len(keys))), list(range(1, 1 + len(keys))))

@@ -418,7 +418,8 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
     zarr = require("zarr", file.name)
     storage = zarr.storage
     archive = file.path.lower().endswith(".zip")
-    top = _top_folder(file) if archive else ""
+    names = _names_in(file) if archive else []
+    top = _top_folder(names)
     if file.filesystem is None and not archive:
         store: Any = file.path
     elif file.filesystem is None and not top:
@@ -442,7 +443,9 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
             f"{file.name}: its server gives out no parts of files, which a sharded store needs; "
             "download the store first"
         )
-    if not archive and opened.metadata.zarr_format == 3 and file.has(f"{opened.path}/.zarray"):
+    old = "/".join(filter(None, ("", opened.path, ".zarray")))
+    twice = f"{top}/{old}".strip("/") in names if archive else file.exists(f"/{old}")
+    if opened.metadata.zarr_format == 3 and twice:
         raise InputError(
             f"{file.name}: the array is described twice, by zarr.json (version 3) and .zarray "
             "(version 2) in one folder; delete the one that is out of date"
@@ -450,10 +453,13 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
     return _zarr_array(file, opened, role, rules)
 
 
-def _top_folder(file: File) -> str:
-    """Return the folder of an archive that its store is in, if it was zipped with it."""
+def _names_in(file: File) -> list[str]:
     with file.open() as opened, zipfile.ZipFile(opened) as archive:
-        names = archive.namelist()
+        return archive.namelist()
+
+
+def _top_folder(names: list[str]) -> str:
+    """Return the folder of an archive that its store is in, if it was zipped with it."""
     top = names[0].partition("/")[0] if names else ""
     whole = all(name.startswith(f"{top}/") for name in names)
     told = any(f"{top}/{name}" in names for name in ("zarr.json", ".zarray", ".zgroup"))

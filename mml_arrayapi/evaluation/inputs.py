@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from mml_arrayapi.evaluation.errors import InputError, advice, one_line
-from mml_arrayapi.evaluation.files import File, cores, correspond, find, natural, numbered
+from mml_arrayapi.evaluation.files import File, find
 from mml_arrayapi.evaluation.formats import (
     CLASS_WEIGHTS,
     SCORES,
@@ -25,6 +25,7 @@ from mml_arrayapi.evaluation.formats import (
     adopt,
     open_array,
 )
+from mml_arrayapi.evaluation.names import cores, correspond, in_another_order, natural, numbered
 
 Array = Any
 
@@ -594,7 +595,9 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
             listed = [shard.name for shard in (others if first else scores)[slice(*places)]]
             fit = _in_order(first or second or []) and listed == sorted(listed, key=natural)
             first, second = (_names(shards[slice(*places)]) for shards in (scores, others))
+            whole = (_whole_names(shards[slice(*places)]) for shards in (scores, others))
             fit = fit or (len(first) == len(second) and correspond(first, second))
+            fit = fit or correspond(*whole)
         if not fit:
             told = [f"{one[0]} to {one[-1]}" if one else "arrays" for one in (first, second)]
             raise InputError(
@@ -606,9 +609,8 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
 
 def _check_sequence(scores: list[Shard], others: list[Shard]) -> None:
     """Refuse files whose names correspond, but in another order."""
-    names = [[shard.name for shard in shards] for shards in (scores, others)]
-    in_order = (sorted(one, key=lambda name: (natural(name), name)) for one in names)
-    if not correspond(*names) and correspond(*in_order):
+    names = [_whole_names(shards) for shards in (scores, others)]
+    if in_another_order(*names):
         first, second = map(cores, names)
         raise InputError(
             f"{others[0].name}: the {others[0].role} are those of the scores by name, "
@@ -647,6 +649,11 @@ def _names(shards: list[Shard]) -> list[str]:
     """Return what of the files' paths is below the folder that was searched, if one was."""
     files = [shard.source for shard in shards if isinstance(shard.source, File)]
     return [f.path[len(f.root or os.path.dirname(f.path)) :].lstrip("/") for f in files]
+
+
+def _whole_names(shards: list[Shard]) -> list[str]:
+    """Return absolute paths and URLs, and what arrays are."""
+    return [s.source.where if isinstance(s.source, File) else s.name for s in shards]
 
 
 def _check_lengths(scores: list[Shard], others: list[Shard], rows_axis: int) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from mml_arrayapi.evaluation.errors import InputError, require
-from mml_arrayapi.evaluation.files import File, natural, numbered
+from mml_arrayapi.evaluation.files import File
+from mml_arrayapi.evaluation.names import natural, numbered
 
 Array = Any
 
@@ -65,7 +66,10 @@ class ParquetColumns:
     def __init__(self, file: File, role: str) -> None:
         import numpy as np
 
-        self._name, self._keys = file.name, _partitions(file)
+        partitions = _partitions(file)
+        self._name, self._keys = file.name, dict(partitions)
+        names = [name for name, _ in partitions]
+        self._twice = {name for name in names if names.count(name) > 1}
         keys = self._open(file)
         groups = [group.num_rows for group in self._fragment.row_groups]
         self._starts = tuple(accumulate(groups, initial=0))
@@ -150,6 +154,10 @@ class ParquetColumns:
         for name in self.columns:
             if self.columns.count(name) > 1:
                 raise InputError(f"{self._name}: column {name!r} is named twice")
+            if name in self._twice:
+                raise InputError(
+                    f"{self._name}: two folders of its path are partitions {name!r}; rename one"
+                )
             if name in self._keys and name in stored:
                 raise InputError(
                     f"{self._name}: has a column {name!r}, and is in a folder of the partition "
@@ -303,20 +311,41 @@ def _refuse_two(file: File, footer: Any) -> None:
         length = int.from_bytes(opened.read(4), "little")
         if length != footer.serialized_size:  # signed: pyarrow aborts over an encrypted column
             return
-        at = _end_of_pages(footer)
-        opened.seek(at)
-        tail = b""
-        while at < size - length and (piece := opened.read(min(size - length - at, 2**20))):
-            if MAGIC * 2 in tail + piece:
-                raise InputError(
-                    f"{file.plain_name}: holds several Parquet files, one after another, of which "
-                    "only one would be read; write them to files of their own"
-                )
-            tail, at = piece[-7:], at + len(piece)
+        # Between pages and footer are indices and filters, in most files nothing; and if another
+        # file stands in front, as much as it takes.
+        gap = size - length - _end_of_pages(footer)
+        opened.seek(0)
+        at, tail = 0, b""
+        while at < gap and (piece := opened.read(min(gap + 4 - at, 2**20))):
+            for seam in re.finditer(MAGIC * 2, tail + piece):
+                if _ends_at(opened, at - len(tail) + seam.start() + 4):
+                    raise InputError(
+                        f"{file.plain_name}: holds several Parquet files, one after another, of "
+                        "which only one would be read; write them to files of their own"
+                    )
+            at, tail = at + len(piece), piece[-7:]
+            opened.seek(at)
+
+
+def _ends_at(opened: Any, end: int) -> bool:
+    """Whether a Parquet file ends here, and not a text that looks like its end."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    opened.seek(end - 8)
+    length = int.from_bytes(opened.read(4), "little")
+    if not 0 < length <= end - 12:
+        return False
+    opened.seek(end - 8 - length)
+    try:
+        pq.read_metadata(pa.BufferReader(MAGIC + opened.read(length + 8)))
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def _end_of_pages(footer: Any) -> int:
-    """Return where the pages end; indices and filters may follow, in most files nothing does."""
+    """Return where the pages end."""
     if not (footer.num_row_groups and footer.num_columns):
         return len(MAGIC)
     last = footer.row_group(footer.num_row_groups - 1).column(footer.num_columns - 1)
@@ -483,15 +512,10 @@ def _named(item: str, names: Sequence[str], file: str) -> list[str]:
     return found
 
 
-def _partitions(file: File) -> dict[str, str]:
+def _partitions(file: File) -> list[tuple[str, str]]:
     """Return the partitions, and their values, that the folders of a pattern's file name."""
     below = file.path[len(file.root) :] if file.root else ""
-    pairs = [(unquote(key), unquote(value)) for key, value in PARTITION.findall(below)]
-    if len(dict(pairs)) < len(pairs):
-        raise InputError(
-            f"{file.name}: two folders of its path are partitions of the same name; rename one"
-        )
-    return dict(pairs)
+    return [(unquote(key), unquote(value)) for key, value in PARTITION.findall(below)]
 
 
 def _partition_type(value: str) -> Any:

@@ -189,7 +189,9 @@ TABLE_LOGS = {
 
 
 @pytest.mark.parametrize("kind", TABLE_LOGS)
-@pytest.mark.parametrize("inner", ["", "data", "data/day=1", "day=1/hour=2"])
+@pytest.mark.parametrize(
+    "inner", ["", "data", "data/day=1", "day=1/hour=2", "2024/01/05", "data/0101/0110", "k=1/aB"]
+)
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
 def test_tables_of_which_only_a_log_tells_what_counts(files, fails, kind, inner, scheme):
     fsspec = pytest.importorskip("fsspec")
@@ -206,7 +208,12 @@ def test_tables_of_which_only_a_log_tells_what_counts(files, fails, kind, inner,
     if scheme == "memory://":
         memory = fsspec.filesystem("memory")
         memory.put("table", "/table", recursive=True)
-    for given in ("table", folder, f"{folder}/*.parquet", f"{folder}/part-[01].parquet"):
+    spelled = ["table", "table/**/*.parquet"]
+    if inner.count("/") < 2 and not inner.endswith(
+        "B"
+    ):  # of other folders, those above don't count
+        spelled += [folder, f"{folder}/*.parquet", f"{folder}/part-[01].parquet"]
+    for given in spelled:
         url = f"{scheme}{top}/{given}" if scheme else given
         assert f"holds files of a table of {kind}, " in fails(url, url)
     url = f"{scheme}{top}/{folder}/part-0.parquet" if scheme else f"{folder}/part-0.parquet"
@@ -329,7 +336,11 @@ def test_lists_with_the_same_numbers_in_another_order(arrays, files, labels):
         mml.evaluate(scores, labels)
 
 
-FOLDERS = "abc", "abd", "bba"  # folders of several files, whose names all folders share
+FOLDERS = (
+    "cifar10",
+    "cifar10V2_new",
+    "bba",
+)  # folders of several files, whose names all folders share
 
 
 @pytest.fixture
@@ -400,6 +411,67 @@ def test_numbers_on_both_sides_of_the_kind(arrays, files, wanted, form, order):
     assert mml.evaluate(pattern.format(kind="x"), pattern.format(kind="y")) == wanted
     with pytest.raises(mml.InputError, match="by name, but in another order"):
         mml.evaluate(scores, [form.format(day, "y", part) for day, part in order])
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [
+        ("x/fold{}/seed{}.npy", "y/seed{1}/fold{0}.npy"),
+        ("x-day{}-part{}.npy", "part{1}-day{0}-y.npy"),
+        ("x/r{}_c{}.npy", "y/c{1}_r{0}.npy"),
+        ("x/r{}-of-2-c{}.npy", "y/c{1}-r{0}-of-2.npy"),
+        ("x/s{}/{}.npy", "y/{1}-s{0}.npy"),
+        ("x/{}r_{}c.npy", "y/{1}c_{0}r.npy"),
+        ("x/m{}_1/s{}.npy", "y/s{1}_1/m{0}.npy"),
+    ],
+)
+@pytest.mark.parametrize("values", ["12", "ab"])
+def test_parts_of_names_that_stand_in_another_order(arrays, files, wanted, scores, labels, values):
+    """Only a list says what belongs together, since the right files stand at other places."""
+    given = [(a, b) for a in values for b in values]
+    for form, array in ((scores, arrays[0]), (labels, arrays[1])):
+        for pair, rows in zip(given, np.split(array, 4), strict=True):
+            path = form.format(*pair)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            np.save(path, rows)
+    lists = [[form.format(*pair) for pair in given] for form in (scores, labels)]
+    assert mml.evaluate(*lists) == wanted
+    patterns = [re.sub(r"\{[01]?\}", "[12ab]", form) for form in (scores, labels)]
+    with pytest.raises(mml.InputError, match="it is in doubt which belong together"):
+        mml.evaluate(*patterns)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [
+        ("x/imagenet_logits.npy x/imagenetV2_logits.npy", "y/imagenet.npy y/imagenetV2.npy"),
+        ("x/a/p0.npy x/b/p0.npy", "y/a/p1.npy y/b/p1.npy"),
+        ("x/\u00e9.npy x/f.npy", "y/e\u0301.npy y/f.npy"),
+        ("x/0.npy ./x/1.npy", "y/0.npy y/1.npy"),
+        ("run1/x/s-1.npy run2/x/s-1.npy", "run1/y/l-1.npy run2/y/l-1.npy"),
+    ],
+)
+def test_lists_in_another_order_whatever_the_names(arrays, files, wanted, scores, labels):
+    scores, labels = scores.split(), labels.split()
+    for names, array in ((scores, arrays[0]), (labels, arrays[1])):
+        for name, half in zip(names, np.array_split(array, 2), strict=True):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+            np.save(name, half)
+    assert mml.evaluate(scores, labels) == wanted
+    with pytest.raises(mml.InputError, match="by name, but in another order"):
+        mml.evaluate(scores, labels[::-1])
+    with pytest.raises(mml.InputError, match="by name, but in another order"):
+        mml.evaluate(scores[::-1], [os.path.abspath(name) for name in labels])
+
+
+def test_a_list_of_files_in_folders_beside_a_pattern(arrays, files, wanted):
+    for name, x, y in zip(("abd", "dog"), *(np.split(a, 2) for a in arrays), strict=True):
+        os.makedirs(f"ls/{name}")
+        np.save(f"ls/{name}/x.npy", x)
+        np.save(f"ls/{name}/y.npy", y)
+    assert mml.evaluate("ls/*/x.npy", ["ls/abd/y.npy", "ls/dog/y.npy"]) == wanted
+    with pytest.raises(mml.InputError, match=r"belong together|in another order"):
+        mml.evaluate("ls/*/x.npy", ["ls/dog/y.npy", "ls/abd/y.npy"])
 
 
 @pytest.mark.parametrize("names", ["s_-5 s_-10", "s_1e-3 s_1e-4", "s=-1 s=-2", "-1 -2"])
@@ -956,6 +1028,23 @@ def test_parquet_files_that_were_joined(arrays, files, fails, wanted, rows):
     assert told in fails("x.npy", "both.parquet#label")
 
 
+def test_joined_parquet_files_of_which_the_first_is_smaller(arrays, files, fails):
+    parquet("a.parquet", label=arrays[1], logits=[[1.0] * C] * N)
+    parquet("b.parquet", label=arrays[1], logits=list(arrays[0]))
+    Path("ab.parquet").write_bytes(Path("a.parquet").read_bytes() + Path("b.parquet").read_bytes())
+    assert "ab.parquet: holds several Parquet files" in fails("x.npy", "ab.parquet#label")
+
+
+def test_texts_that_look_like_the_end_of_a_parquet_file(arrays, files, wanted):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = ["PAR1PAR1" * (1 + i % 5) for i in range(N)]
+    table = pa.table({"text": texts, "logits": list(arrays[0]), "label": arrays[1]})
+    for dictionary in (False, True):
+        options = {"compression": "none", "use_dictionary": dictionary, "write_page_index": True}
+        pq.write_table(table, "p.parquet", **options)
+        assert mml.evaluate("p.parquet", "p.parquet") == wanted
+
+
 def test_parquet_files_with_indices_behind_the_pages(arrays, files, wanted):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for groups in (50, N):
@@ -967,7 +1056,9 @@ def test_parquet_files_with_indices_behind_the_pages(arrays, files, wanted):
 def test_a_partition_that_stands_twice_in_a_path(arrays, files, fails):
     os.makedirs("t/label=0/label=1")
     parquet("t/label=0/label=1/p.parquet", logits=list(arrays[0]))
-    assert "two folders of its path are partitions of the same name" in fails("t", "t#label")
+    assert "two folders of its path are partitions 'label'; rename one" in fails("t", "t#label")
+    np.save("label.npy", arrays[1])
+    assert mml.evaluate("t#logits", "label.npy") == mml.evaluate(*arrays)
 
 
 @pytest.mark.filterwarnings("ignore")  # Zarr's own
@@ -988,6 +1079,12 @@ def test_an_array_that_is_described_twice(arrays, files, fails, wanted, inner, s
             mml.evaluate("x.npy", f"{url}#{inner}" if inner else url)
     told = "the array is described twice, by zarr.json (version 3) and .zarray (version 2)"
     assert told in fails("x.npy", f"{url}#{inner}" if inner else url)
+    if not scheme:
+        for top in (files, url):
+            shutil.make_archive("zipped.zarr", "zip", top, url if top == files else None)
+            assert told in fails(
+                "x.npy", f"zipped.zarr.zip#{inner}" if inner else "zipped.zarr.zip"
+            )
 
 
 @pytest.mark.parametrize("version", [2, 3])
