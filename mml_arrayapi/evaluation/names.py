@@ -80,7 +80,10 @@ def in_another_order(first: Sequence[str], second: Sequence[str]) -> bool:
 def _ways(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[list[Any], list[Any]]]:
     """Yield the ways to compare names: for each, keys of both, each of which occurs once."""
     ours, theirs = ([natural(core) for core in cores(names)] for names in (first, second))
-    ways = [(ours, theirs), (_numbers(ours), _numbers(theirs))]
+    ways: list[tuple[list[Any], list[Any]]] = [
+        (ours, theirs),
+        (_numbers(ours), _numbers(theirs)),
+    ]
     parts, others = _Parts(first), _Parts(second)
     if parts.mean_the_same_as(others):
         ways.append((parts.keys, others.keys))
