@@ -62,6 +62,10 @@ struct Object {
     }
 };
 
+// Forget the error of a call that is declined; but an interrupt is none.
+void forget() {
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
+}
 bool is_string(PyObject *x, const char *text) {
     return PyUnicode_CompareWithASCIIString(x, text) == 0;
 }
@@ -76,11 +80,11 @@ class Array : public Memory {
         if (has_view) PyBuffer_Release(&view);
     }
 
-    // False where x can't be served; no Python error is left.
+    // False where x can't be served. No Python error is left but an interrupt, which called() sees.
     bool read(PyObject *x, const Family *family) {
         if (!open(x, family)) return false;
         const bool done = !family->exchange || !size() || is_memory(x);
-        if (!done) PyErr_Clear();
+        if (!done) forget();
         return done;
     }
     // The same for an array of our own, and where no element will be read.
@@ -89,7 +93,7 @@ class Array : public Memory {
         bool done = family->exchange  ? read_exchange(x, *family)
                     : family->capsule ? read_capsule(x, *family)
                                       : read_buffer(x);
-        if (!done) PyErr_Clear();
+        if (!done) forget();
         return done && type != Type::none && (data || size() == 0);
     }
 
@@ -742,8 +746,12 @@ PyObject *set_limit(PyObject *, PyObject *const *args, Py_ssize_t n) {
 }
 
 using Method = PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t);
+template <Method function> PyObject *called(PyObject *self, PyObject *const *args, Py_ssize_t n) {
+    Object made(function(self, args, n));
+    return PyErr_Occurred() ? nullptr : made.release();
+}
 #define METHOD(name) \
-    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(static_cast<Method>(name))), METH_FASTCALL, nullptr}
+    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(static_cast<Method>(called<name>))), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(accept),    METHOD(loss),       METHOD(loss_and_grad),
                          METHOD(grad),      METHOD(bits_size), METHOD(row_bytes),  METHOD(own_scores),
                          METHOD(part_sums), METHOD(part_grad),  METHOD(standings),  METHOD(exact_sums), METHOD(best_build), METHOD(set_limit),

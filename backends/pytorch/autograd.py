@@ -126,12 +126,17 @@ def make_kernel(name: str, engine: Engine) -> Kernel:
         ):
             return None
         if input.itemsize == 2:
+            if not readable(input):  # to widen it reads it
+                return None
             input = under_autocast(input)
         if is_grad_enabled():
             if weight is not None and weight.requires_grad:
                 return None
             if input.requires_grad:
                 if target.ndim + 1 != input.ndim:  # one sample, spelled in another way
+                    return None
+                # PyTorch's own apply() fails over these.
+                if input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
                     return None
                 return _Loss.apply(input, target, weight, options, options[0] == 1, engine)
         made = engine.loss(input, target, weight, options, False)
@@ -307,6 +312,8 @@ def _formula_loss_and_grad(
     input: Any, target: Any, weight: Any, grad_output: Any, options: Options
 ) -> tuple[Tensor, Tensor]:
     problem = _problem(input, target, weight, options)
+    if grad_output is not None and (what := state.unsupported_layout(grad_output)):
+        raise RuntimeError(f"grad_output is {what}")
     return _formula().loss_and_grad(problem, grad_output)
 
 

@@ -52,7 +52,11 @@ def loss(
     size = native.bits_size(input, options) if keep_mask else 0
     mask = _new_mask(input, options) if size else None
     bits = None if mask is None else mask[:size]
-    out = None if _exchange else _new_loss(input, target, options)
+    out = None
+    if not _exchange:
+        if not (readable(input) and readable(target)):
+            return None
+        out = _new_loss(input, target, options)
     value = native.loss(input, target, weight, options, out, bits, get_num_threads)
     return None if value is None else (value, mask)
 
@@ -66,6 +70,8 @@ def grad(
     options: Options,
 ) -> Tensor | None:
     """Compute the gradient; see :class:`Engine`."""
+    if not readable(input):  # PyTorch's empty_like() crashes over tensors that escaped torch.func
+        return None
     into = empty_like(input, requires_grad=False)
     bits = _written(mask, input, options)
     return native.grad(input, target, weight, options, into, grad_output, bits, get_num_threads)
@@ -79,7 +85,7 @@ def loss_and_grad(
     options: Options,
 ) -> tuple[Tensor, Tensor] | None:
     """Compute both in one pass over the scores; see :class:`Engine`."""
-    if not readable(input):
+    if not (readable(input) and readable(target)):
         return None
     into = _empty_like(input)
     out = None if _exchange else _new_loss(input, target, options)

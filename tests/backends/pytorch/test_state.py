@@ -1,6 +1,7 @@
 """The private names of PyTorch that are used: each is there, and means what it is taken for."""
 
 import ast
+import contextlib
 import importlib
 import itertools
 import re
@@ -254,6 +255,77 @@ def test_kernels_read_ordinary_tensors(change):
     out = None if cpu._exchange else torch.ones(4)
     made = cpu.native.loss(change(x), change(y), change(weight), options, out)
     assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_shrunk_storage_is_not_read_under_autocast(grad, dtype, size):
+    x, y = torch.ones(40, 50, dtype=dtype, requires_grad=grad), torch.zeros(40, dtype=torch.int64)
+    mml_arrayapi.multi_margin_loss(x, y)
+    x.untyped_storage().resize_(size)
+    told = "input must be a dense array, but is a tensor whose storage was freed or shrunk"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=told):
+        mml_arrayapi.multi_margin_loss(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("place", ["input", "target", "weight"])
+def test_nested_tensors_are_told_of(place, grad):
+    tensors = {
+        "input": torch.ones(4, 50, requires_grad=grad),
+        "target": torch.zeros(4, dtype=torch.int64),
+        "weight": torch.ones(50),
+    }
+    mml_arrayapi.multi_margin_loss(**tensors)
+    made = torch.nested.nested_tensor([tensors[place].detach()])
+    tensors[place] = made.requires_grad_(grad and place == "input")
+    if place == "input":
+        tensors["target"] = tensors["target"][None]
+    for call in (mml_arrayapi.multi_margin_loss, mml_arrayapi.multi_margin_loss_and_grad):
+        with pytest.raises(TypeError, match=f"{place} must be"):
+            call(**tensors)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("method", ["is_neg", "untyped_storage"])
+def test_an_interrupt_while_a_tensor_is_read(monkeypatch, error, method):
+    """Within ``torch.device(...)`` these methods go through Python, which looks for signals."""
+    x, y = torch.ones(4, 50), torch.zeros(4, dtype=torch.int64)
+    expected = mml_arrayapi.multi_margin_loss(x, y)
+    original = torch.utils._device.DeviceContext.__torch_function__
+    raised = []
+
+    def interrupted(self, function, *arguments, **keywords):
+        if function.__name__ == method and not raised:
+            raised.append(function)
+            raise error
+        return original(self, function, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.utils._device.DeviceContext, "__torch_function__", interrupted)
+    with torch.device("cpu"):
+        with pytest.raises(error):
+            mml_arrayapi.multi_margin_loss(x, y)
+        assert torch.equal(mml_arrayapi.multi_margin_loss(x, y), expected)
+    assert raised
+
+
+def test_what_escaped_a_transform_is_not_read_when_it_comes_back():
+    kept = []
+    x, y = torch.ones(4, 50, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    loss = mml_arrayapi.multi_margin_loss(x, y, p=2)
+    func.grad(lambda t: (kept.append(t), t.sum())[1])(x.detach())
+    x.data = kept[0]
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        loss.backward()
+
+
+def test_a_gradient_whose_storage_shrank_is_not_read():
+    x, y = torch.ones(4, 50, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    upstream = cut(torch.ones(4), 0)
+    with pytest.raises(RuntimeError, match="grad_output is a tensor whose storage was freed"):
+        mml_arrayapi.multi_margin_loss(x, y, reduction="none").backward(upstream)
 
 
 def test_gradients_that_are_mapped():
