@@ -7,7 +7,7 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -361,12 +361,7 @@ def _refuse_mixtures(file: File, found: list[str], root: str) -> None:
                     "files, by their names; give a pattern for those of one data set"
                 )
         if last.lower().endswith((".parquet", ".pq")):
-            while "=" in split(place)[1] or place not in tables:
-                if "=" not in split(place)[1]:
-                    tables |= {place, split(place)[0] if split(place)[1] == "data" else place}
-                    if len(place) <= len(root):
-                        break
-                place = split(place)[0]
+            tables |= {*_folders(place, root, split)}
     for place, (log, kind) in product(sorted(tables), TABLES.items()):
         with suppress(OSError):  # it may not be allowed to look there
             if _glob(file.filesystem, f"{glob.escape(place)}/{log}"):
@@ -374,6 +369,22 @@ def _refuse_mixtures(file: File, found: list[str], root: str) -> None:
                     f"{file.name}: holds files of a table of {kind}, {place}, whose log tells "
                     "which of them still count; write its rows to a folder of their own"
                 )
+
+
+def _folders(place: str, root: str, split: Callable[[str], tuple[str, str]]) -> Iterator[str]:
+    """Yield the folders that may hold a table's log: up to the one that was searched, at least.
+
+    No partition holds one, and the folder ``data`` may lie beside it.
+    """
+    while True:
+        above, name = split(place)
+        if "=" not in name:
+            yield place
+            if name == "data":
+                yield above
+            if len(place) <= len(root):
+                return
+        place = above
 
 
 def _is_folder(fs: Any, path: str) -> bool:
