@@ -254,8 +254,8 @@ class ExactSum:
         count, nan, plus, minus = map(index, counts)
         if min(count, nan, plus, minus) < 0:
             raise ValueError(f"counts can't be negative: {counts}")
-        if nan + plus + minus > count:
-            raise ValueError(f"of {count} values, {nan + plus + minus} can't be NaN or infinite")
+        if max(nan, plus, minus) > count:
+            raise ValueError(f"of {count} values, {max(nan, plus, minus)} can't be NaN or infinite")
         if not -UNIT <= int(exponent) <= LARGEST:
             raise ValueError(f"no sum has the exponent {exponent}")
         return cls(int(digits, 16) << (int(exponent) + UNIT), count, nan, plus, minus)

@@ -294,8 +294,7 @@ def _local_cluster(stack: ExitStack, distributed: Any, work: Work, workers: int 
 def _what_they_need() -> str:
     if current_process().daemon:
         return "use threads here, as in the workers of a pool, or the address of a cluster"
-    program = getattr(sys.modules["__main__"], "__file__", None)
-    if program is not None and not os.path.isfile(program):  # standard input
+    if sys.argv[:1] in (["-"], [""]):  # standard input
         return "each of them imports the program, which must be a file"
     return (
         "there must be memory for them and a program must call evaluate() below `if __name__ == "

@@ -115,7 +115,7 @@ MUTANTS = [
     ),
     ("grid too small not strided", "first += stride, part += stride", "first += parts", "rows"),
     ("bad target not reported", "if (r.y == BAD && a.flag) atomicMin(a.flag, r.row);", "", "rows"),
-    ("weight forgotten", "Real scale = load_weight(a, y) *", "Real scale =", "rows"),
+    ("weight forgotten", "scale *= load_weight(a, y);", "", "rows"),
     (
         "ignored rows counted",
         "kept += class_of(a, load_target(a, row)) != IGNORED;",
