@@ -382,7 +382,7 @@ def _folders(place: str, root: str, split: Callable[[str], tuple[str, str]]) -> 
             yield place
             if name == "data":
                 yield above
-            if len(place) <= len(root):
+            if len(place) <= len(root) or above == place:  # at the top
                 return
         place = above
 
