@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import posixpath
 import re
 import struct
 import zipfile
@@ -443,13 +444,13 @@ def _open_zarr(file: File, role: str, rules: Rules) -> Array:
             f"{file.name}: its server gives out no parts of files, which a sharded store needs; "
             "download the store first"
         )
-    old = "/".join(filter(None, ("", opened.path, ".zarray")))
-    twice = f"{top}/{old}".strip("/") in names if archive else file.exists(f"/{old}")
-    if opened.metadata.zarr_format == 3 and twice:
-        raise InputError(
-            f"{file.name}: the array is described twice, by zarr.json (version 3) and .zarray "
-            "(version 2) in one folder; delete the one that is out of date"
-        )
+    if opened.metadata.zarr_format == 3:  # which Zarr takes, whatever is newer
+        other = posixpath.join(opened.path, ".zarray")
+        if posixpath.join(top, other) in names if archive else file.exists(f"/{other}"):
+            raise InputError(
+                f"{file.name}: the array is described twice, by zarr.json (version 3) and .zarray "
+                "(version 2) in one folder; delete the one that is out of date"
+            )
     return _zarr_array(file, opened, role, rules)
 
 

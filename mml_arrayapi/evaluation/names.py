@@ -29,8 +29,7 @@ def cores(names: Sequence[str]) -> list[str]:
     """Return where names differ: without the beginning and the end that all share."""
     head = _head(names)
     rests = [name[head:] for name in names]
-    tail = common_start([rest[::-1] for rest in rests])[::-1]
-    tail = re.sub(r"^[0-9]+", "", tail)
+    tail = re.sub(r"^[0-9]+", "", _common_end(rests))
     return [rest[: len(rest) - len(tail)] for rest in rests]
 
 
@@ -44,6 +43,10 @@ def common_start(names: Sequence[str]) -> str:
     first, last = min(names), max(names)
     same = (a == b for a, b in zip(first, last, strict=False))
     return first[: sum(1 for _ in takewhile(bool, same))]
+
+
+def _common_end(names: Sequence[str]) -> str:
+    return common_start([name[::-1] for name in names])[::-1]
 
 
 def numbered(names: Sequence[str]) -> bool:
@@ -73,8 +76,9 @@ def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
 
 def in_another_order(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether names of two kinds belong together, but not as they stand."""
-    ways = _ways(first, second)
-    return not correspond(first, second) and any(sorted(a) == sorted(b) for a, b in ways)
+    if correspond(first, second):
+        return False
+    return any(sorted(a) == sorted(b) for a, b in _ways(first, second))
 
 
 def _ways(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -151,7 +155,7 @@ class _Parts:
         else:
             head = common_start(texts)
             rests = [text[len(head) :] for text in texts]
-            tail = common_start([rest[::-1] for rest in rests])[::-1]
+            tail = _common_end(rests)
             self.pattern += [*TOKEN.findall(head), PLACE, *TOKEN.findall(tail)]
             self._columns.append([rest[: len(rest) - len(tail)] for rest in rests])
 

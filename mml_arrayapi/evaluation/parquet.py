@@ -66,10 +66,8 @@ class ParquetColumns:
     def __init__(self, file: File, role: str) -> None:
         import numpy as np
 
-        partitions = _partitions(file)
-        self._name, self._keys = file.name, dict(partitions)
-        names = [name for name, _ in partitions]
-        self._twice = {name for name in names if names.count(name) > 1}
+        self._name, self._partitions = file.name, _partitions(file)
+        self._keys = dict(self._partitions)
         keys = self._open(file)
         groups = [group.num_rows for group in self._fragment.row_groups]
         self._starts = tuple(accumulate(groups, initial=0))
@@ -154,7 +152,7 @@ class ParquetColumns:
         for name in self.columns:
             if self.columns.count(name) > 1:
                 raise InputError(f"{self._name}: column {name!r} is named twice")
-            if name in self._twice:
+            if [key for key, _ in self._partitions].count(name) > 1:
                 raise InputError(
                     f"{self._name}: two folders of its path are partitions {name!r}; rename one"
                 )

@@ -124,11 +124,12 @@ class Mine(torch.Tensor):
     pass
 
 
-def shrunk():
-    x = torch.ones(4, 5)
-    view = x[1:]
-    x.untyped_storage().resize_(40)
-    return view
+def cut(base, size, view=lambda base: base):
+    """Leave a view's storage so many bytes, of which it knows nothing."""
+    base = base.clone()
+    tensor = view(base)
+    base.untyped_storage().resize_(size)
+    return tensor
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
@@ -141,7 +142,7 @@ def shrunk():
         lambda: torch.ones(4, 5, dtype=torch.complex64).conj().imag,
         lambda: torch._efficientzerotensor((4, 5)),
         lambda: torch._efficientzerotensor((4, 5))[1:],
-        shrunk,
+        lambda: cut(torch.ones(4, 5), 40, lambda b: b[1:]),
         lambda: torch.nested.nested_tensor([torch.ones(5)]),
         lambda: [1.0],
         lambda: None,
@@ -170,12 +171,13 @@ def test_what_can_be_read(make):
     assert state.readable(make(torch.ones(4, 5)))
 
 
-def cut(base, size, view=lambda base: base):
-    """Leave a view's storage so many bytes, of which it knows nothing."""
-    base = base.clone()
-    tensor = view(base)
-    base.untyped_storage().resize_(size)
-    return tensor
+@pytest.fixture
+def cpu():
+    """The module of the CPU kernels."""
+    module = importlib.import_module("mml_arrayapi.backends.pytorch.cpu")
+    if module.native is None:
+        pytest.skip("the kernels are not built")
+    return module
 
 
 ODD = {
@@ -199,10 +201,7 @@ ODD = {
 @pytest.mark.filterwarnings("ignore:.*permute:UserWarning")
 @pytest.mark.parametrize("odd", [*ODD, "4 bits"])
 @pytest.mark.parametrize("place", ["input", "target", "weight", "grad", "upstream", "bits"])
-def test_kernels_look_at_tensors_themselves(odd, place):
-    cpu = pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
-    if cpu.native is None:
-        pytest.skip("the kernels are not built")
+def test_kernels_look_at_tensors_themselves(cpu, odd, place):
     options = 1.0, 1.0, "none", None, -1, "auto"
     size = cpu.native.row_bytes(torch.ones(4, 50), options) * 4
     tensors = {
@@ -245,10 +244,7 @@ def test_kernels_look_at_tensors_themselves(odd, place):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*permute:UserWarning")
-def test_kernels_read_ordinary_tensors(change):
-    cpu = pytest.importorskip("mml_arrayapi.backends.pytorch.cpu")
-    if cpu.native is None:
-        pytest.skip("the kernels are not built")
+def test_kernels_read_ordinary_tensors(cpu, change):
     x, y, weight = torch.randn(4, 50), torch.arange(4), torch.rand(50)
     options = 1.0, 1.0, "none", None, -1, "auto"
     expected = mml_arrayapi.multi_margin_loss(x, y, weight=weight, reduction="none")
