@@ -1,8 +1,8 @@
 """Builds the CPU kernels; everything else stands in pyproject.toml.
 
-On x86-64 they are built twice, for every processor and for those with AVX2, each as a module of its
-own with its own object files and hidden symbols: linked together, the linker would keep one copy of
-a shared template, and processors without AVX2 would meet its instructions.
+On x86-64 they are built for every processor, for those with AVX2 and for those with AVX-512, each
+as a module of its own with its own object files and hidden symbols: linked together, the linker
+would keep one copy of a shared template, and processors without AVX2 would meet its instructions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ SOURCES = (
     "dlpack.h",
     "job.cpp",
     "job.h",
+    "lanes.h",
     "margin_loss.cpp",
     "margin_loss.h",
     "module.cpp",
@@ -33,7 +34,7 @@ SOURCES = (
 # -g0: Python's own flags ask for debug information, 9 of 10 MB. -fno-fast-math: CXXFLAGS may ask
 # for it, which takes NaN for a number.
 FLAGS = [
-    "-std=c++17", "-O3", "-g0", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden",
+    "-std=c++17", "-O2", "-g0", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden",
     "-pthread",
 ]  # fmt: skip
 # With these GCC links code that lets the whole process take subnormal numbers for 0.
@@ -70,8 +71,12 @@ def extensions() -> list[Extension]:
     if machine == "universal2":
         machine = platform.machine()
     if machine.lower() in ("x86_64", "amd64"):
-        # Processors without AVX2 are old and few: -O2 builds in two thirds of the time.
-        return [extension("_baseline", "-O2"), extension("_x86_64_v3", "-march=x86-64-v3")]
+        wide = "-mprefer-vector-width=512"
+        return [
+            extension("_x86_64_v4", "-march=x86-64-v4", wide),
+            extension("_x86_64_v3", "-march=x86-64-v3"),
+            extension("_baseline"),
+        ]
     return [extension("_baseline")]
 
 

@@ -1,9 +1,9 @@
 """The CPU kernels: which build of them this machine runs, or why there is none.
 
-The kernels are compiled when the package is installed, on x86-64 twice: ``_baseline`` runs on every
-processor, ``_x86_64_v3`` on those with AVX2. The best one that the processor can run is taken, or
-the one that the environment variable ``MML_ARRAYAPI_CPU_KERNELS`` names (``baseline``,
-``x86_64_v3``).
+The kernels are compiled when the package is installed, on x86-64 three times: ``_baseline`` runs
+on every processor, ``_x86_64_v3`` on those with AVX2, ``_x86_64_v4`` on those with AVX-512. The
+best one that the processor can run is taken, or the one that the environment variable
+``MML_ARRAYAPI_CPU_KERNELS`` names (``baseline``, ``x86_64_v3``, ``x86_64_v4``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mml_arrayapi.backends import threads
 ENVIRONMENT = "MML_ARRAYAPI_CPU_KERNELS"
 MAX_DIMS = 16
 MAX_CLASSES = 2**31 - 65  # places in a row are 32 bits wide
-BUILDS = ("baseline", "x86_64_v3")
+BUILDS = ("baseline", "x86_64_v3", "x86_64_v4")
 
 _ELF = b"\x7fELF\x02\x01"  # 64 bits, little-endian
 _SECTIONS = (40, 48), (58, 60), (60, 62)  # in its head: where their list begins, its sizes
@@ -30,6 +30,7 @@ _SOURCES = (
     "dlpack.h",
     "job.cpp",
     "job.h",
+    "lanes.h",
     "margin_loss.cpp",
     "margin_loss.h",
     "module.cpp",

@@ -134,7 +134,7 @@ void Job::set_scale() {
     if (count) call.scale /= double(count);
 }
 int64_t Job::bits_size() const {
-    bool pays = options.p == 1 && call.rows * call.classes >= FEW;
+    const bool pays = options.p == 1 && call.classes > 1 && call.rows * call.classes >= FEW;
     return pays ? call.rows * row_bytes(call.x.type, call.classes) : 0;
 }
 double Job::value(const Result &result) const {

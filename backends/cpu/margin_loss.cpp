@@ -5,31 +5,23 @@
 // the order (x_j - x_y) + margin and of all additions is as written. A lane adds at most LANE_TERMS
 // numbers in float32, then the sum goes to float64; where float32 overflowed, the row is summed again
 // in float64.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("vect-cost-model=dynamic")  // with -O2 as fast as -O3, which builds in 1.5 times the time
+#endif
 #include "margin_loss.h"
 
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
-#include <type_traits>
 #include <vector>
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
 
-#define INLINE inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline))
+#include "lanes.h"
 
 namespace mml {
 namespace {
 
-#ifdef __AVX2__
-constexpr int WIDTH = 32;  // bytes of a vector
-#else
-constexpr int WIDTH = 16;
-#endif
 constexpr int LANE_TERMS = 16;
 constexpr int GROUP = 64;         // rows whose targets are looked up together, at most
 constexpr int64_t NEAR = 4096;    // bytes of rows that are
@@ -39,122 +31,6 @@ constexpr int64_t JOINED = 1 << 15;  // of rows that are put together from piece
 constexpr double LARGE = 0x1p64;  // the unit in which sums that overflow float64 are kept
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr int32_t OUTSIDE = -1, IGNORED = -2;
-
-template <class S, int N> struct Vector { typedef S type __attribute__((vector_size(sizeof(S) * N))); };
-template <class S, int N> using Vec = typename Vector<S, N>::type;
-
-template <class T> INLINE T read(const void *p) {
-    T value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-template <class T> INLINE void write(void *p, const T &value) { std::memcpy(p, &value, sizeof value); }
-template <class To, class From> INLINE To bits_as(From x) { return (To)x; }  // of vectors
-template <class To, class From> INLINE To convert(From x) {
-    if constexpr (std::is_same<To, From>::value) return x;
-    else return __builtin_convertvector(x, To);
-}
-
-// ---- Elements. The bits of 16-bit floats, told apart by type.
-
-struct Half {
-    uint16_t bits;
-};
-struct Brain {
-    uint16_t bits;
-};
-
-// 16-bit numbers to 32 bits and back. GCC 12 takes them one by one.
-template <int N> INLINE Vec<uint32_t, N> from_16_bits(const char *p) {
-#ifdef __AVX2__
-    if constexpr (N == 8) return bits_as<Vec<uint32_t, N>>(_mm256_cvtepu16_epi32(read<__m128i>(p)));
-#endif
-    return convert<Vec<uint32_t, N>>(read<Vec<uint16_t, N>>(p));
-}
-template <int N> INLINE Vec<uint16_t, N> to_16_bits(Vec<uint32_t, N> x) {
-#ifdef __AVX2__
-    if constexpr (N == 8) {
-        __m256i bits = bits_as<__m256i>(x);
-        return bits_as<Vec<uint16_t, N>>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
-    }
-#endif
-    return convert<Vec<uint16_t, N>>(x);
-}
-
-// N elements as float32, or as they are where they are float64.
-template <int N> INLINE Vec<double, N> load(const char *p, double) { return read<Vec<double, N>>(p); }
-template <int N> INLINE Vec<float, N> load(const char *p, float) { return read<Vec<float, N>>(p); }
-template <int N> INLINE Vec<float, N> load(const char *p, Brain) {
-    auto bits = from_16_bits<N>(p) << 16;
-    return bits_as<Vec<float, N>>(bits);
-}
-template <int N> INLINE Vec<float, N> load(const char *p, Half) {
-#ifdef __F16C__
-    if constexpr (N == 8) return bits_as<Vec<float, N>>(_mm256_cvtph_ps(read<__m128i>(p)));
-    if constexpr (N == 4) {
-        __m128i bits = _mm_cvtsi64_si128(read<int64_t>(p));
-        return bits_as<Vec<float, N>>(_mm_cvtph_ps(bits));
-    }
-#endif
-    // Exponent and mantissa move to their places in a float32; times 2**112 mends the exponent's bias
-    // and normalises subnormals; infinity and NaN get the full exponent.
-    auto bits = from_16_bits<N>(p);
-    auto moved = (bits & 0x7fff) << 13;
-    auto finite = bits_as<Vec<uint32_t, N>>(bits_as<Vec<float, N>>(moved) * 0x1p112f);
-    auto special = bits_as<Vec<uint32_t, N>>(moved >= 0x0f800000) & 0x7f800000;
-    return bits_as<Vec<float, N>>(finite | special | (bits & 0x8000) << 16);
-}
-
-// The bits of N numbers rounded to the element type, to nearest even.
-template <int N> INLINE Vec<double, N> round_to(Vec<double, N> x, double) { return x; }
-template <int N> INLINE Vec<float, N> round_to(Vec<float, N> x, float) { return x; }
-template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Brain) {
-    auto bits = bits_as<Vec<uint32_t, N>>(x);
-    auto nan = bits_as<Vec<uint32_t, N>>(x != x);
-    bits = (bits + 0x7fff + (bits >> 16 & 1)) & ~nan;
-    return to_16_bits<N>((bits | (nan & 0x7fc00000)) >> 16);
-}
-template <int N> INLINE Vec<uint16_t, N> round_to(Vec<float, N> x, Half) {
-#ifdef __F16C__
-    if constexpr (N == 8) return bits_as<Vec<uint16_t, N>>(_mm256_cvtps_ph(bits_as<__m256>(x), 0));
-#endif
-    using U = Vec<uint32_t, N>;
-    auto bits = bits_as<U>(x), size = bits & 0x7fffffff;
-    auto normal = (size + 0xc8000fff + (size >> 13 & 1)) >> 13;
-    // Adding 0.5, whose last bit is the smallest float16, rounds subnormal results.
-    auto small = bits_as<U>(bits_as<Vec<float, N>>(size) + 0.5f) - 0x3f000000;
-    auto is_small = bits_as<U>(size < 0x38800000), is_large = bits_as<U>(size >= 0x47800000);
-    auto large = 0x7c00 | (bits_as<U>(size > 0x7f800000) & 0x0200);
-    auto finite = (small & is_small) | (normal & ~is_small);
-    return to_16_bits<N>((large & is_large) | (finite & ~is_large) | (bits >> 16 & 0x8000));
-}
-
-template <class E> INLINE auto widen(const char *p) {  // one element
-    if constexpr (std::is_floating_point<E>::value) return read<E>(p);
-    else if constexpr (std::is_same<E, Brain>::value) {
-        uint32_t bits = uint32_t(read<uint16_t>(p)) << 16;
-        return read<float>(&bits);
-    } else {
-        char padded[8] = {};
-        std::memcpy(padded, p, 2);
-        return load<4>(padded, E{})[0];
-    }
-}
-// Numbers rounded once: a float32 on the way has its last bit set where it isn't exact.
-constexpr int WIDE = WIDTH / 8;
-using Wide = Vec<double, WIDE>;
-template <class E> INLINE auto rounded(Wide x) {
-    if constexpr (std::is_floating_point<E>::value) return convert<Vec<E, WIDE>>(x);
-    else {
-        using U = Vec<uint32_t, WIDE>;
-        auto f = convert<Vec<float, WIDE>>(x);
-        const Wide back = convert<Wide>(f), size = x < 0 ? -x : x, got = back < 0 ? -back : back;
-        const U inexact = convert<U>((back != x) & (x == x)), above = convert<U>(got > size);
-        const U bits = (bits_as<U>(f) + (above & inexact)) | (inexact & 1);
-        return round_to<WIDE>(bits_as<Vec<float, WIDE>>(bits), E{});
-    }
-}
-template <class E> INLINE void store_rounded(char *p, double x) { write(p, rounded<E>(Wide{x})[0]); }
 
 // Call f with a value of the element type, or of the integer type.
 template <class F> auto with_float(Type type, F f) {
@@ -177,143 +53,6 @@ template <class F> auto with_integer(Type type, F f) {
         default: return f(int64_t{});
     }
 }
-
-// ---- Vectors of the precision T in which a call is computed.
-
-template <class T> struct Lanes {
-    static constexpr int W = WIDTH / sizeof(T);
-    using Index = typename std::conditional<sizeof(T) == 8, int64_t, int32_t>::type;
-    using F = Vec<T, W>;
-    using I = Vec<Index, W>;
-
-    static INLINE F all(T x) { return x - F{}; }
-    static INLINE I iota() {
-        I result;
-        for (int k = 0; k < W; k++) result[k] = k;
-        return result;
-    }
-    static INLINE I bit() { return (I{} + 1) << iota(); }
-    static INLINE F only(F x, I mask) { return bits_as<F>(bits_as<I>(x) & mask); }
-    // max(0, x); of NaN and a number these instructions return what stands second.
-    static INLINE F relu(F x) {
-#if defined(__AVX2__)
-        if constexpr (W == 8) return bits_as<F>(_mm256_max_ps(__m256{}, bits_as<__m256>(x)));
-        else return bits_as<F>(_mm256_max_pd(__m256d{}, bits_as<__m256d>(x)));
-#elif defined(__SSE2__)
-        if constexpr (W == 4) return bits_as<F>(_mm_max_ps(__m128{}, bits_as<__m128>(x)));
-        else return bits_as<F>(_mm_max_pd(__m128d{}, bits_as<__m128d>(x)));
-#else
-        return x <= 0 ? F{} : x;
-#endif
-    }
-    static INLINE int to_bits(I mask) {
-#if defined(__AVX2__)
-        if constexpr (W == 8) return __builtin_ia32_movmskps256(bits_as<Vec<float, 8>>(mask));
-        else return __builtin_ia32_movmskpd256(bits_as<Vec<double, 4>>(mask));
-#elif defined(__SSE2__)
-        if constexpr (W == 4) return __builtin_ia32_movmskps(bits_as<Vec<float, 4>>(mask));
-        else return __builtin_ia32_movmskpd(bits_as<Vec<double, 2>>(mask));
-#else
-        int result = 0;
-        I set = mask & bit();
-        for (int k = 0; k < W; k++) result |= int(set[k]);
-        return result;
-#endif
-    }
-    static INLINE I from_bits(int byte) { return ((I{} + byte) & bit()) != 0; }
-
-    // Lanes of x: those that NAMES * W bytes name. With AVX2 they name 32 bits each.
-#ifdef __AVX2__
-    static constexpr int NAMES = 8 / W;
-    static INLINE I lanes(const uint8_t *p) {
-        return bits_as<I>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))));
-    }
-#else
-    static constexpr int NAMES = 1;
-    static INLINE I lanes(const uint8_t *p) { return convert<I>(read<Vec<uint8_t, W>>(p)); }
-#endif
-    // Between W float64 and a vector. GCC 12 converts two numbers at a time.
-    static INLINE F from_doubles(const double *p) {
-#ifdef __AVX2__
-        if constexpr (W == 8)
-            return bits_as<F>(_mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(p + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(p))));
-#endif
-        F x;
-        for (int k = 0; k < W; k++) x[k] = T(p[k]);
-        return x;
-    }
-    struct Halves {
-        Vec<double, W / 2> low, high;
-    };
-    static INLINE Halves to_doubles(F x) {
-#ifdef __AVX2__
-        if constexpr (W == 8) {
-            const __m256 all = bits_as<__m256>(x);
-            return {bits_as<Vec<double, 4>>(_mm256_cvtps_pd(_mm256_castps256_ps128(all))),
-                    bits_as<Vec<double, 4>>(_mm256_cvtps_pd(_mm256_extractf128_ps(all, 1)))};
-        }
-#endif
-        Vec<T, W / 2> halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        return {convert<Vec<double, W / 2>>(halves[0]), convert<Vec<double, W / 2>>(halves[1])};
-    }
-    // The sums of the lanes of each of W vectors.
-    static INLINE F sums(const F *x) {
-#ifdef __AVX2__
-        if constexpr (W == 8) {
-            auto pairs = [&](int k) { return _mm256_hadd_ps(bits_as<__m256>(x[k]), bits_as<__m256>(x[k + 1])); };
-            const __m256 a = _mm256_hadd_ps(pairs(0), pairs(2)), b = _mm256_hadd_ps(pairs(4), pairs(6));
-            return bits_as<F>(_mm256_permute2f128_ps(a, b, 0x20)) + bits_as<F>(_mm256_permute2f128_ps(a, b, 0x31));
-        } else {
-            const __m256d a = _mm256_hadd_pd(bits_as<__m256d>(x[0]), bits_as<__m256d>(x[1]));
-            const __m256d b = _mm256_hadd_pd(bits_as<__m256d>(x[2]), bits_as<__m256d>(x[3]));
-            return bits_as<F>(_mm256_permute2f128_pd(a, b, 0x20)) + bits_as<F>(_mm256_permute2f128_pd(a, b, 0x31));
-        }
-#else
-        F result{};
-        for (int k = 0; k < W; k++)
-            for (int lane = 0; lane < W; lane++) result[k] += x[k][lane];
-        return result;
-#endif
-    }
-    template <class V> static INLINE V pick(V x, I which) {
-#ifdef __AVX2__
-        return bits_as<V>(_mm256_permutevar8x32_epi32(bits_as<__m256i>(x), bits_as<__m256i>(which)));
-#else
-        V result;
-        for (int k = 0; k < W; k++) result[k] = x[which[k]];
-        return result;
-#endif
-    }
-};
-
-INLINE double added(Vec<double, 2> x) { return x[0] + x[1]; }
-#ifdef __AVX2__
-INLINE double added(Vec<double, 4> x) {
-    __m256d all = bits_as<__m256d>(x);
-    return added(bits_as<Vec<double, 2>>(_mm256_castpd256_pd128(all)) + bits_as<Vec<double, 2>>(_mm256_extractf128_pd(all, 1)));
-}
-#endif
-// A sum in float64, to which vectors are added.
-template <class T> class Sum {
-    using L = Lanes<T>;
-    static constexpr int H = L::W / 2;
-    Vec<double, H> low{}, high{};
-
-  public:
-    INLINE void add(typename L::F x) {
-        const auto halves = L::to_doubles(x);
-        low += halves.low, high += halves.high;
-    }
-    INLINE double total() const { return added(low + high); }
-};
-template <> class Sum<double> {
-    Lanes<double>::F sum{};
-
-  public:
-    INLINE void add(Lanes<double>::F x) { sum += x; }
-    INLINE double total() const { return added(sum); }
-};
 
 // ---- Exponents. A term is h ** p, a slope is h ** (p - 1); factor times that is the derivative.
 
@@ -365,14 +104,16 @@ template <class T, class P> class Slopes {
 };
 template <class T> class Slopes<T, One> {
     using L = Lanes<T>;
+    using F = typename L::F;
     using Pairs = Vec<int64_t, WIDTH / 8>;
     typename L::I minus{};
     int64_t count = 0;
 
   public:
-    INLINE void add(typename L::F slope, int which) {
-        if (which < ALONE) minus += slope > 0;
-        else count += __builtin_popcount(unsigned(L::to_bits(slope > 0)));
+    INLINE void add(F slope, int which) {
+        const auto active = L::above(slope, F{});
+        if (which < ALONE) minus += L::ones(active);
+        else count += __builtin_popcount(unsigned(L::to_bits(active)));
     }
     INLINE void flush() {
         Pairs sums = bits_as<Pairs>(minus);
@@ -536,9 +277,9 @@ template <class E> struct Highest {
         typename L::I higher[4], any{};
         for (int v = 0; v < 4; v++)
             any |= higher[v] = ~(load<W>(row + (j + v * W) * int64_t(sizeof(E)), E{}) <= least);
-        if (!L::to_bits(any)) return;
+        if (!L::to_bits(L::mask(any))) return;
         for (int v = 0; v < 4; v++)
-            for (unsigned bits = unsigned(L::to_bits(higher[v])); bits; bits &= bits - 1)
+            for (unsigned bits = unsigned(L::to_bits(L::mask(higher[v]))); bits; bits &= bits - 1)
                 take(j + v * W + __builtin_ctz(bits));
     }
     // Look at the classes before ``stop``; at a few of them later on, if that isn't the row's end.
@@ -587,9 +328,11 @@ template <class E, class P> struct FewClasses;
 template <class E, class P, bool UNIT> struct Kernel {
     using T = typename P::template Computing<E>;
     using L = Lanes<T>;
+    static constexpr int W = L::W;
     using F = typename L::F;
     using I = typename L::I;
-    static constexpr int W = L::W;
+    using Mask = typename L::Mask;
+    using Bits = typename std::conditional<(W > 8), uint16_t, uint8_t>::type;  // of a vector
     static constexpr int64_t SIZE = sizeof(E);
     static constexpr bool SIDE_BY_SIDE = UNIT;
     static constexpr double LARGEST = std::numeric_limits<One::Computing<E>>::max();
@@ -601,8 +344,7 @@ template <class E, class P, bool UNIT> struct Kernel {
     const int64_t n, whole, last;  // classes; those in whole vectors; where the last vector begins
     const int64_t bytes;           // of a row's bits
     const double common;           // factor of all rows' gradients
-    const I rest;                  // the lanes of the last vector that no other covers
-    const I last_classes;          // the classes in it
+    const Mask rest;               // the lanes of the last vector that no other covers
 
     // Rows whose classes do not lie side by side, or are fewer than a vector, are worked on in copies.
     const bool few, staged;
@@ -615,9 +357,8 @@ template <class E, class P, bool UNIT> struct Kernel {
     explicit Kernel(const Call &c)
         : c(c), power(c.p, LARGEST), margin(L::all(T(One::Computing<E>(c.margin)))), n(c.classes),
           whole(n / W * W), last(n < W ? 0 : n - W), bytes(row_bytes(c.x.type, n)), common(c.scale * power.factor / (c.part ? 1 : double(n))),
-          rest((L::iota() >= (I{} + typename L::Index(whole - last))) &
-               (L::iota() < (I{} + typename L::Index(n - last)))),
-          last_classes(L::iota() + typename L::Index(last)),
+          rest(L::mask((L::iota() >= (I{} + typename L::Index(whole - last))) &
+                       (L::iota() < (I{} + typename L::Index(n - last))))),
           few(is_few(c)), staged(UNIT && (c.pieces || !in_place(c))), pitch(pitch_of(c)), in_step(staged ? SIZE : c.x.step),
           out_step(staged ? SIZE : c.grad.step), ahead(ahead_of(c.x)) {}
 
@@ -668,11 +409,11 @@ template <class E, class P, bool UNIT> struct Kernel {
         return z;
     }
     // max(0, z), and 0 for the target's class; NaN stays. ``at``: the target's place minus j.
-    INLINE F hinge(F x, I own_class, F own) const {
-        return L::only(L::relu(difference(x, own) + margin), ~own_class);
+    INLINE F hinge(F x, Mask own_class, F own) const {
+        return L::only(L::relu(difference(x, own) + margin), Mask(~own_class));
     }
     INLINE F hinge(const char *row, int64_t j, int shift, I at, F own) const {
-        return hinge(scores(row, j + shift, in_step), L::iota() + shift == at, own);
+        return hinge(scores(row, j + shift, in_step), L::equal(L::iota() + shift, at), own);
     }
     static INLINE I place(int64_t y, int64_t j) { return I{} + typename L::Index(y - j); }
 
@@ -731,9 +472,9 @@ template <class E, class P, bool UNIT> struct Kernel {
     struct Keep : Nothing {  // a bit for each class, of p = 1
         uint8_t *bits;
         int64_t final;
-        Keep(const Kernel &k, int64_t i) : bits(k.c.bits + i * k.bytes), final(k.bytes - 1) {}
-        INLINE void whole(int64_t j, F h, int) { bits[j / W] = uint8_t(L::to_bits(h > 0)); }
-        INLINE void last(F h) { bits[final] = uint8_t(L::to_bits(h > 0)); }
+        Keep(const Kernel &k, int64_t i) : bits(k.c.bits + i * k.bytes), final(k.bytes - int64_t(sizeof(Bits))) {}
+        INLINE void whole(int64_t j, F h, int) { write(bits + j / W * sizeof(Bits), Bits(L::to_bits(L::above(h, F{})))); }
+        INLINE void last(F h) { write(bits + final, Bits(L::to_bits(L::above(h, F{})))); }
     };
     struct AddSlopes : Nothing {
         const Kernel &k;
@@ -745,22 +486,22 @@ template <class E, class P, bool UNIT> struct Kernel {
     };
     // What all active classes of a row get for p = 1, in the element type.
     class Same {
-        using Bits = typename std::conditional<sizeof(E) == 2, Vec<uint32_t, W>, F>::type;
-        Bits value;
+        using Value = typename std::conditional<sizeof(E) == 2, Vec<uint32_t, W>, F>::type;
+        Value value;
 
       public:
         explicit Same(double scale) {
-            if constexpr (sizeof(E) == 2) value = Bits{} + in_element_type(L::all(T(scale)))[0];
+            if constexpr (sizeof(E) == 2) value = Value{} + in_element_type(L::all(T(scale)))[0];
             else value = L::all(T(scale));
         }
-        explicit Same(F scales) : value(convert<Bits>(in_element_type(scales))) {}  // by lanes
+        explicit Same(F scales) : value(convert<Value>(in_element_type(scales))) {}  // by lanes
         INLINE Same of(I which) const {
             Same picked = *this;
             picked.value = L::pick(value, which);
             return picked;
         }
-        INLINE auto where(I mask) const {
-            if constexpr (sizeof(E) == 2) return to_16_bits<W>(value & bits_as<Bits>(mask));
+        INLINE auto where(Mask mask) const {
+            if constexpr (sizeof(E) == 2) return to_16_bits<W>(value & bits_as<Value>(L::ones(mask)));
             else return L::only(value, mask);
         }
     };
@@ -777,8 +518,8 @@ template <class E, class P, bool UNIT> struct Kernel {
         }
         INLINE F put(int64_t j, F h) {
             F slope = k.power.slope(h);
-            if constexpr (SAME) k.put(to, j, scale.where(h > 0));
-            else k.put(to, j, in_element_type(L::only(slope * scale, slope != 0)));  // no 0 * infinity
+            if constexpr (SAME) k.put(to, j, scale.where(L::above(h, F{})));
+            else k.put(to, j, in_element_type(L::only(slope * scale, L::differ(slope, F{}))));  // no 0 * infinity
             return slope;
         }
         INLINE void whole(int64_t j, F h, int which) { slopes.add(put(j, h), which); }
@@ -903,7 +644,7 @@ template <class E, class P, bool UNIT> struct Kernel {
             odd |= loss - loss != 0;
             write(losses + t, loss);
         }
-        if (Lanes<double>::to_bits(odd)) return false;
+        if (Lanes<double>::to_bits(Lanes<double>::mask(odd))) return false;
         int64_t t = 0;
         if (c.losses.ndim == 1 && c.losses.stride[0] == SIZE)
             for (char *to = c.losses.at(start); t + WIDE <= g.count; t += WIDE)
@@ -1135,19 +876,18 @@ template <class E, class P, bool UNIT> struct Kernel {
         finish(to, y, 0, {0, double(count), 1}, scale);
     }
     INLINE bool bit_of(const uint8_t *bits, int64_t y) const {
-        int64_t byte = y < whole ? y / W : bytes - 1, bit = y < whole ? y % W : y - last;
-        return bits[byte] >> bit & 1;
+        const int64_t place = y < whole ? y / W : whole / W, bit = y < whole ? y % W : y - last;
+        return read<Bits>(bits + place * int64_t(sizeof(Bits))) >> bit & 1;
     }
     INLINE int64_t from_bits(const uint8_t *bits, char *to, Same scale) const {
         int64_t count = 0;
-        for (int64_t j = 0; j < whole; j += W) {
-            count += __builtin_popcount(bits[j / W]);
-            put(to, j, scale.where(L::from_bits(bits[j / W])));
+        for (int64_t j = 0; j < whole; j += W, bits += sizeof(Bits)) {
+            count += __builtin_popcount(read<Bits>(bits));
+            put(to, j, scale.where(L::from_bits(read<Bits>(bits))));
         }
         if (whole < n) {
-            int byte = bits[whole / W];
-            count += __builtin_popcount(byte & L::to_bits(rest));
-            put(to, last, scale.where(L::from_bits(byte)));
+            count += __builtin_popcount(read<Bits>(bits) & unsigned(L::to_bits(rest)));
+            put(to, last, scale.where(L::from_bits(read<Bits>(bits))));
         }
         return count;
     }
@@ -1210,20 +950,21 @@ template <class E, class P> struct FewClasses {
         I at = L::iota();
         each_vector([&](int v, I which) {
             const F x = convert<F>(load<W>(from + v * W * SIZE, E{}));
-            f(v, which, k.hinge(x, L::pick(y, which) == at, L::pick(own, which)));
+            f(v, which, k.hinge(x, L::equal(L::pick(y, which), at), L::pick(own, which)));
             at += W;
         });
     }
 
     // A bit for each score of W rows, without gaps.
     struct Bits {
-        uint8_t bytes[LANE_TERMS + 4];
-        INLINE void put(int v, I mask) {
-            uint8_t &byte = bytes[v * W / 8];
+        using Some = typename K::Bits;
+        uint8_t bytes[2 * LANE_TERMS + 4];
+        INLINE void put(int v, typename L::Mask mask) {
+            uint8_t *to = bytes + v * W / 8;
             const int bits = L::to_bits(mask), shift = v * W % 8;
-            byte = uint8_t(shift ? byte | bits << shift : bits);
+            write(to, Some(shift ? *to | bits << shift : bits));
         }
-        INLINE I mask(int v) const { return L::from_bits(bytes[v * W / 8] >> v * W % 8); }
+        INLINE typename L::Mask mask(int v) const { return L::from_bits(read<Some>(bytes + v * W / 8) >> v * W % 8); }
         INLINE unsigned row(int64_t t, int n) const {
             const uint8_t *p = bytes + t * n / 8;
             const unsigned four = p[0] | unsigned(p[1]) << 8 | unsigned(p[2]) << 16 | unsigned(p[3]) << 24;
@@ -1232,8 +973,8 @@ template <class E, class P> struct FewClasses {
     };
     static INLINE void copy(uint8_t *to, const uint8_t *from, size_t size) {
         if (size >= 8) {
-            const auto first = read<uint64_t>(from), last = read<uint64_t>(from + size - 8);
-            write(to, first), write(to + size - 8, last);
+            for (size_t k = 0; k + 8 < size && k < 2 * LANE_TERMS; k += 8) write(to + k, read<uint64_t>(from + k));
+            write(to + size - 8, read<uint64_t>(from + size - 8));
         } else {
             for (size_t k = 0; k < size; k++) to[k] = from[k];
         }
@@ -1246,7 +987,7 @@ template <class E, class P> struct FewClasses {
     // The sums of W rows whose terms are written one after the other.
     INLINE F row_sums(const T *terms) const {
         F rows[W];
-        const I left = I{} + typename L::Index(n % W) > L::iota();
+        const auto left = L::mask(I{} + typename L::Index(n % W) > L::iota());
         for (int t = 0; t < W; t++, terms += n) {
             F s{};
             int j = 0;
@@ -1321,7 +1062,7 @@ template <class E, class P> struct FewClasses {
     }
     void losses_and_bits(Result &result) const {
         Bits bits;
-        work(result, [](int64_t) {}, [&](int v, I, F h) { bits.put(v, h > 0); },
+        work(result, [](int64_t) {}, [&](int v, I, F h) { bits.put(v, L::above(h, F{})); },
               [&](int64_t t) { copy(bits_at(t), bits.bytes, bits_size(t)); });
     }
 
@@ -1376,9 +1117,10 @@ template <class E, class P> struct FewClasses {
             result, [&](int64_t t) { begin(t, d); },
             [&](int v, I which, F h) {
                 if constexpr (std::is_same<P, One>::value) {
-                    bits.put(v, h > 0), k.put(d.to, v * W, d.factor.of(which).where(h > 0));
+                    const auto active = L::above(h, F{});
+                    bits.put(v, active), k.put(d.to, v * W, d.factor.of(which).where(active));
                 } else {
-                    const F slope = k.power.slope(h), value = L::only(slope * L::pick(d.factor, which), slope != 0);
+                    const F slope = k.power.slope(h), value = L::only(slope * L::pick(d.factor, which), L::differ(slope, F{}));
                     write(slopes + v * W, slope), k.put(d.to, v * W, K::in_element_type(value));
                 }
             },
@@ -1495,8 +1237,9 @@ int64_t count_not_ignored(const Call &c) {
     return total;
 }
 int64_t row_bytes(Type type, int64_t classes) {
-    int lanes = WIDTH / (type == Type::f64 ? 8 : 4);
-    return (classes + lanes - 1) / lanes;
+    if (classes > 1 && classes <= LANE_TERMS) return (classes + 7) / 8;  // of FewClasses, without gaps
+    const int lanes = WIDTH / (type == Type::f64 ? 8 : 4);
+    return (classes + lanes - 1) / lanes * (lanes > 8 ? 2 : 1);
 }
 Block loss_block(const Call &c) {
     return choose(c, [&](auto *k) -> Block {

@@ -473,6 +473,15 @@ bool has_v3() {
     return false;
 #endif
 }
+// The level x86-64-v4: AVX-512 as servers have had it since 2017.
+bool has_v4() {
+#ifdef __x86_64__
+    return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
+#endif
+}
 bool wrong_count(Py_ssize_t n, Py_ssize_t least, Py_ssize_t most) {
     if (least <= n && n <= most) return false;
     PyErr_Format(PyExc_TypeError, "takes %zd to %zd positional arguments, but got %zd", least, most, n);
@@ -726,13 +735,14 @@ PyObject *connect_pytorch(PyObject *, PyObject *const *args, Py_ssize_t n) {
 }
 
 PyObject *best_build(PyObject *, PyObject *const *, Py_ssize_t) {
-    return PyUnicode_FromString(has_v3() ? "x86_64_v3" : "baseline");
+    return PyUnicode_FromString(has_v4() ? "x86_64_v4" : has_v3() ? "x86_64_v3" : "baseline");
 }
 PyObject *supports(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 1, 1)) return nullptr;
     bool known = PyUnicode_Check(args[0]);
     return PyBool_FromLong(known && (is_string(args[0], "baseline") ||
-                                     (is_string(args[0], "x86_64_v3") && has_v3())));
+                                     (is_string(args[0], "x86_64_v3") && has_v3()) ||
+                                     (is_string(args[0], "x86_64_v4") && has_v4())));
 }
 PyObject *source_hash(PyObject *, PyObject *const *, Py_ssize_t) {
     return PyUnicode_FromString(SOURCE_HASH);

@@ -1,4 +1,4 @@
-"""The extension modules ``_baseline`` and ``_x86_64_v3``: one API, two builds.
+"""The extension modules ``_baseline``, ``_x86_64_v3`` and ``_x86_64_v4``: one API, three builds.
 
 Arguments are positional only. Arrays are read anew in every call, in C: exact types that ``accept``
 knows, any strides (negative, zero, unaligned), native byte order. A function returns None where it

@@ -6,7 +6,9 @@
 namespace mml {
 
 // Stands at the end of a mask whose bits were written by this build; 0 where none were.
-#ifdef __AVX2__
+#ifdef __AVX512VL__
+constexpr uint8_t MARK = 3;
+#elif defined(__AVX2__)
 constexpr uint8_t MARK = 2;
 #else
 constexpr uint8_t MARK = 1;

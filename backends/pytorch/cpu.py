@@ -107,8 +107,8 @@ def _empty_like(x: Tensor) -> Tensor:
 def mask_shape(dtype: torch.dtype, rows: int, n_classes: int) -> tuple[int, ...]:
     """Return the mask's shape: room for the bits, and at the end a mark where they were written.
 
-    A byte holds those of one vector. The room is for the narrowest, so that exported programs fit
-    every machine; the mark tells which build wrote them.
+    The room is for the narrowest vectors, a byte for each, so that exported programs fit every
+    machine; the mark tells which build wrote them.
     """
     lanes = 2 if dtype is torch.float64 else 4
     return (rows * ((n_classes + lanes - 1) // lanes) + 1,)

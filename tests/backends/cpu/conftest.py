@@ -1,4 +1,4 @@
-"""Both builds of the CPU kernels, called directly, and what they are compared with."""
+"""Every build of the CPU kernels, called directly, and what they are compared with."""
 
 import importlib
 import importlib.util

@@ -328,6 +328,20 @@ def test_backward_by_bits_equals_the_one_pass_gradient(native, rng, dtype, c):
         assert np.array_equal(again, grad, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["float64", "float32", "float16"])
+def test_bits_fit_in_the_room_that_exported_graphs_keep(native, name):
+    torch = pytest.importorskip("torch")
+    from mml_arrayapi.backends.pytorch.cpu import mask_shape
+
+    rows = 2**20
+    for c in range(1, 70):
+        x = np.broadcast_to(np.zeros(c, name), (rows, c))
+        (room,) = mask_shape(getattr(torch, name), rows, c)
+        size = native.bits_size(x, options())
+        assert size < room, c  # its last byte is the mark
+        assert (size > 0) == (c > 1), c
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_classes_on_any_axis_and_batches_that_no_stride_walks(native, rng, axis):
     x = rng.normal(size=(4, 5, 6, 7)).astype(np.float32)[::2, :, 1:4]
