@@ -23,7 +23,7 @@ from mml_arrayapi.registry import list_backends
 BAD_OUTPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say
 CLOSED = 141  # 128 + SIGPIPE
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EBADF}
 
 
 def parser() -> argparse.ArgumentParser:

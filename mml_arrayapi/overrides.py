@@ -103,15 +103,18 @@ open_names: tuple[str, ...] = ()
 
 
 def _generator(frame: FrameType | None) -> FrameType | None:
-    """Return the generator to which a block belongs that is entered in a frame, if one does.
+    """Return the innermost generator that runs where a block is entered, if one does.
 
+    A block that outlives a function in it, such as an ``__enter__``, is still the generator's own.
     What contextlib resumes enters it for others: whoever has entered that.
     """
     while frame is not None:
-        is_generator = frame.f_code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)
-        caller = _module(frame.f_back)
-        if _module(frame) != "contextlib" and not (is_generator and caller == "contextlib"):
-            return frame if is_generator and caller != "_pytest.fixtures" else None
+        if frame.f_code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
+            caller = _module(frame.f_back)
+            if caller == "_pytest.fixtures":
+                return None
+            if caller != "contextlib":
+                return frame
         frame = frame.f_back
     return None
 
@@ -129,10 +132,21 @@ def in_context() -> str | None:
     """
     innermost = None
     for block in _blocks.get():
-        # A generator that slept when a block was entered has been resumed within it.
-        if block.counts() and innermost not in block.around:
+        if block.counts() and (innermost is None or _is_within(block, innermost)):
             innermost = block
     return None if innermost is None else innermost.name
+
+
+def _is_within(later: Block, earlier: Block) -> bool:
+    """Tell which of two open blocks is the inner one: of generators, the one that runs deeper."""
+    ours, theirs = later.generator, earlier.generator
+    if ours is None or theirs is None or ours is theirs:
+        # A generator that slept when a block was entered has been resumed within it.
+        return earlier not in later.around
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not ours and frame is not theirs:
+        frame = frame.f_back
+    return frame is ours
 
 
 def __getattr__(name: str) -> str | None:

@@ -366,7 +366,7 @@ def _checked_result(kernel: Kernel, problem: Problem, operation: str, result: An
         )
     loss, grad = result
     loss = _checked_loss(kernel, loss, dtype, target, reduction)
-    _check_array(kernel, "gradient", grad, dtype, tuple(problem.input.shape))
+    _check_array(kernel, "gradient", grad, dtype, tuple(problem.input.shape), target)
     return loss, grad
 
 
@@ -375,19 +375,29 @@ def _checked_loss(kernel: Kernel, loss: Any, dtype: Any, target: Array, reductio
     shape = tuple(target.shape) if reduction == "none" else ()
     if reduction != "none" and type(loss) in (int, float):
         loss = library_of("target", target).namespace.asarray(loss, dtype=dtype)
-    _check_array(kernel, "loss", loss, dtype, shape)
+    _check_array(kernel, "loss", loss, dtype, shape, target)
     return loss
 
 
-def _check_array(kernel: Kernel, what: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
-    """Refuse what is no array of the kernel's library, a dtype and a shape."""
+def _check_array(
+    kernel: Kernel, what: str, array: Any, dtype: Any, shape: tuple[Any, ...], beside: Array
+) -> None:
+    """Refuse what is no array of the kernel's library, a dtype, a shape and another's device."""
+    devices: tuple[Any, Any] = None, None
     try:
         fits = same_shape(tuple(array.shape), shape) and bool(array.dtype == dtype)
         library = library_of("input", array)
         if fits and library.name == kernel.library and library.unsupported_layout(array) is None:
-            return
+            devices = library.device_key(array), library.device_key(beside)
+            if None in devices or devices[0] == devices[1]:
+                return
     except (AttributeError, TypeError, ValueError):
         pass
+    if None not in devices:
+        raise TypeError(
+            f"kernel {kernel.name!r}: the {what} must be on the device of input, {devices[1]}, but "
+            f"is on {devices[0]}"
+        )
     told = in_words(array)
     if hasattr(array, "shape") and hasattr(array, "dtype"):
         told = f"a {type(array).__qualname__} of {array.dtype} and shape {array.shape}"

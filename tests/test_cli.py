@@ -168,10 +168,12 @@ def test_other_errors_of_the_system_are_not_taken_for_the_outputs(monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no POSIX shell")
-@pytest.mark.parametrize("arguments", ["backends", "evaluate x.npy y.npy", "--help"])
+@pytest.mark.parametrize(
+    "arguments", ["backends", "evaluate x.npy y.npy", "evaluate x.npy y.npy --json", "--help"]
+)
 def test_closed_output(tmp_path, arguments):
-    np.save(tmp_path / "x.npy", np.eye(3))
-    np.save(tmp_path / "y.npy", np.arange(3))
+    np.save(tmp_path / "x.npy", np.eye(100))  # as JSON more than Python keeps back before it writes
+    np.save(tmp_path / "y.npy", np.arange(100))
     command = f"{shlex.quote(sys.executable)} -m mml_arrayapi {arguments}"
     done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, cwd=tmp_path)
     message = b"mml-arrayapi: error: the output cannot be written (Bad file descriptor)\n"

@@ -14,7 +14,9 @@ SOURCES = sources()
 # Running this one is all that it is for: importing it runs the command line.
 RUNNABLE = {name for name in SOURCES if name.endswith(".__main__")}
 MODULES = sorted(SOURCES.keys() - RUNNABLE)
-COMPILED = {f"mml_arrayapi.backends.cpu.{name}" for name in ("_baseline", "_x86_64_v3", "_x86_64_v4")}
+COMPILED = {
+    f"mml_arrayapi.backends.cpu.{name}" for name in ("_baseline", "_x86_64_v3", "_x86_64_v4")
+}
 
 # The layers, from the bottom: a module imports those of its own layer and of the ones below.
 # (What a function imports when it is called is not meant: that is how kernels are loaded late.)

@@ -540,8 +540,6 @@ def _grad_of_part(
     """Do it with any kernel, which sees one class more, by whose number it divides."""
     n, axis, (own, slopes, scale) = block.shape[call.axis], call.axis, of_rows
     lost = ignored(target, call.options.ignore_index)
-    if lost is not None:
-        scale = xp.where(lost, 0.0, scale)
     inside, column = _column(xp, block.shape[call.axis], at, target)
     grad = xp.empty_like(block)
     for where, rows in _tiles(block.shape, axis):
@@ -561,7 +559,10 @@ def _grad_of_part(
         by_own = xp.where((slopes[rows] == 0) & ~xp.isnan(scale[rows]), 0.0, by_own)
         by_own = xp.expand_dims(xp.astype(by_own, made.dtype), axis=axis)
         # A row of NaN slopes is one of NaN.
-        grad[where] = xp.where(is_own | xp.isnan(by_own), by_own, made)
+        made = xp.where(is_own | xp.isnan(by_own), by_own, made)
+        if lost is not None:  # slopes and factors of ignored rows may be infinite, and 0 times that
+            made = xp.where(xp.expand_dims(lost[rows], axis=axis), 0.0, made)
+        grad[where] = made
     return grad
 
 

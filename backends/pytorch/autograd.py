@@ -214,7 +214,8 @@ def _in_graph(input: Any, target: Any, weight: Any, options: Options) -> Tensor 
     """
     p, margin, reduction, ignore_index, axis, check_target = options
     if (
-        type(axis) is not int
+        state.forward_levels()
+        or type(axis) is not int
         or axis not in (-1, input.ndim - 1)
         or not input.is_cpu
         or not input.is_floating_point()

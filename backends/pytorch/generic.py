@@ -178,9 +178,11 @@ class _Loss(_Compiled):
 
 
 def _known(problem: Problem) -> Tensor:
-    """Tell which targets are classes; what is too large for int64 turns negative."""
+    """Tell which targets are classes, not ignored; what is too large for int64 turns negative."""
     index = problem.target.to(torch.int64)
-    return (index >= 0) & (index < problem.input.shape[problem.axis])
+    known = (index >= 0) & (index < problem.input.shape[problem.axis])
+    ignored = formula.ignored_samples(problem, library_of("input", problem.input))
+    return known if ignored is None else known & ~ignored
 
 
 def _tangent(problem: Problem, tangent: Tensor) -> Tensor:

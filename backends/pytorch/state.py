@@ -147,11 +147,9 @@ def why_not_kernel(name: str, tensor: torch.Tensor, device: str) -> str | None:
 
 def why_generic() -> str | None:
     """Tell what is active that only the generic implementation can follow, or None."""
-    if is_dynamo_compiling():
-        return None
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active, which the generic implementation follows"
-    if is_tracing():
+    if not is_dynamo_compiling() and is_tracing():
         return "torch.jit.trace is active, which records the generic implementation"
     return None
 

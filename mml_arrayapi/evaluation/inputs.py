@@ -601,8 +601,9 @@ def _check_order(scores: list[Shard], others: list[Shard]) -> None:
         if not fit:
             told = [f"{one[0]} to {one[-1]}" if one else "arrays" for one in (first, second)]
             raise InputError(
-                f"{told[0]}: the parts in which their names differ are not those of {told[1]}, so "
-                "that it is in doubt which belong together; name them alike, or give lists"
+                f"{told[0]}: the parts in which their names differ are not, file by file, those of "
+                f"{told[1]}, so that it is in doubt which belong together; name them alike, or "
+                "give lists"
             )
     _check_sequence(scores, others)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
-SIGNED = re.compile(r"(?:^|[^A-Za-z0-9)\]])-[0-9]|[0-9]e[-+]?[0-9]")
+SIGNED = re.compile(r"(?:^|[^A-Za-z0-9)\]])-\d|\de[-+]?\d")  # \d: the digits of any script
 DATE = re.compile(  # year, month, day; perhaps hour, minute, second
     r"(?<![0-9])(?:19|20)[0-9]{2}([-_.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
     r"(?:[-_.T:][0-9]{2}){0,3}(?![0-9])"
 )
-TOKEN = re.compile(r"[0-9]+|[^\W\d_]+")  # numbers, and words of letters
+TOKEN = re.compile(r"\d+|[^\W\d_]+")  # numbers, and words of letters
 PLACE = "*"  # stands for what differs, which is no token
 
 
@@ -21,7 +21,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     """Return a key that sorts numbers in names as numbers."""
     return [
         (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"([0-9]+)", name)
+        for part in re.split(r"(\d+)", name)
     ]
 
 
@@ -29,13 +29,13 @@ def cores(names: Sequence[str]) -> list[str]:
     """Return where names differ: without the beginning and the end that all share."""
     head = _head(names)
     rests = [name[head:] for name in names]
-    tail = re.sub(r"^[0-9]+", "", _common_end(rests))
+    tail = re.sub(r"^\d+", "", _common_end(rests))
     return [rest[: len(rest) - len(tail)] for rest in rests]
 
 
 def _head(names: Sequence[str]) -> int:
     """Return how many characters of all names are the same, up to the last number in these."""
-    return len(re.sub(r"[0-9]+$", "", common_start(names)))
+    return len(re.sub(r"\d+$", "", common_start(names)))
 
 
 def common_start(names: Sequence[str]) -> str:
@@ -62,16 +62,16 @@ def numbered(names: Sequence[str]) -> bool:
     names = [DATE.sub(lambda date: re.sub("[^0-9]", "", date[0]), name) for name in names]
     keys = [natural(core) for core in cores(names)]
     texts = {tuple(text for _, _, text in key) for key in keys}
-    numbers = sorted({tuple(number for _, number, _ in key) for key in keys})
+    numbers = [tuple(number for _, number, _ in key) for key in keys]
     rising = all(list(column) == sorted(column) for column in zip(*numbers, strict=False))
-    fractions = [re.findall(r"[0-9]\.([0-9]+)", name) for name in names]
+    fractions = [re.findall(r"\d\.(\d+)", name) for name in names]
     even = len({tuple(map(len, one)) for one in fractions}) == 1
-    return len(texts) == 1 and len(numbers) == len(names) and rising and even
+    return len(texts) == 1 and len(set(numbers)) == len(names) and rising and even
 
 
 def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether equally many names of two kinds belong together one by one."""
-    return cores(first) == cores(second) or any(a == b for a, b in _ways(first, second))
+    return any(a == b for a, b in _ways(first, second))
 
 
 def in_another_order(first: Sequence[str], second: Sequence[str]) -> bool:
@@ -83,14 +83,17 @@ def in_another_order(first: Sequence[str], second: Sequence[str]) -> bool:
 
 def _ways(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[list[Any], list[Any]]]:
     """Yield the ways to compare names: for each, keys of both, each of which occurs once."""
-    ours, theirs = ([natural(core) for core in cores(names)] for names in (first, second))
-    ways: list[tuple[list[Any], list[Any]]] = [
-        (ours, theirs),
-        (_numbers(ours), _numbers(theirs)),
-    ]
+    ways: list[tuple[list[Any], list[Any]]] = []
     parts, others = _Parts(first), _Parts(second)
-    if parts.mean_the_same_as(others):
-        ways.append((parts.keys, others.keys))
+    if not parts.turned(others):
+        texts, their_texts = cores(first), cores(second)
+        ours, theirs = ([natural(text) for text in one] for one in (texts, their_texts))
+        ways += [(texts, their_texts), (ours, theirs), (_numbers(ours), _numbers(theirs))]
+        if parts.mean_the_same_as(others):
+            ways.append((parts.keys, others.keys))
+    words = parts.words(others)
+    if words and sorted(words) == sorted(others.words(parts)):
+        ways.append((parts.by_words(words), others.by_words(others.words(parts))))
     for a, b in ways:
         if len(a) == len({str(key) for key in a}) == len({str(key) for key in b}) == len(b) > 0:
             yield a, b
@@ -159,11 +162,38 @@ class _Parts:
             self.pattern += [*TOKEN.findall(head), PLACE, *TOKEN.findall(tail)]
             self._columns.append([rest[: len(rest) - len(tail)] for rest in rests])
 
+    def turned(self, other: _Parts) -> bool:
+        """Whether a number stands before the parts of one and behind those of the other.
+
+        So ``2024-01-02`` and ``02-01-2024`` have the same day in one order, or not, in the other.
+        """
+        if len(self._columns) < 2 or len(other._columns) < 2:
+            return False
+        (before, behind), (first, last) = self._numbers_around(), other._numbers_around()
+        return bool((before - first) & (last - behind) or (behind - last) & (first - before))
+
+    def _numbers_around(self) -> list[set[str]]:
+        padded = ["", *self.pattern, ""]
+        places = [i for i, token in enumerate(padded) if token == PLACE]
+        return [set(re.findall(r"\d+", padded[i])) for i in (places[0] - 1, places[-1] + 1)]
+
+    def words(self, other: _Parts) -> list[str]:
+        """Return the word before each part, of the words that both have, if each has its own."""
+        shared = [token for token in self.pattern if token in (PLACE, *other.pattern)]
+        found = [word for word, token in pairwise(["", *shared]) if token == PLACE]
+        distinct = len(set(found)) == len(found)
+        return found if distinct and not any(re.search(r"\d|^\*?$", one) for one in found) else []
+
+    def by_words(self, words: list[str]) -> list[tuple[Any, ...]]:
+        """Return the keys with their parts in the order of the words before these."""
+        order = sorted(range(len(words)), key=words.__getitem__)
+        return [tuple(key[i] for i in order) for key in self.keys]
+
     def mean_the_same_as(self, other: _Parts) -> bool:
         """Whether the parts of both, one by one, stand beside the same.
 
         One word, for the kind of file, may be another; or a folder be in one of them only. Else
-        nobody knows whether ``fold1/seed2`` belongs to ``seed1/fold2``.
+        the parts may stand for other things, as in ``1/seed2`` and ``1/fold2``.
         """
         if len(self._columns) != len(other._columns):
             return False

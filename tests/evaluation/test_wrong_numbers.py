@@ -464,6 +464,69 @@ def test_lists_in_another_order_whatever_the_names(arrays, files, wanted, scores
         mml.evaluate(scores[::-1], [os.path.abspath(name) for name in labels])
 
 
+MOVED = [  # the word for the kind stands at another place
+    ("rank{}_x_step{}.npy", "rank{}_step{:05}_y.npy"),
+    ("rank{}_step{}_x.npy", "rank{}_y_step{}.npy"),
+    ("s{}-x/day{}.npy", "s{}/day{}_y.npy"),
+    ("rank{}/step{}-x.npy", "rank{}/y-step{}.npy"),
+]
+
+
+@pytest.mark.parametrize(("scores", "labels"), MOVED)
+def test_the_word_for_the_kind_at_another_place(arrays, files, wanted, scores, labels):
+    given = [(a, b) for a in (0, 1) for b in (2, 10)]
+    for form, array in ((scores, arrays[0]), (labels, arrays[1])):
+        for pair, rows in zip(given, np.split(array, 4), strict=True):
+            path = form.format(*pair)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            np.save(path, rows)
+    patterns = [re.sub(r"\{[^}]*\}", "*", form) for form in (scores, labels)]
+    assert mml.evaluate(*patterns) == wanted
+    x, y = ([form.format(*pair) for pair in given] for form in (scores, labels))
+    assert mml.evaluate(x, y) == wanted
+    for wrong in (y[::-1], [*y[2:], *y[:2]], [y[1], y[0], y[3], y[2]]):
+        with pytest.raises(mml.InputError, match="by name, but in another order"):
+            mml.evaluate(x, wrong)
+
+
+@pytest.mark.parametrize("labels", ["y-seed{1}_fold{0}.npy", "y/seed{1}/fold{0}.npy"])
+def test_parts_that_the_words_before_them_name(arrays, files, wanted, labels):
+    given = [(a, b) for a in (1, 2) for b in (1, 2)]
+    for pair, x, y in zip(given, *(np.split(a, 4) for a in arrays), strict=True):
+        for form, rows in (("fold{}_seed{}-x.npy", x), (labels, y)):
+            path = form.format(*pair)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            np.save(path, rows)
+    x, y = ([form.format(*pair) for pair in given] for form in ("fold{}_seed{}-x.npy", labels))
+    assert mml.evaluate(x, y) == wanted
+    with pytest.raises(mml.InputError, match="by name, but in another order"):
+        mml.evaluate(x, sorted(y))
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [
+        ("x-2024-01-02.npy x-2024-02-01.npy", "y-02-01-2024.npy y-01-02-2024.npy"),
+        ("x/2024/01-02.npy x/2024/02-01.npy", "y/02-01/2024.npy y/01-02/2024.npy"),
+    ],
+)
+def test_dates_that_are_written_in_two_orders(arrays, files, wanted, scores, labels):
+    """Nobody knows whether the day or the month stands first."""
+    for names, array in ((scores, arrays[0]), (labels, arrays[1])):
+        halves(array, [name.removesuffix(".npy") for name in names.split()])
+    assert mml.evaluate(scores.split(), labels.split()) == wanted
+    places = ("x*", "y*") if "/" not in scores else ("x/*/*", "y/*/*")
+    with pytest.raises(mml.InputError, match="it is in doubt which belong together"):
+        mml.evaluate(*places)
+
+
+@pytest.mark.parametrize("zero", "\u0660\u0966\uff10")  # Arabic, Devanagari, full width
+def test_digits_of_any_script(arrays, files, wanted, zero):
+    digits = {ord("0") + i: ord(zero) + i for i in range(10)}
+    parts("part", arrays[0], 12, [str(i).translate(digits) for i in range(12)])
+    assert mml.evaluate("part-*.npy", "y.npy") == wanted
+
+
 def test_a_list_of_files_in_folders_beside_a_pattern(arrays, files, wanted):
     for name, x, y in zip(("abd", "dog"), *(np.split(a, 2) for a in arrays), strict=True):
         os.makedirs(f"ls/{name}")

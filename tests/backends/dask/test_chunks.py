@@ -358,13 +358,15 @@ def test_infinite_scores_beside_a_margin_beyond_the_dtype(dtype, scores, target)
 @IN_CHUNKS
 @pytest.mark.parametrize("p", [1, 2, 1.5])
 @pytest.mark.parametrize("margin", [1e39, -1e39])
+@pytest.mark.parametrize("ignore_index", [None, 2])
 @pytest.mark.parametrize("backend", ["numpy-cpu", "generic"])
-def test_every_infinite_score_beside_a_margin_beyond_the_dtype(backend, margin, p):
+def test_every_infinite_score_beside_a_margin_beyond_the_dtype(backend, ignore_index, margin, p):
     if backend == "numpy-cpu" and cpu.native is None:
         pytest.skip("no CPU kernels")
     scores = np.asarray(list(itertools.product([0, 1, np.inf, -np.inf], repeat=4)), "f4")
     x, y = np.repeat(scores, 4, axis=0), np.tile(np.arange(4), len(scores))
     options = {"p": p, "margin": margin, "reduction": "none", "backend": backend}
+    options["ignore_index"] = ignore_index
     whole = mml.multi_margin_loss_and_grad(x, y, **options)
     with dask.config.set({"array.chunk-size": "1B"}):
         lazy = da.from_array(x, chunks=(100, (0, 3, 1)))

@@ -198,6 +198,38 @@ def test_forward_mode_leaves_tangents_of_ignored_samples_out(reduction):
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0] if reduction == "none" else 1.0))
 
 
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+@pytest.mark.parametrize("backend", [None, "generic"])
+def test_a_weights_gradient_leaves_ignored_samples_out(backend, upstream):
+    scores, target = torch.tensor([[1.0, 2.0, 0.5], [0.0, 1.0, 2.0]]), torch.tensor([0, 1])
+
+    def loss(weight):
+        options = {"ignore_index": 0, "reduction": "none", "backend": backend}
+        return multi_margin_loss(scores, target, weight=weight, **options)
+
+    weight = torch.ones(3, requires_grad=True)
+    loss(weight).backward(torch.tensor([upstream, 1.0]))
+    torch.testing.assert_close(weight.grad, torch.tensor([0, 2 / 3, 0]))  # (0 + 2) / 3
+    tangent = torch.tensor([upstream, 1.0, 1.0])
+    _, found = func.jvp(loss, (torch.ones(3),), (tangent,))
+    torch.testing.assert_close(found, torch.tensor([0, 2 / 3]))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:.*torch.jit:DeprecationWarning",
+)
+def test_compiled_forward_mode_over_vmap_of_a_view(batch):
+    scores, target = torch.stack([batch[0]] * 3)[0], batch[1]  # a view of a larger tensor
+
+    def tangent(x, y):
+        mapped = torch.vmap(multi_margin_loss)
+        return func.jvp(lambda x: mapped(x, y), (x,), (x.cos(),))[1]
+
+    compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(scores, target), tangent(scores, target))
+
+
 @pytest.mark.parametrize("backend", [None, "generic"])
 def test_forward_mode_beside_weights_that_have_no_tangent(backend):
     x, weight = torch.tensor([[0.0, -3e38, 3e38]]), torch.ones(3)
