@@ -41,6 +41,24 @@ def inputs_are_not_changed(ctx: Context) -> None:
 
 
 @check(TOPIC)
+def results_keep_their_values(ctx: Context) -> None:
+    """Another call of the same shape, with other scores, doesn't write into earlier results."""
+    rows, y = ctx.scores(4, 5), ctx.integers([0, 3, 1, 4])
+    x, other = ctx.array(rows), ctx.array([[-score for score in row] for row in rows])
+    for p in (1, 2, 1.5):
+        for reduction in ("none", "sum"):
+            first = [ctx.loss(x, y, p=p, reduction=reduction)]
+            first += ctx.loss_and_grad(x, y, p=p, reduction=reduction)
+            before = [repr(ctx.read(result)) for result in first]
+            ctx.read(ctx.loss(other, y, p=p, reduction=reduction))
+            for result in ctx.loss_and_grad(other, y, p=p, reduction=reduction):
+                ctx.read(result)
+            after = [repr(ctx.read(result)) for result in first]
+            if after != before:
+                raise Fail(f"p={p}, reduction={reduction}: a result was {before}, and is {after}")
+
+
+@check(TOPIC)
 def read_only_inputs_are_accepted(ctx: Context) -> None:
     """Arrays that can't be written to."""
     rows, target = ctx.scores(), [0, 3, 1, 4]

@@ -23,11 +23,12 @@ _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028234e38, 
 
 @check(IGNORED, every_dtype=True)
 def ignored_samples_cost_nothing(ctx: Context) -> None:
-    """Loss 0, gradient 0, not counted by the mean, whatever their scores are; also a class."""
+    """Loss 0, gradient 0, not counted by the mean, whatever scores and weight are; also a class."""
     rows = [*ctx.scores(6, 9), [nan] * 9, [inf] * 4 + [-inf] * 5]
     for ignored, target in ((-100, [1, -100, 8, 0, -100, 3]), (3, [1, 3, 8, 0, 3, 3])):
         y = ctx.integers([*target, ignored, ignored])
-        weight = [1.0, -2.0, 0.5, 3.0, 1.0, 1.0, 0.0, 0.25, 2.0]
+        of_ignored = nan if ignored == 3 else 3.0
+        weight = [1.0, -2.0, 0.5, of_ignored, 1.0, 1.0, 0.0, 0.25, 2.0]
         for p, w in ((1, None), (2, weight), (1.5, None)):
             wanted = reference(
                 rows, [*target, ignored, ignored], p=p, weight=w, ignore_index=ignored

@@ -423,6 +423,52 @@ class TestUseBackendBelongsToItsContext:
             g.close()
         with stacked():
             assert explain(X, T).kernel == "generic"
+
+    @pytest.mark.parametrize("first", ["outer", "inner"])
+    def test_a_generator_that_resumes_another(self, first):
+        def outer():
+            with use_backend("a"):
+                yield
+                seen.append(next(other))
+                seen.append(explain(X, T).kernel)
+                yield
+
+        def inner():
+            with use_backend("generic"):
+                while True:
+                    yield explain(X, T).kernel
+
+        seen, one, other = [], outer(), inner()
+        for generator in (one, other) if first == "outer" else (other, one):
+            next(generator)
+        next(one)
+        assert seen == ["generic", "a"]
+        one.close()
+        other.close()
+        assert overrides.open_names == ()
+
+    def test_a_block_that_a_method_leaves_open(self):
+        class Helper:
+            def __enter__(self):
+                self.block = use_backend("generic")
+                self.block.__enter__()
+
+            def __exit__(self, *_):
+                self.block.__exit__()
+
+        def generator():
+            with Helper():
+                while True:
+                    yield explain(X, T).kernel
+
+        g = generator()
+        for _ in range(2):
+            assert next(g) == "generic"
+            assert explain(X, T).kernel == "a"
+        g.close()
+        with Helper():
+            assert explain(X, T).kernel == "generic"
+        assert overrides.open_names == ()
         assert explain(X, T).kernel == "a"
 
     def test_a_block_is_entered_once(self):
@@ -1236,6 +1282,27 @@ def test_a_kernel_whose_results_do_not_fit(loss, grad, reduction, told):
         register_kernel(replace(kernel, direct={np.ndarray: lambda *_: loss}))
         with pytest.raises(TypeError, match=re.escape(told)):
             multi_margin_loss(X, T, reduction=reduction)
+
+
+@pytest.mark.usefixtures("empty")
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_kernel_whose_results_are_on_another_device(what):
+    xp = pytest.importorskip("array_api_strict")
+    device = xp.Device("device1")
+    x, y = (xp.asarray(array, device=device) for array in (X, T))
+    loss = xp.zeros((), dtype=x.dtype, device=None if what == "loss" else device)
+    grad = xp.zeros_like(x, device=xp.Device("CPU_DEVICE"))
+    register_kernel(
+        Kernel("odd", "array_api_strict", lambda _: None, lambda _: loss, lambda *_: (loss, grad))
+    )
+    told = (
+        f"kernel 'odd': the {what} must be on the device of input, .*device1.*, but is on .*CPU_DEV"
+    )
+    with pytest.raises(TypeError, match=told):
+        multi_margin_loss_and_grad(x, y, check_target="nan")
+    if what == "loss":
+        with pytest.raises(TypeError, match=told):
+            multi_margin_loss(x, y, check_target="nan")
 
 
 @pytest.mark.usefixtures("empty")

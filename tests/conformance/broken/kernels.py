@@ -69,6 +69,7 @@ FAULTS = {
     "keeps an axis in the mean": ("batch has any number of axes", "float32"),
     "takes the last axis for the classes": ("axis says where the classes are", "float32"),
     "changes the input": ("inputs are not changed", "float32"),
+    "one buffer for losses of a shape": ("results keep their values", "float32"),
     "writes into the input and back": ("read only inputs are accepted", "float32"),
     "reads memory as if contiguous": ("slices with steps are accepted", "float32"),
     "takes every array for C order": ("transposed inputs are accepted", "float32"),
@@ -78,6 +79,7 @@ FAULTS = {
     "counts ignored samples": ("ignored samples cost nothing", "float32"),
     "NaN in ignored samples counts": ("ignored samples cost nothing", "float32"),
     "ignored samples have a gradient": ("ignored samples cost nothing", "float32"),
+    "NaN weights of ignored samples count": ("ignored samples cost nothing", "float32"),
     "ignores no class": ("ignored samples cost nothing", "float32"),
     "mean of nothing is 0": ("all samples ignored", "float32"),
     "narrows ignore_index": ("ignore index is compared before anything is narrowed", "float32"),
@@ -143,6 +145,10 @@ def kernel(fault, library):
         value = loss_and_grad(problem, None)[0]
         if fault == "another loss beside the gradient":
             value = value + 0.25
+        if fault == "one buffer for losses of a shape" and value.a.ndim:
+            kept = _buffer.setdefault((value.a.shape, value.a.dtype), value)
+            kept.a[...] = value.a
+            value = kept
         if fault == "one buffer in all threads for the loss alone" and not value.a.ndim:
             _buffer["loss"] = value
             time.sleep(0.0005)
@@ -247,6 +253,9 @@ def _compute(problem, grad_output, fault):
         lost = lost | np.isnan(losses)
     if fault != "NaN in ignored samples counts":
         losses = np.where(ignored, 0, losses)
+    if fault == "NaN weights of ignored samples count" and problem.weight is not None:
+        given = problem.weight.a[np.clip(problem.target.a.astype(int), 0, n_classes - 1)]
+        losses = np.where(ignored & np.isnan(given), np.nan, losses)
 
     count = losses.size - (0 if fault == "counts ignored samples" else ignored.sum())
     scale = weight / n_classes
