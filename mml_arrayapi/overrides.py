@@ -24,6 +24,8 @@ ENVIRONMENT = "MML_ARRAYAPI_BACKEND"
 # Read once: looking into os.environ takes a microsecond, as long as a small loss.
 environment = os.environ.get(ENVIRONMENT) or None
 
+MANAGERS = ("contextlib", "_pytest.fixtures")  # resume generators in which blocks are others'
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -108,13 +110,12 @@ def _generator(frame: FrameType | None) -> FrameType | None:
     A block that outlives a function in it, such as an ``__enter__``, is still the generator's own.
     What contextlib resumes enters it for others: whoever has entered that.
     """
-    while frame is not None:
-        if frame.f_code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
-            caller = _module(frame.f_back)
-            if caller == "_pytest.fixtures":
-                return None
-            if caller != "contextlib":
-                return frame
+    while frame is not None and _module(frame) != "_pytest.fixtures":
+        code, caller = frame.f_code, _module(frame.f_back)
+        is_generator = code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR)
+        # A generator expression is part of the function in which it is written.
+        if is_generator and code.co_name != "<genexpr>" and caller not in MANAGERS:
+            return frame
         frame = frame.f_back
     return None
 
@@ -146,7 +147,8 @@ def _is_within(later: Block, earlier: Block) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not ours and frame is not theirs:
         frame = frame.f_back
-    return frame is ours
+    # Neither, in a thread that has a copy of the context.
+    return frame is ours or (frame is None and earlier not in later.around)
 
 
 def __getattr__(name: str) -> str | None:

@@ -374,7 +374,8 @@ def _checked_loss(kernel: Kernel, loss: Any, dtype: Any, target: Array, reductio
     """Return a loss; refuse what is none. A mean may be a plain number."""
     shape = tuple(target.shape) if reduction == "none" else ()
     if reduction != "none" and type(loss) in (int, float):
-        loss = library_of("target", target).namespace.asarray(loss, dtype=dtype)
+        library = library_of("target", target)
+        loss = library.namespace.asarray(loss, dtype=dtype, device=library.device(target))
     _check_array(kernel, "loss", loss, dtype, shape, target)
     return loss
 

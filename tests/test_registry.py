@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import json
 import os
@@ -446,6 +447,33 @@ class TestUseBackendBelongsToItsContext:
         one.close()
         other.close()
         assert overrides.open_names == ()
+
+    def test_nested_generators_seen_from_a_thread_with_a_copy_of_the_context(self):
+        def inner():
+            with use_backend("generic"):
+                context, seen = contextvars.copy_context(), []
+                work = lambda: seen.append(context.run(explain, X, T).kernel)  # noqa: E731
+                thread = threading.Thread(target=work)
+                thread.start()
+                thread.join()
+                yield seen[0]
+
+        def outer():
+            with use_backend("a"):
+                yield from inner()
+
+        assert list(outer()) == ["generic"]
+
+    def test_blocks_that_a_generator_expression_opens_for_its_function(self):
+        with contextlib.ExitStack() as stack:
+
+            def opened():
+                stack.enter_context(use_backend("generic"))
+                return True
+
+            assert all(function() for function in (opened,))
+            assert explain(X, T).kernel == "generic"
+        assert explain(X, T).kernel == "a"
 
     def test_a_block_that_a_method_leaves_open(self):
         class Helper:
@@ -1303,6 +1331,16 @@ def test_a_kernel_whose_results_are_on_another_device(what):
     if what == "loss":
         with pytest.raises(TypeError, match=told):
             multi_margin_loss(x, y, check_target="nan")
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_number_for_a_mean_goes_to_the_device_of_the_scores():
+    xp = pytest.importorskip("array_api_strict")
+    device = xp.Device("device1")
+    x, y = (xp.asarray(array, device=device) for array in (X, T))
+    register_kernel(Kernel("odd", "array_api_strict", lambda _: None, lambda _: 1.5, print))
+    loss = multi_margin_loss(x, y, check_target="nan")
+    assert (float(loss), loss.device) == (1.5, device)
 
 
 @pytest.mark.usefixtures("empty")

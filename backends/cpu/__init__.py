@@ -48,15 +48,25 @@ def _load() -> tuple[Any, str | None]:
         return None, f"{ENVIRONMENT} must be one of {', '.join(BUILDS)}, but is {asked!r}"
     try:
         module = _import("baseline")
-        best = asked or module.best_build()
-        if best != "baseline":
-            if not module.supports(best):
-                return None, f"{ENVIRONMENT} is {best!r}, which this processor cannot run"
-            module = _import(best)
+        if asked and not module.supports(asked):
+            return None, f"{ENVIRONMENT} is {asked!r}, which this processor cannot run"
+        module = _import(asked) if asked else _best(module)
     except ImportError as error:
         return None, _why_missing(error)
     stale = _stale(module)
     return (None, stale) if stale else (module, None)
+
+
+def _best(baseline: Any) -> Any:
+    """Return the widest build that this processor runs, of those that are there and whole.
+
+    Each is optional when the package is built: GCC before 11 makes the baseline alone.
+    """
+    for build in reversed(BUILDS):
+        if baseline.supports(build):
+            with suppress(ImportError):
+                return _import(build)
+    return baseline
 
 
 def _import(build: str) -> Any:
@@ -133,6 +143,11 @@ def axes_in_memory(strides: tuple[int, ...]) -> list[int]:
     way, has the bits that it has without a gradient.
     """
     return sorted(range(len(strides)), key=lambda axis: -abs(strides[axis]) or -math.inf)
+
+
+def build() -> str | None:
+    """Name the build that runs; None where there are no CPU kernels."""
+    return None if native is None else native.__name__.rpartition("._")[2]
 
 
 def reason() -> str | None:

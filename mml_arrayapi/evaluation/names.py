@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 SIGNED = re.compile(r"(?:^|[^A-Za-z0-9)\]])-\d|\de[-+]?\d")  # \d: the digits of any script
@@ -91,9 +91,9 @@ def _ways(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[list[An
         ways += [(texts, their_texts), (ours, theirs), (_numbers(ours), _numbers(theirs))]
         if parts.mean_the_same_as(others):
             ways.append((parts.keys, others.keys))
-    words = parts.words(others)
-    if words and sorted(words) == sorted(others.words(parts)):
-        ways.append((parts.by_words(words), others.by_words(others.words(parts))))
+    words, their_words = parts.words(others)
+    if words:
+        ways.append((parts.by_words(words), others.by_words(their_words)))
     for a, b in ways:
         if len(a) == len({str(key) for key in a}) == len({str(key) for key in b}) == len(b) > 0:
             yield a, b
@@ -162,29 +162,40 @@ class _Parts:
             self.pattern += [*TOKEN.findall(head), PLACE, *TOKEN.findall(tail)]
             self._columns.append([rest[: len(rest) - len(tail)] for rest in rests])
 
+    def _between(self, other: _Parts) -> list[set[str]]:
+        """Return what stands before, between and behind the parts, of what both names have."""
+        same = [a == b and a[-1] == "/" for a, b in zip(self.pattern, other.pattern, strict=False)]
+        start = [*same, False].index(False)  # the folders that all lie in say nothing
+        theirs = {token for one in other.pattern[start:] for token in TOKEN.findall(one)}
+        found: list[set[str]] = [set()]
+        for one in self.pattern[start:]:
+            if one == PLACE:
+                found.append(set())
+            found[-1].update(token for token in TOKEN.findall(one) if token in theirs)
+        return found
+
     def turned(self, other: _Parts) -> bool:
-        """Whether a number stands before the parts of one and behind those of the other.
+        """Whether something stands before the parts of one and behind those of the other.
 
         So ``2024-01-02`` and ``02-01-2024`` have the same day in one order, or not, in the other.
         """
         if len(self._columns) < 2 or len(other._columns) < 2:
             return False
-        (before, behind), (first, last) = self._numbers_around(), other._numbers_around()
+        (before, *_, behind), (first, *_, last) = self._between(other), other._between(self)
         return bool((before - first) & (last - behind) or (behind - last) & (first - before))
 
-    def _numbers_around(self) -> list[set[str]]:
-        padded = ["", *self.pattern, ""]
-        places = [i for i, token in enumerate(padded) if token == PLACE]
-        return [set(re.findall(r"\d+", padded[i])) for i in (places[0] - 1, places[-1] + 1)]
+    def words(self, other: _Parts) -> tuple[list[Any], list[Any]]:
+        """Return the words before each part, here and in the other, if these tell them apart."""
+        ours, theirs = self._between(other)[:-1], other._between(self)[:-1]
+        for common in (set(), ours[0] & theirs[0] if ours and theirs else set()):
+            found = [[sorted(one - common) for one in names] for names in (ours, theirs)]
+            named = all(re.search(r"[^\W\d]", " ".join(one)) for names in found for one in names)
+            distinct = len({str(one) for one in found[0]}) == len(found[0])
+            if named and distinct and sorted(found[0]) == sorted(found[1]):
+                return found[0], found[1]
+        return [], []
 
-    def words(self, other: _Parts) -> list[str]:
-        """Return the word before each part, of the words that both have, if each has its own."""
-        shared = [token for token in self.pattern if token in (PLACE, *other.pattern)]
-        found = [word for word, token in pairwise(["", *shared]) if token == PLACE]
-        distinct = len(set(found)) == len(found)
-        return found if distinct and not any(re.search(r"\d|^\*?$", one) for one in found) else []
-
-    def by_words(self, words: list[str]) -> list[tuple[Any, ...]]:
+    def by_words(self, words: list[Any]) -> list[tuple[Any, ...]]:
         """Return the keys with their parts in the order of the words before these."""
         order = sorted(range(len(words)), key=words.__getitem__)
         return [tuple(key[i] for i in order) for key in self.keys]
@@ -192,12 +203,21 @@ class _Parts:
     def mean_the_same_as(self, other: _Parts) -> bool:
         """Whether the parts of both, one by one, stand beside the same.
 
-        One word, for the kind of file, may be another; or a folder be in one of them only. Else
-        the parts may stand for other things, as in ``1/seed2`` and ``1/fold2``.
+        One word, for the kind of file, may be another; or a folder be in one of them only. But the
+        words that both have stand before the same parts. Else the parts may stand for other things,
+        as in ``1/seed2`` and ``1/fold2``, or ``train-0-test-1`` and ``test-1-train-0``.
         """
         if len(self._columns) != len(other._columns):
             return False
-        if len(self._columns) == 1 or len(_unlike(self.pattern, other.pattern)) <= 1:
+        if len(self._columns) == 1:
+            return True
+        before, others = (
+            [*accumulate(one._between(another)[:-1], set.union)]
+            for one, another in ((self, other), (other, self))
+        )
+        if before != others:
+            return False
+        if len(_unlike(self.pattern, other.pattern)) <= 1:
             return True
         own = [
             {token for token in one.pattern if token[-1] == "/" and token not in another.pattern}

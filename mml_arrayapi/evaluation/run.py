@@ -52,7 +52,8 @@ def evaluate(
 
     The scores are read and counted batch by batch. The losses are added without rounding, so that
     the figures are the same to the last bit for any ``chunk_size``, scheduler and number of
-    workers, whatever happens to these on the way.
+    workers, whatever happens to these on the way. (Machines with other CPUs may run another build
+    of the kernels, whose last bits differ, unless ``MML_ARRAYAPI_CPU_KERNELS`` names one for all.)
 
     Parameters
     ----------
@@ -255,7 +256,11 @@ def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]
     parameters = {"p": loss.p, "margin": loss.margin, "weight": weight, "axis": data.axis}
     parameters |= {"ignore_index": loss.ignore_index, "unwritten_chunks": rules.unwritten}
     starts = [batch.start for batch in data.batches]
-    cut = {"kernel": kernel, "chunk size": max((b.stop - b.start for b in data.batches), default=0)}
+    from mml_arrayapi.backends import cpu
+
+    # The builds of the CPU kernels may differ in last bits.
+    cut = {"kernel": kernel, "build of the CPU kernels": cpu.build()}
+    cut |= {"chunk size": max((b.stop - b.start for b in data.batches), default=0)}
     parameters |= {"mml_arrayapi": __version__}
     return {"version": 4, **parameters, **cut, "batches": starts, "inputs": data.identity()}
 

@@ -489,18 +489,31 @@ def test_the_word_for_the_kind_at_another_place(arrays, files, wanted, scores, l
             mml.evaluate(x, wrong)
 
 
-@pytest.mark.parametrize("labels", ["y-seed{1}_fold{0}.npy", "y/seed{1}/fold{0}.npy"])
-def test_parts_that_the_words_before_them_name(arrays, files, wanted, labels):
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [
+        ("fold{}_seed{}-x.npy", "y-seed{1}_fold{0}.npy"),
+        ("fold{}_seed{}-x.npy", "y/seed{1}/fold{0}.npy"),
+        ("x_lr-0.{}_wd-0.{}.npy", "y_wd-0.{1}_lr-0.{0}.npy"),
+        ("x_train_fold{}_test_fold{}.npy", "y_test_fold{1}_train_fold{0}.npy"),
+        ("x_train-2024-01-0{}_test-2024-01-0{}.npy", "y_test-2024-01-0{1}_train-2024-01-0{0}.npy"),
+        ("x/teacher/seed{}/student/seed{}.npy", "y/student/seed{1}/teacher/seed{0}.npy"),
+        ("x_cifar_src_n={}_tgt_n={}.npy", "y_cifar_tgt_n={1}_src_n={0}.npy"),
+    ],
+)
+def test_parts_that_the_words_before_them_name(arrays, files, wanted, scores, labels):
     given = [(a, b) for a in (1, 2) for b in (1, 2)]
     for pair, x, y in zip(given, *(np.split(a, 4) for a in arrays), strict=True):
-        for form, rows in (("fold{}_seed{}-x.npy", x), (labels, y)):
+        for form, rows in ((scores, x), (labels, y)):
             path = form.format(*pair)
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             np.save(path, rows)
-    x, y = ([form.format(*pair) for pair in given] for form in ("fold{}_seed{}-x.npy", labels))
+    x, y = ([form.format(*pair) for pair in given] for form in (scores, labels))
     assert mml.evaluate(x, y) == wanted
     with pytest.raises(mml.InputError, match="by name, but in another order"):
         mml.evaluate(x, sorted(y))
+    with pytest.raises(mml.InputError, match=r"which belong together|in another order"):
+        mml.evaluate(*(re.sub(r"\{.\}|\{\}", "*", form) for form in (scores, labels)))
 
 
 @pytest.mark.parametrize(
@@ -1555,7 +1568,8 @@ def test_patterns_beside_lists(folders, wanted):
         assert mml.evaluate(scores, "y.npy", chunk_size=50) == wanted
     in_order = ["a/y-0.npy", "a/y-1.npy"]
     with pytest.raises(
-        mml.InputError, match=r"x-cat.npy to x-dog.npy: .* not those of y-0.npy to y-1"
+        mml.InputError,
+        match=r"x-cat.npy to x-dog.npy: .* not, file by file, those of y-0.npy to y-1",
     ):
         mml.evaluate("a/x-*.npy", in_order)
 

@@ -329,6 +329,33 @@ def test_quota_of_control_groups(tmp_path, groups, files, expected):
     assert threads.cpu_quota(str(tmp_path)) == expected
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_build_that_is_missing_leaves_its_place_to_the_next(monkeypatch, forced):
+    lesser = [name for name in cpu.BUILDS if cpu.native.supports(name)][:-1]
+    if not lesser:
+        pytest.skip("this processor runs the baseline alone")
+    missing = f"{cpu.__name__}._{cpu.native.best_build()}"
+    found = cpu.find_spec
+    monkeypatch.setattr(cpu, "find_spec", lambda name: None if name == missing else found(name))
+    monkeypatch.setattr(cpu, "import_module", _only_others(missing))
+    monkeypatch.setenv(cpu.ENVIRONMENT, cpu.native.best_build() if forced else "")
+    module, reason = cpu._load()
+    if forced:
+        assert module is None
+        assert missing in reason
+    else:
+        assert (module.__name__, reason) == (f"{cpu.__name__}._{lesser[-1]}", None)
+
+
+def _only_others(missing):
+    def load(name):
+        if name == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return importlib.import_module(name)
+
+    return load
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only ELF files are looked at")
 def test_a_library_that_was_cut_off_is_not_loaded(tmp_path, monkeypatch):
     """To load it would be a fatal signal."""
