@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -174,6 +175,10 @@ class _Parts:
             found[-1].update(token for token in TOKEN.findall(one) if token in theirs)
         return found
 
+    def _before(self, other: _Parts) -> list[set[str]]:
+        """Return all that stands before each part, of what both names have."""
+        return [*accumulate(self._between(other)[:-1], operator.or_)]
+
     def turned(self, other: _Parts) -> bool:
         """Whether something stands before the parts of one and behind those of the other.
 
@@ -211,11 +216,7 @@ class _Parts:
             return False
         if len(self._columns) == 1:
             return True
-        before, others = (
-            [*accumulate(one._between(another)[:-1], set.union)]
-            for one, another in ((self, other), (other, self))
-        )
-        if before != others:
+        if self._before(other) != other._before(self):
             return False
         if len(_unlike(self.pattern, other.pattern)) <= 1:
             return True

@@ -259,8 +259,8 @@ def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]
     from mml_arrayapi.backends import cpu
 
     # The builds of the CPU kernels may differ in last bits.
-    cut = {"kernel": kernel, "build of the CPU kernels": cpu.build()}
-    cut |= {"chunk size": max((b.stop - b.start for b in data.batches), default=0)}
+    parameters |= {"kernel": kernel, "build of the CPU kernels": cpu.build()}
+    cut = {"chunk size": max((b.stop - b.start for b in data.batches), default=0)}
     parameters |= {"mml_arrayapi": __version__}
     return {"version": 4, **parameters, **cut, "batches": starts, "inputs": data.identity()}
 
