@@ -250,14 +250,14 @@ def _open_journal(folder: str, data: Dataset, about: dict[str, Any]) -> Journal:
 
 def _about(data: Dataset, loss: Loss, kernel: str, rules: Any) -> dict[str, Any]:
     """Return what a journal must agree with for its batches to be used."""
+    from mml_arrayapi.backends import cpu
+
     if not all(shard.version for shards in data.shards.values() for shard in shards):
         raise InputError("checkpoint: only files can be resumed, but arrays were given")
     weight = None if loss.weight is None else loss.weight.tolist()
     parameters = {"p": loss.p, "margin": loss.margin, "weight": weight, "axis": data.axis}
     parameters |= {"ignore_index": loss.ignore_index, "unwritten_chunks": rules.unwritten}
     starts = [batch.start for batch in data.batches]
-    from mml_arrayapi.backends import cpu
-
     # The builds of the CPU kernels may differ in last bits.
     parameters |= {"kernel": kernel, "build of the CPU kernels": cpu.build()}
     cut = {"chunk size": max((b.stop - b.start for b in data.batches), default=0)}
