@@ -75,7 +75,8 @@ def extensions() -> list[Extension]:
         return [
             extension("_x86_64_v4", "-march=x86-64-v4", wide),
             extension("_x86_64_v3", "-march=x86-64-v3"),
-            extension("_baseline"),
+            # Processors without AVX2 are old and few: -O1 builds in two thirds of the time.
+            extension("_baseline", "-O1"),
         ]
     return [extension("_baseline")]
 
