@@ -6,7 +6,7 @@ import operator
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 SIGNED = re.compile(r"(?:^|[^A-Za-z0-9)\]])-\d|\de[-+]?\d")  # \d: the digits of any script
@@ -163,16 +163,22 @@ class _Parts:
             self.pattern += [*TOKEN.findall(head), PLACE, *TOKEN.findall(tail)]
             self._columns.append([rest[: len(rest) - len(tail)] for rest in rests])
 
-    def _between(self, other: _Parts) -> list[set[str]]:
-        """Return what stands before, between and behind the parts, of what both names have."""
+    def _between(self, other: _Parts, *, whole: bool = False) -> list[set[str]]:
+        """Return what stands before, between and behind the parts, of what both names have.
+
+        But for words beside one that only one of them has, such as ``val`` in ``val_scores`` and
+        ``val_labels``: these belong to the kind. ``whole``: with them.
+        """
         same = [a == b and a[-1] == "/" for a, b in zip(self.pattern, other.pattern, strict=False)]
         start = [*same, False].index(False)  # the folders that all lie in say nothing
-        theirs = {token for one in other.pattern[start:] for token in TOKEN.findall(one)}
+        ours, theirs = (_tokens(one.pattern[start:]) for one in (self, other))
+        kinds = set() if whole else _beside_own(ours, theirs) & _beside_own(theirs, ours)
         found: list[set[str]] = [set()]
-        for one in self.pattern[start:]:
-            if one == PLACE:
+        for token in ours:
+            if token == PLACE:
                 found.append(set())
-            found[-1].update(token for token in TOKEN.findall(one) if token in theirs)
+            elif token in theirs and token not in kinds:
+                found[-1].add(token)
         return found
 
     def _before(self, other: _Parts) -> list[set[str]]:
@@ -191,13 +197,17 @@ class _Parts:
 
     def words(self, other: _Parts) -> tuple[list[Any], list[Any]]:
         """Return the words before each part, here and in the other, if these tell them apart."""
-        ours, theirs = self._between(other)[:-1], other._between(self)[:-1]
-        for common in (set(), ours[0] & theirs[0] if ours and theirs else set()):
-            found = [[sorted(one - common) for one in names] for names in (ours, theirs)]
-            named = all(re.search(r"[^\W\d]", " ".join(one)) for names in found for one in names)
-            distinct = len({str(one) for one in found[0]}) == len(found[0])
-            if named and distinct and sorted(found[0]) == sorted(found[1]):
-                return found[0], found[1]
+        for whole in (True, False):
+            ours, theirs = (
+                one._between(another, whole=whole)[:-1]
+                for one, another in ((self, other), (other, self))
+            )
+            for common in (set(), ours[0] & theirs[0] if ours and theirs else set()):
+                found = [[sorted(one - common) for one in names] for names in (ours, theirs)]
+                named = all(re.search(r"[^\W\d]", " ".join(one)) for one in found[0])
+                distinct = len({str(one) for one in found[0]}) == len(found[0])
+                if named and distinct and sorted(found[0]) == sorted(found[1]):
+                    return found[0], found[1]
         return [], []
 
     def by_words(self, words: list[Any]) -> list[tuple[Any, ...]]:
@@ -229,6 +239,16 @@ class _Parts:
             for one, folders in zip((self, other), own, strict=True)
         ]
         return max(map(len, own)) == 1 and len(_unlike(*rests)) <= 1
+
+
+def _tokens(pattern: Sequence[str]) -> list[str]:
+    return [token for one in pattern for token in ([PLACE] if one == PLACE else TOKEN.findall(one))]
+
+
+def _beside_own(tokens: Sequence[str], others: Sequence[str]) -> set[str]:
+    """Return the words that stand beside a token which the others have not."""
+    pairs = [*pairwise(tokens), *pairwise(tokens[::-1])]
+    return {word for word, own in pairs if own not in (PLACE, *others) and word.isalpha()}
 
 
 def _unlike(first: Sequence[str], second: Sequence[str]) -> set[tuple[str, str]]:

@@ -469,6 +469,8 @@ MOVED = [  # the word for the kind stands at another place
     ("rank{}_step{}_x.npy", "rank{}_y_step{}.npy"),
     ("s{}-x/day{}.npy", "s{}/day{}_y.npy"),
     ("rank{}/step{}-x.npy", "rank{}/y-step{}.npy"),
+    ("val_x/rank{}_step{}.npy", "rank{}_step{}_val_y.npy"),
+    ("val_x_rank{}_step{}.npy", "rank{}/val_y/step{}.npy"),
 ]
 
 
@@ -497,6 +499,7 @@ def test_the_word_for_the_kind_at_another_place(arrays, files, wanted, scores, l
         ("x_lr-0.{}_wd-0.{}.npy", "y_wd-0.{1}_lr-0.{0}.npy"),
         ("x_train_fold{}_test_fold{}.npy", "y_test_fold{1}_train_fold{0}.npy"),
         ("x_train-2024-01-0{}_test-2024-01-0{}.npy", "y_test-2024-01-0{1}_train-2024-01-0{0}.npy"),
+        ("x_seed_0.{}_split_0.{}.npy", "split_0.{1}-y_seed_0.{0}.npy"),
         ("x/teacher/seed{}/student/seed{}.npy", "y/student/seed{1}/teacher/seed{0}.npy"),
         ("x_cifar_src_n={}_tgt_n={}.npy", "y_cifar_tgt_n={1}_src_n={0}.npy"),
     ],
