@@ -734,9 +734,6 @@ PyObject *connect_pytorch(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return PyErr_Occurred() ? nullptr : PyBool_FromLong(done);
 }
 
-PyObject *best_build(PyObject *, PyObject *const *, Py_ssize_t) {
-    return PyUnicode_FromString(has_v4() ? "x86_64_v4" : has_v3() ? "x86_64_v3" : "baseline");
-}
 PyObject *supports(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (wrong_count(n, 1, 1)) return nullptr;
     bool known = PyUnicode_Check(args[0]);
@@ -764,7 +761,7 @@ template <Method function> PyObject *called(PyObject *self, PyObject *const *arg
     {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(static_cast<Method>(called<name>))), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(accept),    METHOD(loss),       METHOD(loss_and_grad),
                          METHOD(grad),      METHOD(bits_size), METHOD(row_bytes),  METHOD(own_scores),
-                         METHOD(part_sums), METHOD(part_grad),  METHOD(standings),  METHOD(exact_sums), METHOD(best_build), METHOD(set_limit),
+                         METHOD(part_sums), METHOD(part_grad),  METHOD(standings),  METHOD(exact_sums), METHOD(set_limit),
                          METHOD(supports),  METHOD(source_hash), METHOD(connect_pytorch), {nullptr, nullptr, 0, nullptr}};
 
 #ifndef MODULE

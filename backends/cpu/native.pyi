@@ -189,9 +189,6 @@ def connect_pytorch(address_of: Callable[[str], int | None], /) -> bool:
     missing: PyTorch before 2.10.
     """
 
-def best_build() -> str:
-    """Name the best build for this processor."""
-
 def supports(build: str, /) -> bool:
     """Tell whether this processor can run a build."""
 

@@ -77,9 +77,8 @@ def correspond(first: Sequence[str], second: Sequence[str]) -> bool:
 
 def in_another_order(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether names of two kinds belong together, but not as they stand."""
-    if correspond(first, second):
-        return False
-    return any(sorted(a) == sorted(b) for a, b in _ways(first, second))
+    ways = [*_ways(first, second)]
+    return all(a != b for a, b in ways) and any(sorted(a) == sorted(b) for a, b in ways)
 
 
 def _ways(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[list[Any], list[Any]]]:
